@@ -1,0 +1,227 @@
+"""The vocabulary of a job: its specification, its states and the legal moves between them.
+
+Knows no SQL, no HTTP and no torch. The client's request, before it is resolved, is the gateway's affair.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class State(StrEnum):
+    """Where a job is; one column, closed."""
+
+    VALIDATING = "validating"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return not TRANSITIONS[self]
+
+    @property
+    def leased(self) -> bool:
+        """True while a worker holds the job."""
+        return self in LEASED
+
+    @property
+    def status(self) -> str:
+        """The public status: OpenAI's closed enum has no word for pausing, paused or cancelling."""
+        return _STATUS.get(self, self.value)
+
+
+_STATUS = {
+    State.VALIDATING: "validating_files",
+    State.PAUSING: "running",
+    State.CANCELLING: "running",
+    State.PAUSED: "queued",
+}
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.VALIDATING: frozenset({State.QUEUED, State.FAILED, State.CANCELLED}),
+    State.QUEUED: frozenset({State.RUNNING, State.PAUSED, State.CANCELLED}),
+    State.RUNNING: frozenset({State.SUCCEEDED, State.FAILED, State.QUEUED, State.PAUSING, State.CANCELLING}),
+    # A wish can come too late (the job ends first) and its worker can be lost.
+    State.PAUSING: frozenset({State.PAUSED, State.SUCCEEDED, State.FAILED, State.QUEUED, State.CANCELLING}),
+    State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED, State.FAILED, State.QUEUED}),
+    State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
+    State.SUCCEEDED: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+
+LEASED = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
+
+
+def may_become(state: State) -> list[State]:
+    """The states a job may be in to move to `state`: the condition of the UPDATE that moves it."""
+    return [source for source, targets in TRANSITIONS.items() if state in targets]
+
+
+class Phase(StrEnum):
+    """What a running job is doing."""
+
+    PREPARING = "preparing"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SAVING = "saving"
+
+
+class Wish(StrEnum):
+    """What a worker is asked to do with the job it holds, read with every renewal."""
+
+    NONE = "none"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class Frozen(BaseModel):
+    """A value that crosses a process boundary: immutable, closed, and free of NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
+ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+Scheduler = Literal["linear", "cosine", "constant"]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+
+
+class LoraSpec(Frozen):
+    """LoRA's shape (Hu et al. 2021); `use_rslora` scales by alpha/sqrt(r) instead of alpha/r."""
+
+    r: int = Field(8, ge=1, le=256)
+    alpha: float = Field(32, gt=0, le=4096)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[ModuleName, ...] = Field(("q_proj", "v_proj"), min_length=1, max_length=16)
+    use_rslora: bool = False
+
+
+class Hyperparameters(Frozen):
+    """Everything effective about one run of the recipe; units in the names or below.
+
+    Attributes:
+        batch_size: examples per optimizer step, exactly; how they are laid out in micro-batches is not said here.
+        max_length: tokens; longer examples are truncated at the end.
+        max_steps: optimizer steps; ends the run before its epochs do.
+        warmup_ratio: share of all steps during which the learning rate rises from 0.
+        checkpoint_steps: a checkpoint every so many steps, besides one per epoch.
+        metrics_steps: a metrics event every so many steps.
+    """
+
+    n_epochs: int = Field(3, ge=1, le=50)
+    batch_size: int = Field(8, ge=1, le=256)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    max_length: int = Field(512, ge=8, le=32768)
+    max_steps: int | None = Field(None, ge=1, le=10_000_000)
+    warmup_ratio: float = Field(0, ge=0, lt=1)
+    scheduler: Scheduler = "linear"
+    weight_decay: float = Field(0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0, le=1)
+    train_on_prompt: bool = False
+    checkpoint_steps: int | None = Field(None, ge=1, le=10_000_000)
+    metrics_steps: int = Field(5, ge=1, le=10_000)
+
+
+class JobSpec(Frozen):
+    """What a worker is to do, complete: nothing is looked up elsewhere but the base and the files named here.
+
+    `training_file` and `validation_file` are file ids; `training_sha256` is the uploaded file's hash, so that a resumed
+    job can tell that it trains on the same rows.
+    """
+
+    base: str
+    base_revision: str
+    training_file: str
+    training_sha256: str
+    validation_file: str | None = None
+    validation_sha256: str | None = None
+    suffix: str | None = None
+    seed: int = Field(42, ge=0, le=2**31 - 1)
+    preset: Literal["reference", "recommended"] = "reference"
+    hyperparameters: Hyperparameters = Hyperparameters()
+    lora: LoraSpec = LoraSpec()
+    base_precision: BasePrecision = "int8"
+    compute_dtype: ComputeDtype = "auto"
+
+
+class Preset(Frozen):
+    hyperparameters: Hyperparameters
+    lora: LoraSpec
+
+
+PRESETS: dict[str, Preset] = {
+    # The tutorial's recipe, completed by the defaults HF's Trainer had for what it left unsaid.
+    "reference": Preset(hyperparameters=Hyperparameters(), lora=LoraSpec()),
+    # All linear layers learn about twice as much in the same time as q and v alone (README, "Measured").
+    "recommended": Preset(
+        hyperparameters=Hyperparameters(learning_rate=4e-4, warmup_ratio=0.03, scheduler="cosine"),
+        lora=LoraSpec(
+            r=16,
+            alpha=32,
+            dropout=0,
+            target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ),
+    ),
+}
+
+
+class Progress(Frozen):
+    """How far a job is; `queue_position` is filled in by the reader, the rest by the worker."""
+
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    queue_position: int | None = None
+
+
+class JobFault(Frozen):
+    """Why a job failed, in OpenAI's shape."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class TrainingReport(Frozen):
+    """What was really trained; stored on the job when it ends.
+
+    Attributes:
+        trained_tokens: supervised tokens seen, over all epochs.
+        tokens_per_second: real (non-pad) tokens per second of training time, evaluation and saving excluded.
+        mfu: model FLOP utilisation against a measured sgemm peak; None if the peak was not measured.
+        peak_memory_mb: peak resident memory of the worker (CPU) or of the allocator (CUDA), in MB of 10^6 bytes.
+        quantized_layers: how many linear layers bitsandbytes holds (0 unless int8 or nf4).
+        base_mb: bytes of the frozen base as it lies in memory, in MB of 10^6 bytes.
+    """
+
+    trainable_params: int
+    total_params: int
+    trained_tokens: int
+    total_tokens: int
+    steps: int
+    rows: int
+    dropped_rows: int
+    train_loss: float
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    tokens_per_second: float
+    mfu_formula: str = "4N FLOP per token"
+    mfu: float | None = None
+    peak_memory_mb: float
+    grad_norm: float
+    quantized_layers: int
+    base_mb: float

@@ -1,0 +1,38 @@
+"""What every process is told from outside. Owns names and defaults; built by each process's entry, never at import."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings all services share, read from `TUNESMITH_*`.
+
+    Attributes:
+        home: folder of everything a one-machine installation keeps.
+        database_url: SQLAlchemy URL; a SQLite file under `home` if empty.
+        redis_url: any server that speaks the Redis protocol; only doorbells go through it.
+        artifacts: folder shared by gateway, trainer and inference; `home/artifacts` if empty.
+        catalogue: TOML file with the base models; the built-in list if empty.
+        internal_token: bearer token between gateway and inference.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore")
+
+    home: Path = Path(".tunesmith")
+    database_url: str = ""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    artifacts: Path | None = None
+    catalogue: Path | None = None
+    internal_token: SecretStr = SecretStr("")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def sql_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home.absolute() / 'tunesmith.db'}"
+
+    @property
+    def artifacts_root(self) -> Path:
+        return (self.artifacts or self.home / "artifacts").absolute()

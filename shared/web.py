@@ -1,0 +1,147 @@
+"""What both HTTP services share: the error bodies, the request id, and one access line per request.
+
+`/v1/*` answers OpenAI's `{"error": {...}}`, every other route TGI's `{"error", "error_type"}`; FastAPI's `{"detail"}` and
+stack traces never leave. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError
+from shared.logs import get_logger
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_TGI_TYPES = {400: "validation", 404: "validation", 413: "validation", 422: "validation", 429: "overloaded"}
+_TGI_TYPES |= {401: "authentication", 503: "unavailable"}
+
+
+def error_body(error: TunesmithError, path: str) -> dict[str, Any]:
+    """The body for an error on `path`, in the dialect of that path."""
+    if path.startswith("/v1/"):
+        fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        return {"error": fields | error.details()}
+    where = f"{error.param}: " if error.param and error.param not in error.message else ""
+    kind = _TGI_TYPES.get(error.status, "generation")
+    return {"error": where + error.message, "error_type": kind} | error.details()
+
+
+def error_response(error: TunesmithError, path: str) -> JSONResponse:
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(error.retry_after)
+    # TGI's clients know 422 as the caller's fault; OpenAI's know 400.
+    status = 422 if type(error).status == 400 and not path.startswith("/v1/") else error.status
+    return JSONResponse(error_body(error, path), status, headers)
+
+
+def validation_error(error: RequestValidationError) -> InvalidRequest:
+    """The first thing wrong with a request body, named by its field.
+
+    The offending value is not echoed: it may be NaN, a lone surrogate or a secret.
+    """
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    # A union of models puts its own names into the path; fields are what the client wrote.
+    field = ".".join(part for part in location if re.fullmatch(r"[A-Za-z0-9_\-\[\]]+", part)) or None
+    if first["type"] == "json_invalid":
+        return InvalidRequest("the body is not valid JSON", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field '{field}'", param=field, code="unknown_field")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return InvalidRequest(f"{field}: {message}" if field else message, param=field)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every failure of `app` in our own shapes."""
+    log = get_logger("http")
+
+    async def on_tunesmith(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, TunesmithError)
+        if error.status >= 500:
+            log.error("request failed", code=error.code, error=error.message)
+        return error_response(error, request.url.path)
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_response(validation_error(error), request.url.path)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        phrase = HTTPStatus(error.status_code).phrase.lower()
+        if error.status_code == 404:
+            problem: TunesmithError = NotFound(f"no such path: {request.method} {request.url.path[:200]}")
+        else:
+            problem = InvalidRequest(phrase, code=phrase.replace(" ", "_"))
+        body = error_body(problem, request.url.path)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("unexpected error", exc_info=error)
+        return JSONResponse(error_body(TunesmithError("internal error"), request.url.path), 500)
+
+    app.add_exception_handler(TunesmithError, on_tunesmith)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_unexpected)
+
+
+class RequestContext:
+    """ASGI middleware: a request id on the answer and in every log line, and one access line.
+
+    An id sent by the caller is kept if it is harmless, so that one id follows a request across services.
+
+    Args:
+        observe: called with (method, route template, status, seconds) when an answer has been sent.
+    """
+
+    def __init__(self, app: ASGIApp, observe: Callable[[str, str, int, float], None] | None = None) -> None:
+        self._app = app
+        self._observe = observe
+        self._log = get_logger("http")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                seconds = time.perf_counter() - started
+                route = getattr(scope.get("route"), "path", "unmatched")
+                if self._observe:
+                    self._observe(scope["method"], route, status, seconds)
+                if not route.startswith(("/health", "/metrics")):
+                    self._log.info(
+                        "request", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1e3, 1)
+                    )
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value.decode("latin-1")):
+            return str(value.decode("latin-1"))
+    return "req-" + secrets.token_hex(12)
