@@ -1,7 +1,7 @@
 """The one shared file that knows torch: preparing a base model once, and loading it in a precision.
 
-Owns the form of `artifacts/bases/<id>` (safetensors, tokenizer.json, chat template, manifest) and how bitsandbytes is asked
-for. Knows nothing of jobs, adapters or HTTP.
+Owns the form of `artifacts/bases/<id>` (safetensors, tokenizer.json, chat template, manifest) and how bitsandbytes is
+asked for. Knows nothing of jobs, adapters or HTTP.
 """
 
 import hashlib

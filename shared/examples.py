@@ -1,7 +1,7 @@
 """What a dataset row is, and reading rows from bytes while they stream in.
 
-Owns the three row forms, the byte-level readers (JSON lines and one JSON array) and the check of every row with its line
-number. Knows nothing of tokens, templates or files on disk.
+Owns the three row forms, the byte-level readers (JSON lines and one JSON array) and the check of every row with its
+line number. Knows nothing of tokens, templates or files on disk.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """What both HTTP services share: the error bodies, the request id, and one access line per request.
 
-`/v1/*` answers OpenAI's `{"error": {...}}`, every other route TGI's `{"error", "error_type"}`; FastAPI's `{"detail"}` and
-stack traces never leave. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
+`/v1/*` answers OpenAI's `{"error": {...}}`, every other route TGI's `{"error", "error_type"}`; FastAPI's `{"detail"}`
+and stack traces never leave. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
 """
 
 import re
