@@ -48,9 +48,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.VALIDATING: frozenset({State.QUEUED, State.FAILED, State.CANCELLED}),
     State.QUEUED: frozenset({State.RUNNING, State.PAUSED, State.CANCELLED}),
     State.RUNNING: frozenset({State.SUCCEEDED, State.FAILED, State.QUEUED, State.PAUSING, State.CANCELLING}),
-    # A wish can come too late (the job ends first) and its worker can be lost.
-    State.PAUSING: frozenset({State.PAUSED, State.SUCCEEDED, State.FAILED, State.QUEUED, State.CANCELLING}),
-    State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED, State.FAILED, State.QUEUED}),
+    # A wish can come too late: the job ends first. If the worker is lost, the wish is fulfilled without it.
+    State.PAUSING: frozenset({State.PAUSED, State.SUCCEEDED, State.FAILED, State.CANCELLING}),
+    State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED, State.FAILED}),
     State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
     State.SUCCEEDED: frozenset(),
     State.FAILED: frozenset(),

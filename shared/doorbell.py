@@ -1,0 +1,79 @@
+"""HOP 1: the doorbell between gateway and trainer. A Celery message without content; the SQL row is the truth.
+
+Celery on Redis alone loses and doubles jobs of hours (visibility timeout, early acks, BRPOP). So a ring only says "look
+into the database": it may be lost, doubled or come too late, and nothing is lost with it. JSON only, acknowledged
+before the work, no result backend.
+"""
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from shared.logs import get_logger
+
+QUEUE = "tunesmith"
+RING = "tunesmith.ring"
+SOCKET_TIMEOUT_SECONDS = 5
+
+
+def celery_app(redis_url: str) -> Celery:
+    """The Celery application on both ends of the bell."""
+    app = Celery("tunesmith", broker=redis_url)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        result_accept_content=["json"],
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_acks_late=False,
+        task_default_queue=QUEUE,
+        worker_hijack_root_logger=False,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_concurrency=1,
+        worker_send_task_events=False,
+        worker_enable_remote_control=False,
+        # A replacement child imports torch; at the default of 4 s it would be killed for ever.
+        worker_proc_alive_timeout=120,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "socket_connect_timeout": SOCKET_TIMEOUT_SECONDS,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+    )
+    return app
+
+
+class Doorbell:
+    """The gateway's end: rings, and counts rings nobody has heard yet."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._app = celery_app(redis_url)
+        self._redis = Redis.from_url(
+            redis_url, socket_timeout=SOCKET_TIMEOUT_SECONDS, socket_connect_timeout=SOCKET_TIMEOUT_SECONDS
+        )
+        self._log = get_logger("doorbell")
+
+    def ring(self) -> bool:
+        """Wake one worker. False if Redis is away: the reaper rings again until the job is claimed."""
+        try:
+            self._app.send_task(RING, queue=QUEUE, ignore_result=True, retry=False)
+        except (OperationalError, RedisError, OSError) as error:
+            self._log.warning("doorbell unheard", error=str(error))
+            return False
+        return True
+
+    def pending(self) -> int | None:
+        """Rings that wait in Redis; None if Redis is away."""
+        try:
+            return int(self._redis.llen(QUEUE))
+        except (RedisError, OSError):
+            return None
+
+    def close(self) -> None:
+        self._redis.close()
+        self._app.close()
