@@ -259,27 +259,40 @@ class Leases:
         Returns:
             Whether the job was taken.
         """
-        held = [jobs.c.lease_token == seen.token, jobs.c.renewals == seen.renewals]
+        held = [jobs.c.id == seen.job_id, jobs.c.lease_token == seen.token, jobs.c.renewals == seen.renewals]
         with self._database.write() as connection:
-            query = select(jobs.c.state, jobs.c.losses, jobs.c.worker).where(jobs.c.id == seen.job_id, *held)
-            row = connection.execute(query.where(jobs.c.state.in_(LEASED)).with_for_update()).one_or_none()
-            if row is None:
-                return False
-            target = _WITHOUT_WORKER[State(row.state)]
-            news = [NewEvent(f"Worker {row.worker} was lost", level="warn")]
-            # The token rises, so that a worker that wakes up again cannot write.
-            values: dict[str, Any] = {"lease_token": jobs.c.lease_token + 1, "losses": row.losses + 1}
-            if target is State.QUEUED and row.losses + 1 >= MAX_LOSSES:
-                message = f"the worker was lost {MAX_LOSSES} times without a new checkpoint in between"
-                failure, told = self._failure(JobFault(code="worker_lost", message=message))
-                values, news = values | failure, news + told
-            else:
-                values["state"] = target
-                if target.final:
-                    values["finished_at"] = self._now() // 1_000_000_000
-                end = {State.QUEUED: "Waiting for a worker to go on from the newest checkpoint"}
-                news.append(NewEvent(end.get(target, f"The job is {target.value}, as asked")))
-            return change_job(connection, seen.job_id, held, values, news, self._now())
+            return self._lose(connection, seen.job_id, held, "was lost")
+
+    def lose(self, lease: Lease, reason: str) -> None:
+        """Give a job back after a fault of this system (disk full, a bug): it counts as a loss, and is tried again.
+
+        Raises:
+            LeaseLost: see `renew`.
+        """
+        with self._database.write() as connection:
+            if not self._lose(connection, lease.job.id, _held(lease), f"could not go on: {reason}"):
+                raise LeaseLost(f"the lease on {lease.job.id} is gone")
+
+    def _lose(self, connection: Connection, job_id: str, held: Sequence[Any], what: str) -> bool:
+        query = select(jobs.c.state, jobs.c.losses, jobs.c.worker).where(*held, jobs.c.state.in_(LEASED))
+        row = connection.execute(query.with_for_update()).one_or_none()
+        if row is None:
+            return False
+        target = _WITHOUT_WORKER[State(row.state)]
+        news = [NewEvent(f"Worker {row.worker} {what}", level="warn")]
+        # The token rises, so that a worker that wakes up again cannot write.
+        values: dict[str, Any] = {"lease_token": jobs.c.lease_token + 1, "losses": row.losses + 1}
+        if target is State.QUEUED and row.losses + 1 >= MAX_LOSSES:
+            message = f"the worker was lost {MAX_LOSSES} times without a new checkpoint in between"
+            failure, told = self._failure(JobFault(code="worker_lost", message=message))
+            values, news = values | failure, news + told
+        else:
+            values["state"] = target
+            if target.final:
+                values["finished_at"] = self._now() // 1_000_000_000
+            end = {State.QUEUED: "Waiting for a worker to go on from the newest checkpoint"}
+            news.append(NewEvent(end.get(target, f"The job is {target.value}, as asked")))
+        return change_job(connection, job_id, held, values, news, self._now())
 
     def _failure(self, fault: JobFault) -> tuple[dict[str, Any], list[NewEvent]]:
         values = {

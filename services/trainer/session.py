@@ -1,0 +1,138 @@
+"""The recipe's line to the job store: a lease kept alive beside the training, and writes that carry its token.
+
+Knows leases; knows nothing of torch or of what is trained.
+"""
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.trainer.run import EventType, Level
+from shared.errors import LeaseLost
+from shared.job_store import NewEvent
+from shared.jobs import Phase, Progress, Wish
+from shared.leases import Lease, Leases
+from shared.logs import get_logger
+
+PROGRESS_SECONDS = 0.5
+STALL_SECONDS = 600.0
+STALL_STEPS = 10
+
+
+class LeaseSession:
+    """Implements `services.trainer.run.Session` over one lease; use as a context manager.
+
+    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when neither step
+    nor phase has moved for max(10 min, 10 × the median step): a worker that hangs must lose its job.
+
+    Args:
+        handover: true when this worker is to let go of its job (shutdown).
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        lease: Lease,
+        *,
+        handover: Callable[[], bool],
+        renew_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leases = leases
+        self._lease = lease
+        self._handover = handover
+        self._renew_seconds = renew_seconds
+        self._clock = clock
+        self._claimed = self._moved = clock()
+        self._progress_written = float("-inf")
+        self._progress: Progress | None = None
+        self._steps: deque[float] = deque(maxlen=101)
+        self._wish = Wish.NONE
+        self._lost = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+        self._log = get_logger("session")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def phase(self, phase: Phase) -> None:
+        self._moved = self._clock()
+        self._leases.record(self._lease, phase=phase)
+
+    def progress(self, progress: Progress) -> None:
+        """Written at most twice a second: steps of a tiny model must not wait for the disk."""
+        now = self._clock()
+        self._steps.append(now - self._moved)
+        self._moved = now
+        self._progress = progress
+        if now - self._progress_written >= PROGRESS_SECONDS:
+            self._write()
+
+    def event(
+        self, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
+    ) -> None:
+        self._write(NewEvent(message, level, type, data))
+        self._log.info("event", message=message, level=level, data=data)
+
+    def first_step(self, *, base_loaded: bool) -> None:
+        seconds = round(self._clock() - self._claimed, 3)
+        base = "after loading the base model" if base_loaded else "with the base model already warm"
+        self.event(
+            f"First optimizer step done {seconds:.1f} s after the claim, {base}",
+            data={"claim_to_first_step_seconds": seconds, "base_loaded": base_loaded},
+        )
+
+    def should_stop(self) -> bool:
+        """Raises LeaseLost if the job is another worker's by now."""
+        if self._lost:
+            raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
+        return self._wish is not Wish.NONE or self._handover()
+
+    def reserve_adapter(self) -> str:
+        return self._leases.reserve_adapter(self._lease)
+
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
+        self._moved = self._clock()
+        self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics)
+
+    def flush(self) -> None:
+        """Write progress that was held back."""
+        if self._progress is not None:
+            self._write()
+
+    def _write(self, *news: NewEvent) -> None:
+        self._leases.record(self._lease, news, progress=self._progress)
+        self._progress = None
+        self._progress_written = self._clock()
+
+    def _stalled(self) -> bool:
+        patience = STALL_SECONDS
+        if self._steps:
+            patience = max(patience, STALL_STEPS * statistics.median(self._steps))
+        return self._clock() - self._moved > patience
+
+    def _keep_alive(self) -> None:
+        while not self._done.wait(self._renew_seconds):
+            if self._stalled():
+                self._log.error("no step or phase has moved for long; the lease is left to expire")
+                return
+            try:
+                self._wish = self._leases.renew(self._lease)
+            except LeaseLost:
+                self._lost = True
+                return
+            except SQLAlchemyError as error:
+                # The database may be away for less time than the reaper waits.
+                self._log.warning("lease not renewed", error=str(error))

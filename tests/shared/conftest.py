@@ -1,0 +1,64 @@
+"""One store, both databases: every test that asks for `database` runs on SQLite and on a real PostgreSQL."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from shared.database import Database, migrate
+from shared.job_store import JobStore
+from shared.jobs import JobSpec
+from shared.leases import Leases
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server from PyPI's pgserver, stopped at the end."""
+    with pytest.MonkeyPatch.context() as environment:
+        # pgserver keeps its lock file there, and platformdirs warns where no desktop has set it.
+        environment.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pgserver
+
+        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty, migrated database of its own."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    else:
+        admin: str = request.getfixturevalue("postgres_url")
+        name = f"test_{secrets.token_hex(6)}"
+        with psycopg.connect(admin, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        url = admin.replace("/postgres?", f"/{name}?", 1)
+        assert url != admin
+    migrate(url)
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database)
+
+
+@pytest.fixture
+def leases(database: Database) -> Leases:
+    return Leases(database)
+
+
+@pytest.fixture
+def spec() -> JobSpec:
+    return JobSpec(base="tiny", base_revision="r1", training_file="file-1", training_sha256="0" * 64)
