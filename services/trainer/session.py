@@ -52,6 +52,7 @@ class LeaseSession:
         self._claimed = self._moved = clock()
         self._progress_written = float("-inf")
         self._progress: Progress | None = None
+        self._untold: list[NewEvent] = []
         self._steps: deque[float] = deque(maxlen=101)
         self._wish = Wish.NONE
         self._lost = False
@@ -108,12 +109,20 @@ class LeaseSession:
         self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics)
 
     def flush(self) -> None:
-        """Write progress that was held back."""
-        if self._progress is not None:
-            self._write()
+        """Write what was held back."""
+        if self._progress is not None or self._untold:
+            self._leases.record(self._lease, self._untold, progress=self._progress)
+            self._progress, self._untold = None, []
 
     def _write(self, *news: NewEvent) -> None:
-        self._leases.record(self._lease, news, progress=self._progress)
+        """Write what is new; what the database does not take now is told with the next write."""
+        self._untold += news
+        try:
+            self._leases.record(self._lease, self._untold, progress=self._progress)
+        except SQLAlchemyError as error:
+            self._log.warning("events held back", count=len(self._untold), error=str(error))
+            return
+        self._untold = []
         self._progress = None
         self._progress_written = self._clock()
 

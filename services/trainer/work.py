@@ -1,0 +1,105 @@
+"""Claim, train, record: the loop between the job store and the recipe. Knows no Celery; a bell only starts it."""
+
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.trainer.bases import WarmBases
+from services.trainer.finetune import finetune
+from services.trainer.run import Finished, JobRun, Outcome
+from services.trainer.session import LeaseSession
+from shared.artifacts import ArtifactStore
+from shared.errors import JobFailed, LeaseLost, TunesmithError
+from shared.jobs import JobFault
+from shared.leases import Lease, Leases
+from shared.logs import get_logger
+
+
+class Worker:
+    """One trainer on one device.
+
+    Args:
+        bases: the base model, kept warm between jobs.
+        name: what events call this worker.
+        handover: true once this worker is to let go of its job and claim no more.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        store: ArtifactStore,
+        bases: WarmBases,
+        *,
+        name: str,
+        handover: Callable[[], bool],
+        renew_seconds: float = 5.0,
+    ) -> None:
+        self._leases = leases
+        self._store = store
+        self._bases = bases
+        self._name = name
+        self._handover = handover
+        self._renew_seconds = renew_seconds
+        self._log = get_logger("worker")
+
+    def work_off(self) -> int:
+        """Claim the oldest queued job, train it, and again until none is left. Returns how many were claimed."""
+        claimed = 0
+        while not self._handover() and (lease := self._leases.claim(self._name)) is not None:
+            claimed += 1
+            with structlog.contextvars.bound_contextvars(job_id=lease.job.id, lease_token=lease.token):
+                self._log.info("claimed", attempt=lease.job.attempt)
+                self._work(lease)
+        return claimed
+
+    def _work(self, lease: Lease) -> None:
+        try:
+            self._end(lease, self._train(lease))
+        except LeaseLost:
+            # Whoever holds the job now owns its files, too.
+            self._log.warning("lease lost")
+        except TunesmithError as error:
+            self._give_up(lease, error)
+        except Exception as error:
+            self._log.exception("training broke off")
+            self._lose(lease, f"{type(error).__name__}: {error}")
+
+    def _train(self, lease: Lease) -> Outcome:
+        checkpoints = self._leases.checkpoints(lease)
+        resume = [self._store.checkpoint(lease.job.id, c.lease_token, c.step) for c in checkpoints]
+        run = JobRun(job_id=lease.job.id, lease_token=lease.token, spec=lease.job.spec)
+        session = LeaseSession(self._leases, lease, handover=self._handover, renew_seconds=self._renew_seconds)
+        with session:
+            outcome = finetune(run, self._bases, self._store, session, resume)
+            session.flush()
+        return outcome
+
+    def _end(self, lease: Lease, outcome: Outcome) -> None:
+        if isinstance(outcome, Finished):
+            self._leases.succeed(lease, outcome.adapter_id, outcome.report)
+            ended = True
+        else:
+            step = outcome.step
+            kept = f"the checkpoint of step {step} is kept" if step else "no step was done yet"
+            ended = self._leases.let_go(lease, f"Stopped on worker {self._name}: {kept}").final
+        self._log.info("let go", outcome=type(outcome).__name__)
+        if ended:
+            self._store.remove(self._store.checkpoints(lease.job.id))
+
+    def _give_up(self, lease: Lease, error: TunesmithError) -> None:
+        """A fault that is the job's own ends it; one of the system's is tried again."""
+        if isinstance(error, JobFailed) or error.status < 500:
+            self._log.warning("job failed", code=error.code, error=error.message)
+            self._leases.fail(lease, JobFault(code=error.code, message=error.message, param=error.param))
+            self._store.remove(self._store.checkpoints(lease.job.id))
+        else:
+            self._log.error("system fault", code=error.code, error=error.message)
+            self._lose(lease, error.message)
+
+    def _lose(self, lease: Lease, reason: str) -> None:
+        try:
+            self._leases.lose(lease, reason[:500])
+        except (LeaseLost, SQLAlchemyError) as error:
+            # The reaper will find the job silent.
+            self._log.warning("could not give the job back", error=str(error))
