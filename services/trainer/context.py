@@ -1,0 +1,76 @@
+"""What one run of the recipe works with, from the first step to the last."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from services.trainer.bases import TrainableBase
+from services.trainer.checkpoint import Identity
+from services.trainer.dataset import Data
+from services.trainer.forward import Packed, pack
+from services.trainer.layout import Layout
+from services.trainer.precision import Precision
+from services.trainer.run import Check, JobRun, Session
+from shared.artifacts import ArtifactStore
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class RunContext:
+    """What stays the same from the first step to the last.
+
+    Attributes:
+        peak_flops: what this machine's matrix products reach at best, FLOP/s, if it was measured.
+        evaluation_seconds: how long the last evaluation took.
+        resume_states: committed resume states still on disk, oldest first.
+    """
+
+    job: JobRun
+    base: TrainableBase
+    data: Data
+    layout: Layout
+    precision: Precision
+    store: ArtifactStore
+    session: Session
+    check: Check
+    clock: Clock
+    base_loaded: bool
+    matmul_weights: int
+    peak_flops: float | None
+    evaluation_seconds: float = 0.0
+    resume_states: list[Path] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+    @property
+    def identity(self) -> Identity:
+        """What a checkpoint must agree with to be continued."""
+        spec = self.job.spec
+        return {
+            "training data": self.data.training.key,
+            "layout": self.layout.identity,
+            "seed": spec.seed,
+            "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+            "lora": spec.lora.model_dump(mode="json"),
+            "base weights": self.base.loaded.sha256,
+            "base precision": spec.base_precision,
+            "compute dtype": str(self.precision.dtype),
+            "device": self.device.type,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+        }
+
+    def packs(self, step: int) -> list[Packed]:
+        """The micro-batches of 0-based step `step`, as tensors."""
+        rows = self.data.training
+        return [pack([rows[row] for row in batch], self.device) for batch in self.layout.micro_batches(step)]
+
+    def checkpoint_due(self, steps: int) -> bool:
+        """Whether a checkpoint is written after `steps` steps: each epoch, every `checkpoint_steps`, and at the end."""
+        every = self.job.spec.hyperparameters.checkpoint_steps
+        at_step = every is not None and steps % every == 0
+        return at_step or self.layout.ends_epoch(steps) or steps == self.layout.total_steps

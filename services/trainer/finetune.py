@@ -1,0 +1,247 @@
+"""The recipe: one job from rows to a published adapter, top to bottom.
+
+Knows no queue, no SQL and no HTTP: what it needs is handed in, and all it says goes through the session. It ends in
+`Finished` or `Stopped`, or raises `JobFailed` (the job cannot succeed) or whatever the session raises (the lease is
+gone).
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+
+from services.trainer.adapter import adapter_manifest, write_adapter
+from services.trainer.bases import WarmBases
+from services.trainer.checkpoint import TrainingState, prune, publish_state, resume
+from services.trainer.checks import (
+    check_base_unchanged,
+    check_reload,
+    check_trained,
+    out_of_memory_explained,
+    sample_logits,
+)
+from services.trainer.context import Clock, RunContext
+from services.trainer.dataset import prepare_data
+from services.trainer.evaluate import evaluation_loss
+from services.trainer.forward import training_forward
+from services.trainer.layout import plan_layout
+from services.trainer.lora import lora_attached, parameter_counts, trainable
+from services.trainer.metrics import History, matmul_parameters, reset_peak_memory
+from services.trainer.precision import choose_precision
+from services.trainer.reports import (
+    metrics_of,
+    progress_of,
+    report_on,
+    tell_about_adapter,
+    tell_about_base,
+    tell_about_rows,
+    tell_metrics,
+)
+from services.trainer.rng import RandomState
+from services.trainer.run import Finished, JobRun, Outcome, Session, Stopped, StopRequested, stop_check
+from services.trainer.schedule import learning_rate
+from services.trainer.step import MAX_SKIPPED_STEPS, make_optimizer, take_step
+from shared.artifacts import ArtifactStore, Manifest
+from shared.errors import JobFailed
+from shared.jobs import Phase
+
+
+def finetune(
+    job: JobRun,
+    bases: WarmBases,
+    store: ArtifactStore,
+    session: Session,
+    candidates: Sequence[Path] = (),
+    *,
+    peak_flops: float | None = None,
+    clock: Clock = time.monotonic,
+) -> Outcome:
+    """Run a job to its end, or to where it is asked to stop.
+
+    Args:
+        candidates: committed resume states of earlier claims, newest first.
+
+    Raises:
+        JobFailed: trying again would not help; the message says what to change.
+        LeaseLost: from the session; nothing more was written.
+    """
+    try:
+        with out_of_memory_explained():
+            run = prepare(job, bases, store, session, peak_flops, clock)
+    except StopRequested:
+        return Stopped(step=0)
+    model = run.base.loaded.model
+    with store.staged() as folder, out_of_memory_explained():
+        with lora_attached(model, job.spec.lora, job.spec.seed) as peft_model:
+            counts = parameter_counts(peft_model)
+            tell_about_adapter(session, counts)
+            state = begin(run, peft_model, candidates)
+            try:
+                train(run, peft_model, state)
+            except StopRequested:
+                save_where_it_stands(run, peft_model, state)
+                return Stopped(step=state.history.step)
+            session.phase(Phase.SAVING)
+            check_trained(peft_model)
+            write_adapter(folder, peft_model, run.base.loaded.base)
+            sample = run.packs(0)[0]
+            expected = sample_logits(peft_model, sample, run.precision)
+        try:
+            check_base_unchanged(run.base)
+        except JobFailed:
+            bases.discard()
+            raise
+        check_reload(run.base, folder, sample, expected, run.precision)
+        adapter_id = session.reserve_adapter()
+        manifest = publish_adapter(run, folder, adapter_id, state.history.step)
+    return Finished(adapter_id, manifest, report_on(run, state.history, counts))
+
+
+def prepare(
+    job: JobRun, bases: WarmBases, store: ArtifactStore, session: Session, peak_flops: float | None, clock: Clock
+) -> RunContext:
+    """Everything up to the LoRA weights: the rows first, so that a bad file fails before any model is loaded."""
+    spec = job.spec
+    session.phase(Phase.PREPARING)
+    reset_peak_memory(bases.device)
+    check = stop_check(session)
+    check()
+    precision = choose_precision(spec, bases.device)
+    data = prepare_data(spec, store, bases.tokenizer(spec), check)
+    layout = plan_layout(data.training.lengths, spec.hyperparameters, spec.seed, bases.device.type)
+    tell_about_rows(session, data.training, layout)
+    check()
+    base, seconds = bases.load(spec, precision.dtype)
+    tell_about_base(session, base, seconds)
+    return RunContext(
+        job=job,
+        base=base,
+        data=data,
+        layout=layout,
+        precision=precision,
+        store=store,
+        session=session,
+        check=check,
+        clock=clock,
+        base_loaded=seconds is not None,
+        matmul_weights=matmul_parameters(base.loaded.model),
+        peak_flops=peak_flops,
+    )
+
+
+def begin(run: RunContext, model: PeftModel, candidates: Sequence[Path]) -> TrainingState:
+    """A run at step 0, or where its newest usable checkpoint left it."""
+    parameters = trainable(model)
+    state = TrainingState(
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, run.job.spec.hyperparameters),
+        scaler=run.precision.scaler,
+        history=History(),
+        random=RandomState.capture(run.device),
+    )
+    folder = resume(candidates, run.store, state, run.identity, run.session, run.device)
+    if folder is not None:
+        run.resume_states = list(reversed(candidates[candidates.index(folder) :]))
+    return state
+
+
+def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
+    """All steps that are left, with the loss on held-out rows before, on the way and after.
+
+    Raises:
+        StopRequested: `state` is that of the last whole step.
+    """
+    history, layout = state.history, run.layout
+    if history.step == 0:
+        evaluate(run, model, history)
+    run.session.phase(Phase.TRAINING)
+    first = history.step
+    while history.step < layout.total_steps:
+        one_step(run, model, state)
+        if history.step == first + 1:
+            run.session.first_step(base_loaded=run.base_loaded)
+        run.session.progress(progress_of(run, history))
+        due = run.checkpoint_due(history.step)
+        if due:
+            evaluate(run, model, history)
+        if due or history.step % run.job.spec.hyperparameters.metrics_steps == 0:
+            metrics = tell_metrics(run, history)
+        if due:
+            save(run, model, state, metrics)
+    evaluate(run, model, history)
+
+
+def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
+    """The next optimizer step, whole or not at all."""
+    history, hyper = state.history, run.job.spec.hyperparameters
+    started = run.clock()
+    try:
+        with training_forward(model, dropout=True):
+            result = take_step(
+                model,
+                state.parameters,
+                state.optimizer,
+                run.packs(history.step),
+                learning_rate=learning_rate(history.step, run.layout.total_steps, hyper),
+                max_grad_norm=hyper.max_grad_norm,
+                precision=run.precision,
+                check=run.check,
+            )
+    except StopRequested:
+        state.optimizer.zero_grad(set_to_none=True)
+        state.random.restore(run.device)
+        raise
+    state.random = RandomState.capture(run.device)
+    history.add(result, run.clock() - started)
+    if history.skipped_in_a_row > MAX_SKIPPED_STEPS:
+        raise JobFailed(
+            f"{history.skipped_in_a_row} steps in a row overflowed fp16; use compute_dtype fp32 or bf16",
+            code="non_finite_loss",
+        )
+
+
+def evaluate(run: RunContext, model: PeftModel, history: History) -> None:
+    """Loss on the validation file after the steps done so far, unless it is known or there is no such file."""
+    rows = run.data.validation
+    if rows is None or history.valid_loss(history.step) is not None:
+        return
+    run.session.phase(Phase.EVALUATING)
+    started = run.clock()
+    loss = evaluation_loss(model, rows, run.layout.token_budget, run.precision, run.check)
+    run.evaluation_seconds = run.clock() - started
+    history.valid_losses.append((history.step, loss))
+    if history.step == 0:
+        run.session.event(f"Validation loss before training: {loss:.4f}", data={"step": 0, "valid_loss": loss})
+    run.session.phase(Phase.TRAINING)
+
+
+def save(run: RunContext, model: PeftModel, state: TrainingState, metrics: dict[str, float]) -> None:
+    """Checkpoint the last whole step, for resuming and for serving.
+
+    The order (files durable first, the session's transaction last) is what makes a known checkpoint a usable one.
+    """
+    run.session.phase(Phase.SAVING)
+    adapter_id = run.session.reserve_adapter()
+    with run.store.staged() as folder:
+        write_adapter(folder, model, run.base.loaded.base)
+        publish_adapter(run, folder, adapter_id, state.history.step)
+    template = run.data.training.template
+    resume_state = publish_state(run.store, run.job, run.base, template, state, run.identity)
+    losses = {key: value for key, value in metrics.items() if key in ("train_loss", "valid_loss")}
+    run.session.commit_checkpoint(step=state.history.step, adapter_id=adapter_id, metrics=losses)
+    state.saved_step = state.history.step
+    run.resume_states.append(resume_state)
+    prune(run.store, run.resume_states)
+    run.session.phase(Phase.TRAINING)
+
+
+def save_where_it_stands(run: RunContext, model: PeftModel, state: TrainingState) -> None:
+    """On a stop: nothing of the work is lost."""
+    if state.history.step > state.saved_step:
+        save(run, model, state, metrics_of(run, state.history))
+
+
+def publish_adapter(run: RunContext, folder: Path, adapter_id: str, step: int) -> Manifest:
+    manifest = adapter_manifest(run.job, adapter_id, step, run.base, run.data.training.template)
+    return run.store.publish(folder, run.store.adapter(adapter_id), manifest)

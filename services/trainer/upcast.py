@@ -1,0 +1,48 @@
+"""Base weights held in half precision, computed with in fp32: half the memory at fp32's accuracy.
+
+bitsandbytes does the same for int8 and nf4 while training on a CPU. CPUs without bf16 arithmetic gain nothing from
+multiplying in bf16 (it runs at fp32's rate or below).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _UpcastProduct(torch.autograd.Function):
+    """y = x W^T + b with a frozen half-precision W, cast in both directions instead of kept as an fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.to(grads[0].dtype), None, None
+
+
+class UpcastLinear(nn.Linear):
+    """A frozen linear layer whose weight is cast to its input's dtype on the fly."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product: Tensor = _UpcastProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return product
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a frozen half-precision model compute in fp32, in place; a no-op on an fp32 model."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dtype not in (torch.bfloat16, torch.float16):
+            continue
+        if type(module) is nn.Linear:
+            module.__class__ = UpcastLinear
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _module, _args, output: output.float())
+        else:
+            # Norms: a few thousand numbers.
+            module.float()
