@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from services.trainer.bases import WarmBases
+from services.trainer.metrics import measure_peak_flops
 from services.trainer.settings import TrainerSettings
 from services.trainer.work import Worker
 from shared.artifacts import LocalArtifactStore
@@ -19,11 +20,13 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> W
     quiet_libraries()
     torch.set_num_threads(settings.torch_threads)
     store = LocalArtifactStore(settings.artifacts_root)
+    device = choose_device()
     return Worker(
         Leases(Database(settings.sql_url)),
         store,
-        WarmBases(load_catalogue(settings.catalogue), store, choose_device()),
+        WarmBases(load_catalogue(settings.catalogue), store, device),
         name=settings.worker_name,
         handover=handover,
         renew_seconds=settings.renew_seconds,
+        peak_flops=measure_peak_flops(device),
     )

@@ -23,6 +23,7 @@ class Worker:
         bases: the base model, kept warm between jobs.
         name: what events call this worker.
         handover: true once this worker is to let go of its job and claim no more.
+        peak_flops: measured FLOP/s of this device's matrix products, for MFU.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Worker:
         name: str,
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
+        peak_flops: float | None = None,
     ) -> None:
         self._leases = leases
         self._store = store
@@ -41,6 +43,7 @@ class Worker:
         self._name = name
         self._handover = handover
         self._renew_seconds = renew_seconds
+        self._peak_flops = peak_flops
         self._log = get_logger("worker")
 
     def work_off(self) -> int:
@@ -63,6 +66,8 @@ class Worker:
             self._give_up(lease, error)
         except Exception as error:
             self._log.exception("training broke off")
+            # Where it broke off, LoRA may be half attached.
+            self._bases.discard()
             self._lose(lease, f"{type(error).__name__}: {error}")
 
     def _train(self, lease: Lease) -> Outcome:
@@ -71,7 +76,7 @@ class Worker:
         run = JobRun(job_id=lease.job.id, lease_token=lease.token, spec=lease.job.spec)
         session = LeaseSession(self._leases, lease, handover=self._handover, renew_seconds=self._renew_seconds)
         with session:
-            outcome = finetune(run, self._bases, self._store, session, resume)
+            outcome = finetune(run, self._bases, self._store, session, resume, peak_flops=self._peak_flops)
             session.flush()
         return outcome
 
