@@ -1,0 +1,60 @@
+"""Process entry: `python -m services.inference`. One process serves one base; SIGTERM drains and ends it."""
+
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+
+from services.inference.app import create_app
+from services.inference.serving import Serving
+from services.inference.settings import InferenceSettings
+from shared.artifacts import LocalArtifactStore
+from shared.catalogue import load_catalogue
+from shared.errors import TunesmithError
+from shared.logs import configure_logging, get_logger
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit status."""
+    try:
+        settings = InferenceSettings()
+    except ValidationError as error:
+        print(f"settings: {error}", file=sys.stderr)
+        return 2
+    configure_logging("inference", settings.log_level)
+    log = get_logger("inference")
+
+    def build() -> Serving:
+        # torch and transformers take seconds to import; only a process that serves pays for it.
+        from services.inference.build import build_serving
+        from shared.base_model import quiet_libraries
+
+        quiet_libraries()
+        try:
+            serving = build_serving(
+                settings, LocalArtifactStore(settings.artifacts_root), load_catalogue(settings.catalogue)
+            )
+        except TunesmithError as error:
+            log.error("cannot serve", code=error.code, error=error.message)
+            raise
+        log.info("serving", base=serving.base.id, precision=serving.base.precision, port=settings.port)
+        return serving
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, build),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # Requests in flight go on; new connections are refused meanwhile.
+            timeout_graceful_shutdown=settings.drain_seconds,
+        )
+    )
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The HTTP application: which routes there are, who may call them, how errors look. Imports no torch.
+
+What is served is built when the application starts (`build`), so that the OpenAPI document needs no model.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.middleware import Middleware
+
+from services.inference.connection import ClientGone
+from services.inference.guard import guarded
+from services.inference.metrics import Metrics
+from services.inference.openai_routes import openai_router
+from services.inference.operations import health_router, operations_router
+from services.inference.serving import Serving
+from services.inference.settings import InferenceSettings
+from services.inference.tgi_routes import tgi_router
+from shared.web import RequestContext, install_error_handlers
+
+VERSION = "0.1.0"
+
+
+def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> FastAPI:
+    """The application.
+
+    Args:
+        build: loads the base and starts the engine; called in a thread when the application starts.
+    """
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        serving = await asyncio.to_thread(build)
+        serving.observe(metrics)
+        metrics.watch(serving)
+        app.state.serving = serving
+        try:
+            yield
+        finally:
+            await serving.close()
+
+    app = FastAPI(
+        title="Tunesmith inference",
+        version=VERSION,
+        summary="Private API: generates with one base model and any of its adapters.",
+        lifespan=lifespan,
+        middleware=[Middleware(RequestContext, observe=metrics.answered)],
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.metrics = metrics
+    route_class = guarded(settings.internal_token.get_secret_value(), settings.body_bytes)
+    app.include_router(health_router())
+    app.include_router(tgi_router(route_class))
+    app.include_router(openai_router(route_class))
+    app.include_router(operations_router(route_class, settings, VERSION))
+    install_error_handlers(app)
+    app.add_exception_handler(ClientGone, _nobody_listens)
+    return app
+
+
+async def _nobody_listens(request: Request, error: Exception) -> Response:
+    # nginx's number for a client that left; only the access log sees it.
+    return Response(status_code=499)
+
+
+def openapi_document() -> dict[str, Any]:
+    """The API's description; needs no model and no torch."""
+
+    def never() -> Serving:
+        raise RuntimeError("this application only describes itself")
+
+    return create_app(InferenceSettings(host="127.0.0.1"), never).openapi()

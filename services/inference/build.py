@@ -1,0 +1,93 @@
+"""Puts the service together: base, engine, adapters. The one file that knows torch and HTTP's neighbours at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from services.inference.adapter_weights import WEIGHTS, read_adapter, refuse
+from services.inference.adapters import AdapterRegistry, Checked
+from services.inference.engine.admission import Admission
+from services.inference.engine.batch_engine import BatchEngine
+from services.inference.engine.runner import ModelRunner
+from services.inference.serving import ServedBase, Serving
+from services.inference.settings import InferenceSettings
+from shared.artifacts import ArtifactStore
+from shared.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
+from shared.catalogue import Catalogue
+from shared.errors import InvalidRequest
+from shared.templates import template_by_id
+
+
+def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: Catalogue) -> Serving:
+    """Prepare and load the base, start the engine.
+
+    Raises:
+        NotFound: the catalogue has no such base.
+        Unavailable, ArtifactCorrupt, TunesmithError: the base cannot be prepared, loaded or served.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    base = catalogue.get(settings.base) if settings.base else catalogue.bases[0]
+    prepare_base(base, store)
+    device = choose_device()
+    loaded = load_base(base, store, settings.precision, device, compute_dtype("auto", device))
+    return assemble(loaded, settings, store)
+
+
+def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactStore) -> Serving:
+    """The service around a loaded base, whose linear layers are replaced in place."""
+    runner = ModelRunner(
+        loaded.model, rows=settings.slots, context=settings.context, adapter_slots=settings.adapter_slots
+    )
+    admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
+    engine = BatchEngine(runner, loaded.tokenizer, admission, prefill_chunk=settings.prefill_chunk)
+    modules, dtype = engine.lora_modules, runner.dtype
+
+    def read(folder: Path) -> Checked:
+        return read_checked(folder, loaded, store, settings, modules, dtype)
+
+    pool = ThreadPoolExecutor(2, thread_name_prefix="adapter-reader")
+    adapters = AdapterRegistry(store, engine, read, pool, budget=settings.adapter_bytes, slots=settings.adapter_slots)
+    base = ServedBase(
+        id=loaded.base.id,
+        aliases=loaded.base.aliases,
+        revision=loaded.base.revision,
+        sha256=loaded.sha256,
+        precision=loaded.precision,
+        dtype=str(dtype).removeprefix("torch."),
+        device=loaded.device.type,
+    )
+    return Serving(base, loaded.tokenizer, engine, admission, adapters)
+
+
+def read_checked(
+    folder: Path,
+    loaded: LoadedBase,
+    store: ArtifactStore,
+    settings: InferenceSettings,
+    modules: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
+) -> Checked:
+    """Verify an adapter folder, see that it belongs to this base, and read it.
+
+    Raises:
+        NotFound, ArtifactCorrupt: see `ArtifactStore.verify`.
+        InvalidRequest: code `adapter_refused`, with the reason.
+    """
+    manifest = store.verify(folder, "adapter")
+    if manifest.id != folder.name:
+        raise refuse(f"its manifest is {manifest.id[:100]}'s")
+    if (manifest.base, manifest.base_sha256) != (loaded.base.id, loaded.sha256):
+        same = "other weights of it" if manifest.base == loaded.base.id else f"this server has {loaded.base.id}"
+        raise refuse(f"it was trained on the base {manifest.base} ({same})")
+    if WEIGHTS not in manifest.files:
+        raise refuse(f"it has no {WEIGHTS}")
+    if manifest.files[WEIGHTS].size > settings.adapter_bytes:
+        raise refuse(f"it is larger than this server's budget of {settings.adapter_bytes} bytes")
+    try:
+        template = template_by_id(manifest.template, loaded.tokenizer.chat) if manifest.template else None
+    except InvalidRequest as error:
+        raise refuse(error.message) from None
+    weights = read_adapter(folder, modules, max_rank=settings.max_rank, dtype=dtype)
+    return Checked(manifest, weights, template)

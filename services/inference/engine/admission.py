@@ -1,0 +1,53 @@
+"""The bound on what waits: requests and prompt tokens. A full queue answers at once instead of growing."""
+
+import threading
+
+from shared.errors import Overloaded
+
+
+class Place:
+    """One request's place in the queue; left exactly once."""
+
+    def __init__(self, admission: "Admission", tokens: int) -> None:
+        self._admission: Admission | None = admission
+        self.tokens = tokens
+
+    def leave(self) -> None:
+        """Give the place back; a second call does nothing."""
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission._left(self.tokens)
+
+
+class Admission:
+    """Counts requests between their acceptance and their slot, over all threads.
+
+    A request waiting for its adapter counts too: it holds its prompt as one in the engine's queue does.
+    """
+
+    def __init__(self, *, requests: int, tokens: int) -> None:
+        self._most_requests, self._most_tokens = requests, tokens
+        self._lock = threading.Lock()
+        self.requests = 0
+        self.tokens = 0
+
+    def enter(self, tokens: int) -> Place:
+        """Take a place for a prompt of so many tokens.
+
+        Raises:
+            Overloaded: the queue is full. An empty queue takes any prompt.
+        """
+        with self._lock:
+            full = self.requests >= self._most_requests or self.tokens + tokens > self._most_tokens
+            if self.requests and full:
+                raise Overloaded(
+                    f"the queue is full ({self.requests} requests, {self.tokens} prompt tokens); try again later"
+                )
+            self.requests += 1
+            self.tokens += tokens
+        return Place(self, tokens)
+
+    def _left(self, tokens: int) -> None:
+        with self._lock:
+            self.requests -= 1
+            self.tokens -= tokens

@@ -1,0 +1,197 @@
+"""What an engine is: `submit / cancel / load / unload / stats`. Pure data and a protocol, no torch.
+
+The HTTP side and the adapter registry know this page only, so that another backend can stand behind it.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from services.inference.engine.admission import Place
+from shared.errors import TunesmithError
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; greedy unless `do_sample`.
+
+    The processors act in transformers' order: repetition penalty, temperature, top_k, top_p.
+
+    Attributes:
+        seed: of this request's own generator; the same seed and prompt give the same text whoever else is served.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to continue.
+
+    Attributes:
+        prompt: token ids, at least one.
+        adapter: a uid given to `Engine.load`, or None for the base.
+        stop: the text ends with the first of these that appears, also across token borders.
+        keep_stop: whether the stop string stays in the text (TGI) or is cut off (OpenAI).
+        top_logprobs: how many alternatives to report for each token.
+        prompt_logprobs: report the log probability of each prompt token.
+    """
+
+    prompt: Sequence[int]
+    adapter: str | None = None
+    max_new_tokens: int = 100
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = True
+    ignore_eos: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have been chosen. `logprob` is natural, of the model's own distribution."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request left the queue and its prompt is in the cache.
+
+    Attributes:
+        prompt_logprobs: for each prompt token but the first; empty unless asked for.
+        queue_seconds: time between `submit` and leaving the queue.
+    """
+
+    queue_seconds: float
+    prompt_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        text: what this token lets out: whole characters only, nothing that may still become a stop string, and empty
+            for special tokens. All tokens' texts joined are the generated text.
+        logprob: natural log probability under the model's own distribution, before temperature and penalties.
+        finish: set on the last token.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    alternatives: tuple[Alternative, ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: TunesmithError
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    pass
+
+
+Event = Started | Token | Finished | Failed | Cancelled
+"""Every request submitted gets exactly one last event: Finished, Failed or Cancelled."""
+
+Sink = Callable[[Event], None]
+"""Called on the engine's thread; must return at once and not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A look at the engine.
+
+    Attributes:
+        running: sequences that hold a slot.
+        waiting: sequences queued, with `waiting_tokens` prompt tokens.
+        batch_tokens: prompt and new tokens reserved by the running sequences.
+        last_token_at: `time.monotonic()` of the newest token; 0 before the first.
+    """
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    batch_tokens: int
+    adapters: int
+    steps: int
+    tokens: int
+    last_token_at: float
+
+
+class AdapterWeights(Protocol):
+    """Weights of one adapter, checked and ready; what is in them is the engine's affair."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the adapter takes in the engine."""
+        ...
+
+
+class Engine(Protocol):
+    """Generates tokens for many requests at once; callable from any thread."""
+
+    @property
+    def context(self) -> int:
+        """Most tokens (prompt and new) that one sequence can have."""
+        ...
+
+    def submit(self, request: GenerationRequest, sink: Sink, place: Place | None = None) -> Any:
+        """Queue a request; its events go to `sink`.
+
+        Args:
+            place: the request's place in the engine's `Admission`, if the caller has taken one; taken here if not.
+
+        Returns:
+            A handle for `cancel`.
+
+        Raises:
+            Overloaded: the queue is full.
+            InvalidRequest: the sequence would not fit the context.
+            Unavailable: the engine has been closed.
+        """
+        ...
+
+    def cancel(self, handle: Any) -> None:
+        """Give up a request; its slot is free within one step. No error if it has ended already."""
+        ...
+
+    def load(self, uid: str, weights: Any) -> "Future[None]":
+        """Give an adapter a slot, between two steps. The caller keeps within `adapter_slots`."""
+        ...
+
+    def unload(self, uid: str) -> "Future[None]":
+        """Free an adapter's slot. The caller sees to it that no request uses it any more."""
+        ...
+
+    def stats(self) -> Stats: ...
+
+    def close(self) -> None:
+        """Fail what is left and end the thread."""
+        ...

@@ -1,0 +1,92 @@
+"""From logits to tokens: greedy rows together, sampled rows each with its own generator.
+
+The processors are transformers' (repetition penalty, temperature, top_k, top_p), in its order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.inference.engine.interface import Alternative, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token with its log probability under the unprocessed distribution."""
+
+    id: int
+    logprob: float
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """How one row chooses.
+
+    Attributes:
+        generator: on the logits' device; None for greedy rows.
+        seen: prompt and output ids, for the repetition penalty.
+    """
+
+    sampling: Sampling
+    generator: torch.Generator | None
+    seen: Sequence[int]
+    alternatives: int = 0
+
+
+def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
+    """One token per row of fp32 `logits` [rows, vocabulary]; None for a row with NaN or +inf in it."""
+    normaliser = torch.logsumexp(logits, dim=-1)
+    greedy = logits.argmax(dim=-1).tolist()
+    sums = normaliser.tolist()
+    sound = torch.isfinite(normaliser).tolist()
+    choices: list[Choice | None] = []
+    for row, chooser in enumerate(choosers):
+        if not sound[row]:
+            choices.append(None)
+            continue
+        plain = not chooser.sampling.do_sample and chooser.sampling.repetition_penalty == 1
+        token = greedy[row] if plain else _choose_one(logits[row], chooser)
+        logprob = float(logits[row, token]) - sums[row]
+        choices.append(Choice(token, logprob, _alternatives(logits[row], sums[row], chooser.alternatives)))
+    return choices
+
+
+def _choose_one(logits: torch.Tensor, chooser: Chooser) -> int:
+    scores = processed(logits, chooser.sampling, chooser.seen)
+    if not chooser.sampling.do_sample:
+        return int(scores.argmax())
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=chooser.generator))
+
+
+def processed(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> torch.Tensor:
+    """The scores a row samples from: [vocabulary] → [vocabulary], -inf where a token is ruled out."""
+    scores = logits.clone()
+    if sampling.repetition_penalty != 1:
+        ids = torch.tensor(sorted(set(seen)), device=scores.device)
+        found = scores[ids]
+        scores[ids] = torch.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
+    if not sampling.do_sample:
+        return scores
+    scores = scores / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scores.numel():
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = scores.sort(descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        # A token stays while those before it do not yet hold top_p; the first always stays.
+        out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        out[0] = False
+        scores = scores.masked_fill(torch.zeros_like(out).scatter_(0, order, out), float("-inf"))
+    return scores
+
+
+def _alternatives(logits: torch.Tensor, normaliser: float, count: int) -> tuple[Alternative, ...]:
+    if not count:
+        return ()
+    top = logits.topk(min(count, logits.numel()))
+    return tuple(
+        Alternative(token, value - normaliser)
+        for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    )

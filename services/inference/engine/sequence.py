@@ -1,0 +1,95 @@
+"""One request on its way through the engine: what it has generated, and what of it has been let out."""
+
+import time
+
+import torch
+
+from services.inference.engine.admission import Place
+from services.inference.engine.interface import Event, Failed, Finished, FinishReason, GenerationRequest, Sink, Token
+from services.inference.engine.sampling import Choice, Chooser
+from services.inference.engine.text import Detokenizer, StopFinder
+from shared.errors import TunesmithError
+from shared.tokens import Tokenizer
+
+
+class Sequence:
+    """A submitted request.
+
+    Attributes:
+        prefilled: how many prompt tokens are in the cache.
+        output: generated ids; all but the last are in the cache.
+        slot, rank: of its adapter, set on admission; 0 for the base.
+        cancelled: set from any thread, seen by the engine before its next step.
+        ended: its last event has been sent.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, sink: Sink, place: Place, tokenizer: Tokenizer, device: torch.device
+    ) -> None:
+        self.request = request
+        self.place = place
+        self.prompt = list(request.prompt)
+        self.output: list[int] = []
+        self.prefilled = 0
+        self.prompt_logprobs: list[float] = []
+        self.slot = self.rank = 0
+        self.cancelled = self.ended = False
+        self.submitted_at = time.monotonic()
+        self.queue_seconds = 0.0
+        self._sink = sink
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopFinder(request.stop, keep=request.keep_stop)
+        self._stop_ids = frozenset() if request.ignore_eos else tokenizer.stop_ids
+        self._generator: torch.Generator | None = None
+        if request.sampling.do_sample:
+            self._generator = torch.Generator(device).manual_seed(request.sampling.seed)
+
+    @property
+    def cached(self) -> int:
+        """Positions of its row that are filled."""
+        return self.prefilled + max(0, len(self.output) - 1)
+
+    @property
+    def reserved(self) -> int:
+        return len(self.prompt) + self.request.max_new_tokens
+
+    @property
+    def chooser(self) -> Chooser:
+        penalised = self.request.sampling.repetition_penalty != 1
+        seen = self.prompt + self.output if penalised else ()
+        return Chooser(self.request.sampling, self._generator, seen, self.request.top_logprobs)
+
+    def emit(self, event: Event) -> None:
+        self._sink(event)
+
+    def end(self, event: Event) -> None:
+        """Send the last event, once."""
+        if not self.ended:
+            self.ended = True
+            self.place.leave()
+            self.emit(event)
+
+    def fail(self, error: TunesmithError) -> None:
+        self.end(Failed(error))
+
+    def accept(self, choice: Choice, special_ids: frozenset[int]) -> None:
+        """Take one chosen token: let out the text that is safe, and end if it is the last."""
+        self.output.append(choice.id)
+        ends = choice.id in self._stop_ids
+        text = "" if ends else self._stops.push(self._detokenizer.push(choice.id))
+        reason = self._reason(ends)
+        if reason in ("length", "eos_token"):
+            text += self._stops.push(self._detokenizer.flush())
+            if self._stops.found:
+                reason = "stop_sequence"
+            text += self._stops.flush()
+        self.emit(Token(choice.id, text, choice.logprob, choice.id in special_ids, choice.alternatives, reason))
+        if reason is not None:
+            self.end(Finished(reason))
+
+    def _reason(self, ends: bool) -> FinishReason | None:
+        if self._stops.found:
+            return "stop_sequence"
+        if ends:
+            return "eos_token"
+        return "length" if len(self.output) >= self.request.max_new_tokens else None

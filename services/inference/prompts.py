@@ -1,0 +1,85 @@
+"""What a request wants continued, and the token ids it becomes through the right template.
+
+The template is the adapter's own, from its manifest; the base alone speaks through its chat template if it has one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.examples import Message
+from shared.templates import InstructionTemplate, Prompt, Template
+from shared.tokens import Tokenizer
+
+# Below this many characters encoding is quicker than handing it to a thread.
+_SHORT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """Text as it stands."""
+
+    text: str
+
+    @property
+    def size_hint(self) -> int:
+        return len(self.text) // 4 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class RawIds:
+    """Token ids as they stand."""
+
+    ids: Sequence[int]
+
+    @property
+    def size_hint(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSource:
+    instruction: str
+    input: str = ""
+
+    @property
+    def size_hint(self) -> int:
+        return (len(self.instruction) + len(self.input)) // 4 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSource:
+    messages: Sequence[Message]
+
+    @property
+    def size_hint(self) -> int:
+        return sum(len(message.content) for message in self.messages) // 4 + 1
+
+
+PromptSource = RawText | RawIds | InstructionSource | ChatSource
+"""`size_hint` estimates the prompt's tokens (about four characters each) before its template is known."""
+
+
+async def ids_of(source: PromptSource, tokenizer: Tokenizer, template: Template | None) -> tuple[str, list[int]]:
+    """The prompt's text and token ids.
+
+    Args:
+        template: the adapter's; None for the base or an adapter that names none.
+
+    Raises:
+        InvalidRequest: the template cannot express the request.
+    """
+    if isinstance(source, RawIds):
+        return "", list(source.ids)
+    prompt = _prompt(source, template or tokenizer.chat or InstructionTemplate())
+    if len(prompt.text) <= _SHORT:
+        return prompt.text, tokenizer.encode_prompt(prompt)
+    return prompt.text, await asyncio.to_thread(tokenizer.encode_prompt, prompt)
+
+
+def _prompt(source: RawText | InstructionSource | ChatSource, template: Template) -> Prompt:
+    if isinstance(source, RawText):
+        return Prompt(source.text)
+    if isinstance(source, InstructionSource):
+        return template.instruction(source.instruction, source.input)
+    return template.chat(source.messages)
