@@ -1,0 +1,15 @@
+# The gateway: HTTP, SQL and the doorbell. No torch.
+FROM python:3.11-slim
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+WORKDIR /app
+# Dependencies first: code changes do not install them again.
+COPY pyproject.toml constraints.txt README.md ./
+COPY tunesmith/__init__.py tunesmith/__init__.py
+RUN pip install -c constraints.txt '.[gateway]'
+COPY shared shared
+COPY services/__init__.py services/__init__.py
+COPY services/gateway services/gateway
+RUN useradd --create-home --uid 10001 tunesmith && mkdir /data /artifacts && chown tunesmith /data /artifacts
+USER tunesmith
+ENV PYTHONPATH=/app TUNESMITH_HOME=/data
+CMD ["python", "-m", "services.gateway"]
