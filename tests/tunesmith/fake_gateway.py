@@ -1,0 +1,82 @@
+"""A FAKE gateway: canned answers over real HTTP, for what the client does with them. The real one is in the journey."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Json = dict[str, Any]
+Answer = tuple[int, Json]
+KEY = "ts-fake-key-of-the-tests"
+
+
+def job(status: str = "running", state: str | None = None, **more: Any) -> Json:
+    """A job as the gateway shows it, as far as the client looks."""
+    fields: Json = {
+        "id": "ftjob-1",
+        "object": "fine_tuning.job",
+        "status": status,
+        "state": state or status,
+        "phase": "training" if status == "running" else None,
+        "model": "tiny",
+        "fine_tuned_model": None,
+        "error": None,
+        "progress": {"step": 0, "total_steps": None},
+    }
+    return fields | more
+
+
+def error(status: int, message: str, code: str, param: str | None = None, **more: Any) -> Answer:
+    kind = "invalid_request_error"
+    return status, {"error": {"message": message, "type": kind, "code": code, "param": param, **more}}
+
+
+class FakeGateway:
+    """Answers `METHOD /path` from a table; a callable is asked anew each time and gets the request's JSON body."""
+
+    def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
+        self.answers = answers
+        self.bodies: list[tuple[str, Json]] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                fake._answer(self)
+
+            def do_POST(self) -> None:
+                fake._answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                return
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> "FakeGateway":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        raw = request.rfile.read(int(request.headers.get("content-length") or 0))
+        body = json.loads(raw) if request.headers.get("content-type") == "application/json" and raw else {}
+        route = f"{request.command} {request.path.partition('?')[0]}"
+        self.bodies.append((route, body))
+        status, answer = error(404, "no such thing", "not_found")
+        if request.headers.get("authorization") != f"Bearer {KEY}":
+            status, answer = error(401, "this API key is not valid", "invalid_api_key")
+        elif route in self.answers:
+            known = self.answers[route]
+            status, answer = known(body) if callable(known) else known
+        data = json.dumps(answer).encode()
+        request.send_response(status)
+        request.send_header("content-type", "application/json")
+        request.send_header("content-length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)

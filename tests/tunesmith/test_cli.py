@@ -1,0 +1,233 @@
+"""What each command writes where and how it ends: the installed command as a process, against a fake gateway."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job
+
+JOB = "/v1/fine_tuning/jobs/ftjob-1"
+DONE = job("succeeded", fine_tuned_model="ft:tiny:default:x:1")
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with FakeGateway({}) as fake:
+        yield fake
+
+
+def environment(url: str, key: str = KEY) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    return kept | {"TUNESMITH_URL": url, "TUNESMITH_API_KEY": key, "TERM": "xterm", "COLUMNS": "100"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from tunesmith.cli import main; main()", *arguments]
+
+
+def run(gateway: FakeGateway, *arguments: str, key: str = KEY, cwd: Path | None = None) -> tuple[int, str, str]:
+    done = subprocess.run(
+        command(*arguments), env=environment(gateway.url, key), capture_output=True, text=True, timeout=60, cwd=cwd
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "said"),
+    [
+        (DONE, 0, "succeeded: ft:tiny:default:x:1\n"),
+        (job("failed", error={"code": "oom", "message": "too big"}), 5, "failed: too big\n"),
+        (job("cancelled"), 6, "cancelled\n"),
+    ],
+)
+def test_wait(gateway: FakeGateway, last: dict[str, Any], code: int, said: str) -> None:
+    gateway.answers["GET " + JOB] = (200, last)
+    state = last["state"]
+    assert run(gateway, "wait", "ftjob-1") == (code, "", f"{state}\n{said}")
+    got, out, err = run(gateway, "wait", "ftjob-1", "--json")
+    assert (got, json.loads(out), err) == (code, last, f"{state}\n{said}")
+
+
+def test_wait_timeout_unknown_key_unknown_job_and_usage(gateway: FakeGateway) -> None:
+    gateway.answers["GET " + JOB] = (200, job(progress={"step": 3, "total_steps": 9}))
+    late = "running training 3/9\nnot finished after 0.1 s; the job goes on\n"
+    assert run(gateway, "wait", "ftjob-1", "--timeout", "0.1") == (3, "", late)
+    assert run(gateway, "wait", "ftjob-1", key="ts-wrong") == (4, "", "this API key is not valid\n")
+    assert run(gateway, "wait", "ftjob-2") == (4, "", "no such thing\n")
+    assert run(gateway, "wait")[0] == 2
+    assert run(gateway, "wait", "ftjob-1", "--timeout", "soon")[0] == 2
+
+
+def test_interrupted_wait_says_how_to_go_on(gateway: FakeGateway) -> None:
+    gateway.answers["GET " + JOB] = (200, job())
+    waiting = subprocess.Popen(
+        command("wait", "ftjob-1"), env=environment(gateway.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with waiting:
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == b"running training\n"
+        waiting.send_signal(signal.SIGINT)
+        out, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
+    assert (out, err) == (b"", b"interrupted; the job goes on. To wait again: tunesmith wait ftjob-1\n")
+
+
+def test_wait_draws_a_bar_on_a_terminal_without_colour_if_asked(gateway: FakeGateway) -> None:
+    steps = iter(range(1, 4))
+
+    def training(body: dict[str, Any]) -> Answer:
+        step = next(steps, None)
+        return 200, DONE if step is None else job(progress={"step": step, "total_steps": 3, "loss": 2.0 + step})
+
+    gateway.answers["GET " + JOB] = training
+    code, drawn = run_on_terminal(gateway, "wait", "ftjob-1", NO_COLOR="1")
+    assert code == 0
+    assert "━" in drawn
+    assert "loss 4.000" in drawn
+    assert "succeeded: ft:tiny:default:x:1" in drawn
+    assert "\x1b[3" not in drawn
+
+
+def run_on_terminal(gateway: FakeGateway, *arguments: str, **env: str) -> tuple[int, str]:
+    """Run a command with a pseudo-terminal as its stderr; returns its exit status and what it drew."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command(*arguments), env=environment(gateway.url) | env, stderr=theirs) as process:
+        os.close(theirs)
+        drawn, deadline = b"", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if not select.select([ours], [], [], 0.2)[0]:
+                continue
+            try:
+                drawn += os.read(ours, 65536)
+            except OSError:
+                # Linux' word for the other end being closed.
+                break
+    os.close(ours)
+    return process.returncode, drawn.decode()
+
+
+def test_upload_prints_the_id_and_describes_the_data_on_stderr(gateway: FakeGateway, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n')
+    dataset = {"format": "instruction", "rows": 1, "duplicates": 0, "warnings": ["under 50 rows"]}
+    stored = {"id": "file-1", "filename": "rows.jsonl", "dataset": dataset}
+    gateway.answers["POST /v1/files"] = (200, stored)
+    described = "rows.jsonl: 1 instruction rows, 0 duplicates\nwarning: under 50 rows\n"
+    assert run(gateway, "upload", str(data)) == (0, "file-1\n", described)
+    code, out, err = run(gateway, "upload", str(data), "--json")
+    assert (code, json.loads(out), err) == (0, stored, "")
+
+
+def test_upload_of_bad_rows_names_their_lines(gateway: FakeGateway, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    rows = [{"line": number, "path": "", "code": "x", "message": "not JSON"} for number in range(1, 13)]
+    gateway.answers["POST /v1/files"] = error(400, "12 bad rows", "invalid_dataset", "file", errors=rows)
+    code, out, err = run(gateway, "upload", str(data))
+    assert (code, out) == (1, "")
+    assert err.splitlines()[:2] == ["error: 12 bad rows", "  line 1: not JSON"]
+    assert err.splitlines()[-2:] == ["  line 10: not JSON", "  … [file]"]
+
+
+def test_missing_file_and_missing_stack(gateway: FakeGateway, tmp_path: Path) -> None:
+    code, _, err = run(gateway, "upload", str(tmp_path / "none.jsonl"))
+    assert (code, err) == (1, f"error: [Errno 2] No such file or directory: '{tmp_path / 'none.jsonl'}'\n")
+    env = environment("") | {"TUNESMITH_URL": ""}
+    done = subprocess.run(command("jobs", "list"), env=env, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    where = tmp_path / ".tunesmith" / "connection.json"
+    assert done.returncode == 1
+    assert done.stderr == f"error: no running stack: {where} is not there; start one with 'tunesmith up'\n"
+
+
+def test_train_sends_what_was_said_and_nothing_else(gateway: FakeGateway) -> None:
+    gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued", warnings=["few rows"]))
+    assert run(gateway, "train", "file-1") == (0, "ftjob-1\n", "warning: few rows\n")
+    options = ("--validation", "file-2", "--epochs", "1", "--precision", "fp32", "--suffix", "docs", "--seed", "7")
+    assert run(gateway, "train", "file-1", *options)[0] == 0
+    usual = {"model": "smollm2-135m-instruct", "training_file": "file-1", "preset": "reference"}
+    said = {"validation_file": "file-2", "suffix": "docs", "seed": 7, "hyperparameters": {"n_epochs": 1}}
+    assert [body for _, body in gateway.bodies] == [
+        usual | {"base_precision": "int8"},
+        usual | {"base_precision": "fp32"} | said,
+    ]
+
+
+def test_train_and_wait_in_one(gateway: FakeGateway) -> None:
+    gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued"))
+    gateway.answers["GET " + JOB] = (200, DONE)
+    said = "ftjob-1\nsucceeded\nsucceeded: ft:tiny:default:x:1\n"
+    assert run(gateway, "train", "file-1", "--wait") == (0, "", said)
+
+
+def test_refused_job_names_the_field(gateway: FakeGateway) -> None:
+    refused = error(400, "must be at least 1", "invalid_request", "hyperparameters.n_epochs")
+    gateway.answers["POST /v1/fine_tuning/jobs"] = refused
+    said = "error: must be at least 1 [hyperparameters.n_epochs]\n"
+    assert run(gateway, "train", "file-1", "--epochs", "0") == (1, "", said)
+
+
+def test_jobs_list_follows_pages(gateway: FakeGateway) -> None:
+    pages = [
+        {"data": [job(id="ftjob-3")], "has_more": True},
+        {"data": [job(id="ftjob-2", status="succeeded", fine_tuned_model="ft:x\x1b[31m")], "has_more": False},
+    ]
+    gateway.answers["GET /v1/fine_tuning/jobs"] = lambda body: (200, pages.pop(0))
+    # Escape sequences in names do not reach the terminal.
+    table = "job      state      base  model\nftjob-3  running    tiny  -\nftjob-2  succeeded  tiny  ft:x [31m\n"
+    assert run(gateway, "jobs", "list") == (0, table, "")
+
+
+def test_jobs_show_events_and_steering(gateway: FakeGateway) -> None:
+    events = [
+        {"id": "e2", "created_at": 1, "level": "warn", "message": "worker lost"},
+        {"id": "e1", "created_at": 0, "level": "info", "message": "claimed"},
+    ]
+    gateway.answers["GET " + JOB] = (200, DONE)
+    gateway.answers["GET " + JOB + "/events"] = (200, {"data": events, "has_more": False})
+    assert json.loads(run(gateway, "jobs", "show", "ftjob-1")[1]) == DONE
+    lines = run(gateway, "jobs", "events", "ftjob-1")[1].splitlines()
+    assert [line[9:] for line in lines] == ["info  claimed", "warn  worker lost"]
+    for verb, state in (("cancel", "cancelling"), ("pause", "pausing"), ("resume", "queued")):
+        gateway.answers[f"POST {JOB}/{verb}"] = (200, job(state=state))
+        assert run(gateway, "jobs", verb, "ftjob-1") == (0, state + "\n", "")
+
+
+def test_models_and_generate(gateway: FakeGateway) -> None:
+    model = {"id": "ft:tiny:1", "object": "model", "parent": "tiny", "state": "ready"}
+    gateway.answers["GET /v1/models"] = (200, {"object": "list", "data": [model]})
+    gateway.answers["POST /generate"] = (200, {"generated_text": "A module."})
+    assert run(gateway, "models", "list")[1] == "model      parent  state\nft:tiny:1  tiny    ready\n"
+    assert json.loads(run(gateway, "models", "list", "--json")[1]) == [model]
+    gateway.bodies.clear()
+    assert run(gateway, "generate", "What is json?", "--adapter", "ft:tiny:1") == (0, "A module.\n", "")
+    run(gateway, "generate", "json is", "--raw", "--max-new-tokens", "5", "--temperature", "0.5")
+    assert [body for _, body in gateway.bodies] == [
+        {"instruction": "What is json?", "parameters": {"adapter_id": "ft:tiny:1", "max_new_tokens": 100}},
+        {"inputs": "json is", "parameters": {"max_new_tokens": 5, "temperature": 0.5}},
+    ]
+
+
+def test_generate_with_an_unknown_adapter_in_the_other_error_dialect(gateway: FakeGateway) -> None:
+    gateway.answers["POST /generate"] = (404, {"error": "no such model", "error_type": "validation"})
+    assert run(gateway, "generate", "x", "--adapter", "none") == (4, "", "error: no such model\n")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys; from tunesmith.cli import app; import typer\n"
+        "try: typer.main.get_command(app)(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'httpx', 'torch', 'rich.progress', 'openai', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"

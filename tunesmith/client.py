@@ -1,0 +1,182 @@
+"""A small client of Tunesmith's own HTTP surface. Every failure is one exception.
+
+For anything OpenAI has too, the official `openai` client works as well; this one adds pause, resume and `/generate`,
+and needs nothing but httpx.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from tunesmith.connection import Connection
+
+Json = dict[str, Any]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class ApiError(Exception):
+    """The server said no, or could not be reached.
+
+    Attributes:
+        status: HTTP status; None if no answer came.
+        code: the server's machine word.
+        param: the field at fault.
+        retry_after: seconds after which to try again, if the server said so.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code, self.param = message, status, code, param
+        self.retry_after = retry_after
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later: no answer, a server fault, or a full queue."""
+        return self.status is None or self.status == 429 or self.status >= 500
+
+    @property
+    def denied(self) -> bool:
+        """Whether the key was refused or the thing does not exist (for this key)."""
+        return self.status in (401, 403, 404)
+
+
+class Client:
+    """Speaks to one gateway.
+
+    Args:
+        timeout: seconds without a byte before a request is given up.
+        transport: in place of the network (tests).
+    """
+
+    def __init__(
+        self, connection: Connection, *, timeout: float = 60, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._http = httpx.Client(
+            base_url=connection.url,
+            headers={"authorization": f"Bearer {connection.api_key}"} if connection.api_key else {},
+            timeout=timeout,
+            transport=transport,
+            # Proxy settings of the environment are not for this machine's own ports.
+            trust_env=urlsplit(connection.url).hostname not in LOOPBACK,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def upload(self, path: Path) -> Json:
+        """Upload a dataset; the answer's `dataset` says what is in it.
+
+        Raises:
+            ApiError: `invalid_dataset`, with the first wrong lines in the message; or another failure.
+            OSError: the file cannot be read.
+        """
+        with path.open("rb") as file:
+            return self._json("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+
+    def create_job(self, body: Json) -> Json:
+        return self._json("POST", "/v1/fine_tuning/jobs", json=body)
+
+    def job(self, job_id: str) -> Json:
+        return self._json("GET", _job(job_id))
+
+    def jobs(self, limit: int = 20) -> Iterator[Json]:
+        """The newest jobs, newest first."""
+        return self._pages("/v1/fine_tuning/jobs", limit)
+
+    def events(self, job_id: str, limit: int = 1000) -> Iterator[Json]:
+        """A job's newest events, newest first."""
+        return self._pages(_job(job_id) + "/events", limit)
+
+    def act(self, job_id: str, verb: str) -> Json:
+        """`cancel`, `pause` or `resume` a job; the answer is the job."""
+        return self._json("POST", f"{_job(job_id)}/{verb}")
+
+    def models(self) -> list[Json]:
+        """Bases, adapters and checkpoints."""
+        data: list[Json] = self._json("GET", "/v1/models")["data"]
+        return data
+
+    def generate(self, body: Json) -> tuple[Json, httpx.Headers]:
+        """`POST /generate`: the answer and its headers (`x-adapter-load-ms` when an adapter was loaded for it)."""
+        response = self._request("POST", "/generate", json=body)
+        return _decoded(response), response.headers
+
+    def ready(self) -> bool:
+        """Whether the gateway says that jobs and requests would be served now."""
+        try:
+            return self._http.get("/health/ready").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _pages(self, path: str, limit: int) -> Iterator[Json]:
+        after: Json = {}
+        while limit > 0:
+            page = self._json("GET", path, params={"limit": min(limit, 100), **after})
+            yield from page["data"]
+            limit -= len(page["data"])
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = {"after": page["data"][-1]["id"]}
+
+    def _json(self, method: str, path: str, **options: Any) -> Json:
+        return _decoded(self._request(method, path, **options))
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise ApiError(f"cannot reach {self._http.base_url}: {error or type(error).__name__}") from error
+        if response.is_error:
+            raise _error(response)
+        return response
+
+
+def _job(job_id: str) -> str:
+    return "/v1/fine_tuning/jobs/" + quote(job_id, safe="")
+
+
+def _decoded(response: httpx.Response) -> Json:
+    try:
+        value = response.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ApiError(f"{response.url.path}: the answer is not a JSON object", status=response.status_code)
+    return value
+
+
+def _error(response: httpx.Response) -> ApiError:
+    """From either dialect: OpenAI's `{"error": {…}}` or TGI's `{"error", "error_type"}`."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    detail = body.get("error") if isinstance(body, dict) else None
+    fields = detail if isinstance(detail, dict) else {"message": detail, "code": None}
+    message = str(fields.get("message") or f"HTTP {response.status_code}")
+    rows = [f"  line {row.get('line')}: {row.get('message')}" for row in fields.get("errors") or []]
+    wait = response.headers.get("retry-after", "")
+    return ApiError(
+        "\n".join([message, *rows[:10], *(["  …"] if len(rows) > 10 else [])]),
+        status=response.status_code,
+        code=fields.get("code"),
+        param=fields.get("param"),
+        retry_after=float(wait) if wait.isdecimal() else None,
+    )

@@ -1,0 +1,57 @@
+"""Where commands write: data on stdout, messages on stderr, failures as one line and an exit code."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from tunesmith.client import ApiError, Client
+from tunesmith.connection import NoConnection, find
+from tunesmith.wait import Exit
+
+
+def say(text: str) -> None:
+    """A message for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str, code: int = 1) -> NoReturn:
+    say(f"error: {text}")
+    raise SystemExit(code)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Columns wide enough for their content, never cut: other programs read them too."""
+    texts = [list(header), *([plain(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
+    for row in texts:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def plain(value: object) -> str:
+    """Text without control characters: names and messages come from others, and a terminal obeys what it is sent."""
+    text = "-" if value is None else str(value)
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+@contextmanager
+def session(timeout: float = 60) -> Iterator[Client]:
+    """A client of the running stack; what goes wrong inside ends the command.
+
+    Exit codes: 4 when the key is refused or the thing does not exist, else 1.
+    """
+    try:
+        with Client(find(), timeout=timeout) as client:
+            yield client
+    except NoConnection as error:
+        fail(str(error))
+    except ApiError as error:
+        where = f" [{error.param}]" if error.param and error.param not in error.message else ""
+        fail(error.message + where, Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
+    except OSError as error:
+        fail(str(error))
