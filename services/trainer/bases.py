@@ -14,7 +14,7 @@ from torch import nn
 from services.trainer.attention import attend_per_sample
 from services.trainer.upcast import compute_in_fp32
 from shared.artifacts import ArtifactStore
-from shared.base_model import LoadedBase, load_base, prepare_base
+from shared.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
 from shared.catalogue import Base, Catalogue
 from shared.errors import JobFailed, NotFound
 from shared.jobs import JobSpec
@@ -74,8 +74,9 @@ class WarmBases:
             return warm, None
         self.discard()
         started = time.monotonic()
-        loaded = load_base(base, self._store, spec.base_precision, self.device)
+        loaded = load_base(base, self._store, spec.base_precision, self.device, dtype)
         _make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
+        loaded.megabytes = memory_megabytes(loaded.model)
         self._warm = TrainableBase(loaded, fingerprint(loaded.model), dtype)
         return self._warm, time.monotonic() - started
 

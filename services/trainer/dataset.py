@@ -101,16 +101,9 @@ def _prepare(
         actual = sha256_of(file)
         if sha256 is not None and actual != sha256:
             raise JobFailed(f"the {role} file {file_id} is not the one the job was created with", code=code)
-        rows = tokenise(store, tokenizer, file, actual, hyper, check)
+        return tokenise(store, tokenizer, file, actual, hyper, check)
     except (InvalidRequest, NotFound) as error:
         raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
-    if not len(rows):
-        raise JobFailed(
-            f"the {role} file has nothing to learn: in all {rows.dropped} rows the response lies beyond "
-            f"max_length {hyper.max_length}; raise max_length or shorten the prompts",
-            code=code,
-        )
-    return rows
 
 
 def tokenise(
@@ -119,7 +112,7 @@ def tokenise(
     """The rows of an uploaded file, from the cache if these very tokens were made before.
 
     Raises:
-        InvalidRequest: the rows do not fit any template of this base.
+        InvalidRequest: the rows do not fit any template of this base, or nothing is left to learn of any.
     """
     template = _template(file, tokenizer)
     content = [
@@ -178,6 +171,12 @@ def _write(
         ids.extend(tokens.ids)
         supervised.extend(tokens.supervised)
         offsets.append(len(ids))
+    if not ids:
+        raise InvalidRequest(
+            f"there is nothing to learn: in all {dropped} rows the response lies beyond max_length "
+            f"{hyper.max_length}; raise max_length or shorten the prompts",
+            param="file",
+        )
     ends = pa.array(np.frombuffer(offsets, np.int64))
     columns = {
         "ids": pa.LargeListArray.from_arrays(ends, pa.array(np.frombuffer(ids, np.int32))),

@@ -70,7 +70,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """Stopped on request after whole step `step`, for which a checkpoint is committed unless no step was taken."""
+    """Stopped on request after whole step `step`, whose checkpoint is committed.
+
+    `step` is 0 if this claim has neither done a step nor got as far as restoring one; earlier checkpoints stand.
+    """
 
     step: int
 
