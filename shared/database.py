@@ -12,8 +12,12 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
+
+from shared.errors import TunesmithError, Unavailable
 
 BUSY_TIMEOUT_MS = 5000
 
@@ -73,10 +77,44 @@ def migrate(url: str) -> None:
     target = normalised(url)
     if target.startswith("sqlite") and (path := make_url(target).database):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config = _alembic()
     config.attributes["url"] = target
     command.upgrade(config, "head")
+
+
+def check_schema(url: str) -> None:
+    """Make sure that the database at `url` answers and has the schema this code was written for.
+
+    Raises:
+        Unavailable: the database does not answer.
+        TunesmithError: the schema is missing or of another revision; the message says what to run.
+    """
+    expected = ScriptDirectory.from_config(_alembic()).get_current_head()
+    target = normalised(url)
+    path = make_url(target).database if target.startswith("sqlite") else None
+    found = None
+    # Connecting to a missing SQLite file would create it.
+    if path is None or Path(path).exists():
+        engine = create_engine(target)
+        try:
+            with engine.connect() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        except SQLAlchemyError as error:
+            raise Unavailable(f"the database does not answer: {error}") from error
+        finally:
+            engine.dispose()
+    if found != expected:
+        raise TunesmithError(
+            f"the database's schema is {found or 'missing'}, this version needs {expected}: "
+            "run `python -m shared.migrations`",
+            code="schema",
+        )
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    return config
 
 
 def _sqlite_engine(url: str, *, begin: str, query_only: bool) -> Engine:

@@ -6,6 +6,7 @@ TunesmithError
 ├── Unauthenticated       401
 ├── NotFound              404  also for things of another project
 ├── PayloadTooLarge       413
+├── UnsupportedMediaType  415
 ├── Overloaded            429  carries `retry_after` seconds
 ├── Unavailable           503  a part of the system is away; worth retrying
 ├── ArtifactCorrupt       500  a folder whose manifest does not verify
@@ -82,6 +83,12 @@ class PayloadTooLarge(TunesmithError):
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class UnsupportedMediaType(TunesmithError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
 
 
 class Overloaded(TunesmithError):

@@ -110,8 +110,13 @@ class JobStore:
         *,
         metadata: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
+        guard: Callable[[Connection], None] = lambda _: None,
     ) -> Job:
-        """Write a queued job and its first events in one transaction; durable when this returns."""
+        """Write a queued job and its first events in one transaction; durable when this returns.
+
+        Args:
+            guard: called first in the same transaction; what it raises refuses the job.
+        """
         job_id = new_id("ftjob")
         now = self._now()
         row = {
@@ -128,6 +133,7 @@ class JobStore:
         news = [NewEvent(f"Created fine-tuning job: {job_id}"), *(NewEvent(text, level="warn") for text in warnings)]
         news.append(NewEvent("Waiting for a worker"))
         with self._database.write() as connection:
+            guard(connection)
             connection.execute(insert(jobs).values(row))
             change_job(connection, job_id, [jobs.c.state == State.QUEUED], {}, news, now)
             return _read(connection, project, job_id)
@@ -263,7 +269,7 @@ class JobStore:
 
 def _refused(verb: str, job: Job) -> InvalidRequest:
     # 400, not 409: OpenAI's clients send a 409 three times.
-    return InvalidRequest(f"cannot {verb} {job.id}: it is {job.state.value}", code=f"job_not_{verb}able")
+    return InvalidRequest(f"cannot {verb} {job.id}: it is {job.state.value}", code=f"cannot_{verb}")
 
 
 def change_job(

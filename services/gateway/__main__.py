@@ -1,0 +1,34 @@
+"""`python -m services.gateway`: one gateway process. Expects a migrated database (`python -m shared.migrations`)."""
+
+import sys
+
+import uvicorn
+
+from services.gateway.app import create_app
+from services.gateway.settings import GatewaySettings
+from shared.database import check_schema
+from shared.errors import TunesmithError
+from shared.logs import configure_logging
+
+GRACE_SECONDS = 10
+
+
+def main() -> None:
+    settings = GatewaySettings()
+    configure_logging("gateway", settings.log_level)
+    try:
+        check_schema(settings.sql_url)
+    except TunesmithError as error:
+        sys.exit(error.message)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""`/v1/fine_tuning/jobs`: OpenAI's fine-tuning API over the job store."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from services.gateway.auth import AuthenticatedRoute
+from services.gateway.dependencies import After, JobId, Project, Using
+from services.gateway.file_store import require
+from services.gateway.job_json import (
+    CheckpointListJson,
+    EventListJson,
+    JobJson,
+    JobListJson,
+    checkpoint_list_json,
+    event_list_json,
+    job_json,
+    job_list_json,
+)
+from services.gateway.job_request import JobRequest
+from shared.errors import InvalidRequest
+
+router = APIRouter(route_class=AuthenticatedRoute, tags=["fine-tuning"])
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+@router.post("/v1/fine_tuning/jobs")
+def create_fine_tuning_job(services: Using, project: Project, body: JobRequest) -> JobJson:
+    """Queue a job. Answers as soon as it is durable; everything effective is in the answer."""
+    resolved = services.resolver.resolve(body, lambda file_id: services.files.get(project, file_id))
+    used = [file for file in (resolved.spec.training_file, resolved.spec.validation_file) if file]
+    job = services.jobs.create(
+        project,
+        resolved.spec,
+        metadata=body.metadata,
+        warnings=resolved.warnings,
+        # A file may have been deleted since it was looked at.
+        guard=lambda connection: require(connection, project, used),
+    )
+    services.ringer.ring()
+    return job_json(job)
+
+
+@router.get("/v1/fine_tuning/jobs")
+def list_fine_tuning_jobs(
+    services: Using, project: Project, request: Request, after: After = None, limit: Limit = 20
+) -> JobListJson:
+    """Jobs, newest first; `metadata[key]=value` selects."""
+    return job_list_json(services.jobs.list(project, after=after, limit=limit, metadata=_metadata(request)))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+def retrieve_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> JobJson:
+    """One job with its progress."""
+    return job_json(services.jobs.get(project, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+def cancel_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> JobJson:
+    """Cancel: at once if it waits, within seconds if it runs. Checkpoints made so far stay. Repeating is harmless."""
+    return job_json(services.jobs.cancel(project, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/pause")
+def pause_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> JobJson:
+    """Pause: the worker saves a checkpoint and takes the next job."""
+    return job_json(services.jobs.pause(project, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/resume")
+def resume_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> JobJson:
+    """Queue a paused job again; it goes on from its newest checkpoint."""
+    job = services.jobs.resume(project, job_id)
+    services.ringer.ring()
+    return job_json(job)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events")
+def list_fine_tuning_events(
+    services: Using, project: Project, job_id: JobId, after: After = None, limit: Limit = 20
+) -> EventListJson:
+    """Events, newest first."""
+    before = None if after is None else event_number(job_id, after)
+    return event_list_json(services.jobs.events(project, job_id, before=before, limit=limit))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+def list_fine_tuning_job_checkpoints(
+    services: Using, project: Project, job_id: JobId, after: After = None, limit: Limit = 10
+) -> CheckpointListJson:
+    """Checkpoints, newest first; each can be served under its name."""
+    return checkpoint_list_json(services.jobs.checkpoints(project, job_id, after=after, limit=limit))
+
+
+def event_number(job_id: str, event: str) -> int:
+    """The number in an event's id.
+
+    Raises:
+        InvalidRequest: it is no event of the job.
+    """
+    match = re.fullmatch(re.escape(f"ftevent-{job_id.removeprefix('ftjob-')}-") + r"(\d{1,18})", event)
+    if match is None:
+        raise InvalidRequest(f"no event {event[:100]!r} of this job", param="after")
+    return int(match[1])
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    # OpenAI's clients write nested parameters with brackets; FastAPI has no word for that.
+    wanted = {}
+    for name, value in request.query_params.multi_items():
+        match = re.fullmatch(r'metadata\[([^"\\\x00-\x1f]{1,64})\]', name)
+        if match and "\x00" not in value:
+            wanted[match[1]] = value
+        elif name.startswith("metadata") and not (name == "metadata" and value in ("", "null")):
+            raise InvalidRequest("write metadata[key]=value", param="metadata")
+    return wanted

@@ -1,0 +1,49 @@
+"""What the gateway is told from outside, beside what all services share."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode
+
+from shared.settings import Settings
+
+
+class GatewaySettings(Settings):
+    """Read from `TUNESMITH_*`.
+
+    Attributes:
+        inference_urls: base URLs of the inference processes, separated by commas.
+        default_base: base that answers a request naming no model; the first one served if empty.
+        max_upload_bytes: size of one uploaded file.
+        max_body_bytes: size of any other request body.
+        key_file: where the first API key is written (0600); `home/api_key` if empty. A key found there is taken over.
+        key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
+            one database need the same.
+        inference_timeout: seconds without a byte from inference before a request is given up.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    inference_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    default_base: str = ""
+    max_upload_bytes: int = Field(2 << 30, ge=1024)
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    key_file: Path | None = None
+    key_secret: SecretStr = SecretStr("")
+    inference_timeout: float = Field(300, gt=0)
+
+    @field_validator("inference_urls", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(url.strip().rstrip("/") for url in value.split(",") if url.strip())
+        return value
+
+    @property
+    def key_path(self) -> Path:
+        return self.key_file or self.home / "api_key"
+
+    @property
+    def key_secret_path(self) -> Path:
+        return self.home / "key_secret"
