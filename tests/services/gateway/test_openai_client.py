@@ -28,11 +28,6 @@ def test_files(gateway: Gateway) -> None:
     data = as_jsonl(ROWS)
     made = client.files.create(file=("train.jsonl", data), purpose="fine-tune")
     assert (made.status, made.bytes, made.filename) == ("processed", len(data), "train.jsonl")
-        "processed",
-        len(data),
-        "train.jsonl",
-        "fine-tune",
-    )
     assert made.model_extra is not None
     assert made.model_extra["dataset"]["rows"] == len(ROWS)
     assert client.files.retrieve(made.id) == made
