@@ -6,9 +6,8 @@ import pytest
 
 from tunesmith.connection import Connection, NoConnection, find, read
 
-HERE = Connection(
-    "http://127.0.0.1:8000", "ts-key", "http://127.0.0.1:8100", "redis://x", "sqlite:///y", {"gateway": 7}
-)
+URLS = ("http://127.0.0.1:8100", "redis://x", "sqlite:///y")
+HERE = Connection("http://127.0.0.1:8000", "ts-key", *URLS, {"gateway": 7})
 
 
 def written(folder: Path) -> Path:
