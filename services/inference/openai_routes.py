@@ -23,9 +23,9 @@ from shared.errors import TunesmithError
 from shared.web import error_body
 
 _REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-# Names that clients send when they mean whatever the server has.
 _ADAPTER_CODES = frozenset({"model_not_found", "adapter_refused", "adapter_corrupt", "adapter_too_large"})
 _FIELDS = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+# Names that clients send when they mean whatever the server has.
 _WHATEVER = frozenset({"", "dummy", "tgi"})
 
 

@@ -202,7 +202,7 @@ class BatchEngine:
                 self._prefill_piece(sequence, piece)
             except Exception as error:
                 self._drop_prefilling()
-                self._fail([sequence], error)
+                self._fail(sequence, error)
 
     def _prefill_piece(self, sequence: Sequence, piece: list[int]) -> None:
         wanted = sequence.request.prompt_logprobs
@@ -232,7 +232,7 @@ class BatchEngine:
             self._advance(rows, self._logits(0, rows))
         except Exception as error:
             if len(rows) == 1:
-                self._fail(rows, error)
+                self._fail(rows[0], error)
                 return
             _log.warning("a decode step failed; trying its rows one by one", exc_info=error)
             self._decode_one_by_one()
@@ -244,7 +244,7 @@ class BatchEngine:
             try:
                 self._advance([sequence], self._logits(self._rows.index(sequence), [sequence]))
             except Exception as error:
-                self._fail([sequence], error)
+                self._fail(sequence, error)
 
     def _logits(self, first: int, rows: Many[Sequence]) -> torch.Tensor:
         return self._runner.decode(
@@ -260,15 +260,15 @@ class BatchEngine:
         choices = choose(logits, [row.chooser for row in rows])
         self._last_token_at = time.monotonic()
         for sequence, choice in zip(rows, choices, strict=True):
-            if choice is None:
-                self._fail([sequence], TunesmithError("the model gave no finite scores", code="non_finite"))
-                continue
             try:
+                if choice is None:
+                    raise TunesmithError("the model gave no finite scores", code="non_finite")
                 sequence.accept(choice, self._special)
+                self._tokens += 1
             except Exception as error:
-                self._fail([sequence], error)
-                continue
-            self._tokens += 1
+                sequence.fail(_presentable(error))
+        # Only now: a row is moved with what it has in the cache, which is up to date once it took its token.
+        for sequence in rows:
             if sequence.ended:
                 self._remove(sequence)
 
@@ -292,15 +292,11 @@ class BatchEngine:
             length = min(sequence.prefilled + self._chunk, self._runner.context)
             self._runner.cache.clear(len(self._rows), length)
 
-    def _fail(self, rows: Many[Sequence], error: Exception) -> None:
-        """End these rows with an error; the engine and everyone else go on."""
-        if not isinstance(error, TunesmithError):
-            _log.error("a request failed in the engine", exc_info=error)
-            error = TunesmithError("the engine failed on this request", code="generation_failed")
-        for sequence in rows:
-            if sequence in self._rows:
-                self._remove(sequence)
-            sequence.fail(error)
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a request with an error; the engine and everyone else go on."""
+        if sequence in self._rows:
+            self._remove(sequence)
+        sequence.fail(_presentable(error))
 
     def _fail_everything(self) -> None:
         with self._condition:
@@ -339,3 +335,11 @@ class BatchEngine:
 
     def _unload(self, uid: str) -> None:
         self._slots.pop(uid, None)
+
+
+def _presentable(error: Exception) -> TunesmithError:
+    """The error as a client may see it: what was not raised on purpose is logged and not told."""
+    if isinstance(error, TunesmithError):
+        return error
+    _log.error("a request failed in the engine", exc_info=error)
+    return TunesmithError("the engine failed on this request", code="generation_failed")

@@ -1,5 +1,6 @@
 """Adapters for the tests, made with peft itself and published as the trainer publishes them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ def write_adapter(
 ) -> str:
     """A random adapter whose effect is large enough to change what is said; returns its id."""
     torch.manual_seed(seed)
-    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora, **config)  # type: ignore[arg-type]
-    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
+    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora, **config)
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property that transformers 5.23 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
@@ -71,7 +75,9 @@ class Oracle:
         if adapter not in self._loaded:
             model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.float32)
             if adapter is not None:
-                model = PeftModel.from_pretrained(model, str(self._store.adapter(adapter)))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model = PeftModel.from_pretrained(model, str(self._store.adapter(adapter)))
             self._loaded[adapter] = model.eval()
         ids = torch.tensor([prompt])
         with torch.no_grad():
