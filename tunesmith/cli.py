@@ -308,3 +308,7 @@ def _alive(pid: int) -> bool:
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

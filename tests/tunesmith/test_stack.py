@@ -1,0 +1,161 @@
+"""`tunesmith up` and `down` as commands, on a real stack with the tiny base."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.tiny import write_catalogue, write_tiny_model
+from tunesmith import connection as connections
+from tunesmith.connection import Connection
+
+
+@dataclass
+class Machine:
+    """A folder to run commands in, with a catalogue of the tiny base."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        model = write_tiny_model(self.folder / "model")
+        catalogue = write_catalogue(self.folder / "catalogue.toml", model)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+        self.environ = kept | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tunesmith.cli", *arguments],
+            cwd=self.folder,
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    def up(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return self.run("up", "--base", "tiny", *arguments, **environ)
+
+    def connection(self) -> Connection:
+        return connections.read(self.folder / ".tunesmith" / "connection.json")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    done = machine.up("--port", "0")
+    assert done.returncode == 0, done.stderr
+    pids = machine.connection().pids
+    try:
+        yield machine
+    finally:
+        assert_nothing_is_left_after_down(machine, set(pids.values()))
+
+
+def assert_nothing_is_left_after_down(machine: Machine, pids: set[int]) -> None:
+    pids |= set(machine.connection().pids.values())
+    pids |= {child.pid for pid in pids for child in children_of(pid)}
+    done = machine.run("down")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "stopped")
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+    assert not (machine.folder / ".tunesmith" / "connection.json").exists()
+    again = machine.run("down")
+    assert (again.returncode, again.stderr) == (0, "nothing was running\n")
+    assert machine.run("status").returncode == 1
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def test_up_describes_what_runs(machine: Machine) -> None:
+    connection = machine.connection()
+    path = machine.folder / ".tunesmith" / "connection.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert set(connection.pids) == set(connections.PROCESSES)
+    assert {name: psutil.pid_exists(pid) for name, pid in connection.pids.items()} == dict.fromkeys(
+        connection.pids, True
+    )
+    with OpenAI(base_url=connection.openai_base_url, api_key=connection.api_key) as client:
+        assert "tiny" in [model.id for model in client.models.list()]
+    logs = {log.stem for log in (path.parent / "logs").iterdir()}
+    assert logs == {"supervisor", "prepare", "migrate", *connections.PROCESSES}
+    status = machine.run("status", "--json")
+    assert (status.returncode, json.loads(status.stdout)["ready"]) == (0, True)
+
+
+def test_nothing_listens_beyond_loopback(machine: Machine) -> None:
+    for pid in machine.connection().pids.values():
+        listening = [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {connection.laddr[0] for connection in listening} <= {"127.0.0.1"}
+
+
+def test_second_up_says_that_it_runs_and_changes_nothing(machine: Machine) -> None:
+    before = machine.connection()
+    done = machine.up("--port", "0")
+    assert (done.returncode, done.stderr) == (0, "the stack is running already\n")
+    assert before.url in done.stdout
+    assert machine.connection() == before
+
+
+def test_port_of_another_stack_is_said_to_be_taken(machine: Machine) -> None:
+    port = machine.connection().url.rpartition(":")[2]
+    done = machine.up("--home", "second", "--port", port)
+    assert done.returncode == 1
+    assert f"error: port {port} is taken by another program" in done.stderr
+    assert machine.run("down", "--home", "second").stderr == "nothing was running\n"
+
+
+def test_unknown_base_is_refused_with_the_list(machine: Machine) -> None:
+    done = machine.run("up", "--home", "third", "--port", "0", "--base", "gpt-9")
+    assert done.returncode == 1
+    assert "no base model 'gpt-9' in the catalogue; there are: tiny" in done.stderr
+
+
+def test_failed_start_shows_the_log_and_leaves_nothing(machine: Machine) -> None:
+    done = machine.up("--home", "fourth", "--port", "0", TUNESMITH_INFERENCE_PRECISION="fp64")
+    assert done.returncode == 1
+    assert "error: the stack did not start: inference ended with status" in done.stderr
+    assert "last lines of" in done.stderr
+    assert "PRECISION" in done.stderr
+    assert machine.run("down", "--home", "fourth").stderr == "nothing was running\n"
+
+
+@pytest.mark.parametrize("name", ["gateway", "inference", "redis"])
+def test_killed_process_is_replaced_and_all_is_well_again(machine: Machine, name: str) -> None:
+    before = machine.connection()
+    os.kill(before.pids[name], signal.SIGKILL)
+    wait_for(lambda: machine.connection().pids[name] != before.pids[name])
+    headers = {"authorization": f"Bearer {before.api_key}"}
+
+    def works() -> bool:
+        try:
+            body = {"inputs": "What", "parameters": {"max_new_tokens": 1}}
+            return httpx.post(before.url + "/generate", json=body, headers=headers, timeout=30).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_for(works)
+    after = machine.connection()
+    assert (after.url, after.api_key) == (before.url, before.api_key)
+    assert {other for other in after.pids if after.pids[other] != before.pids[other]} == {name}
