@@ -46,6 +46,9 @@ from shared.artifacts import ArtifactStore, Manifest
 from shared.errors import JobFailed
 from shared.jobs import Phase
 
+# Failures after which the warm base may hold half an adapter or other weights: the next job loads it afresh.
+SPOILS_THE_BASE = frozenset({"out_of_memory", "base_changed"})
+
 
 def finetune(
     job: JobRun,
@@ -69,33 +72,13 @@ def finetune(
     try:
         with out_of_memory_explained():
             run = prepare(job, bases, store, session, peak_flops, clock)
+            return adapt(run, candidates)
     except StopRequested:
         return Stopped(step=0)
-    model = run.base.loaded.model
-    with store.staged() as folder, out_of_memory_explained():
-        with lora_attached(model, job.spec.lora, job.spec.seed) as peft_model:
-            counts = parameter_counts(peft_model)
-            tell_about_adapter(session, counts)
-            state = begin(run, peft_model, candidates)
-            try:
-                train(run, peft_model, state)
-            except StopRequested:
-                save_where_it_stands(run, peft_model, state)
-                return Stopped(step=state.history.step)
-            session.phase(Phase.SAVING)
-            check_trained(peft_model)
-            write_adapter(folder, peft_model, run.base.loaded.base)
-            sample = run.packs(0)[0]
-            expected = sample_logits(peft_model, sample, run.precision)
-        try:
-            check_base_unchanged(run.base)
-        except JobFailed:
+    except JobFailed as failure:
+        if failure.code in SPOILS_THE_BASE:
             bases.discard()
-            raise
-        check_reload(run.base, folder, sample, expected, run.precision)
-        adapter_id = session.reserve_adapter()
-        manifest = publish_adapter(run, folder, adapter_id, state.history.step)
-    return Finished(adapter_id, manifest, report_on(run, state.history, counts))
+        raise
 
 
 def prepare(
@@ -128,6 +111,31 @@ def prepare(
         matmul_weights=matmul_parameters(base.loaded.model),
         peak_flops=peak_flops,
     )
+
+
+def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
+    """Train LoRA weights on the base, and publish them once they have passed every check."""
+    spec, loaded = run.job.spec, run.base.loaded
+    with run.store.staged() as folder:
+        with lora_attached(loaded.model, spec.lora, spec.seed) as model:
+            counts = parameter_counts(model)
+            tell_about_adapter(run.session, counts)
+            state = begin(run, model, candidates)
+            try:
+                train(run, model, state)
+            except StopRequested:
+                save_where_it_stands(run, model, state)
+                return Stopped(step=state.history.step)
+            run.session.phase(Phase.SAVING)
+            check_trained(model)
+            write_adapter(folder, model, loaded.base)
+            sample = run.packs(0)[0]
+            expected = sample_logits(model, sample, run.precision)
+        check_base_unchanged(run.base)
+        check_reload(run.base, folder, sample, expected, run.precision)
+        adapter_id = run.session.reserve_adapter()
+        manifest = publish_adapter(run, folder, adapter_id, state.history.step)
+    return Finished(adapter_id, manifest, report_on(run, state.history, counts))
 
 
 def begin(run: RunContext, model: PeftModel, candidates: Sequence[Path]) -> TrainingState:

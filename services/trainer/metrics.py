@@ -93,10 +93,10 @@ def utilisation(tokens_per_second: float, matmul_weights: int, peak_flops: float
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 1536) -> float:
-    """FLOP/s of the best of a few square matrix products: what a perfect step could reach on this machine."""
+    """FLOP/s of the best of twenty square matrix products: what a perfect step could reach on an idle machine."""
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()

@@ -233,6 +233,20 @@ def test_divergence_fails_with_a_sentence_and_the_next_job_works(
     assert isinstance(tiny.run(tiny.spec(), token=2), Finished)
 
 
+def test_out_of_memory_fails_with_advice_and_the_next_job_gets_a_fresh_base(
+    tiny: TinyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights_of(tiny.finish(tiny.spec(), job="ftjob-before"))
+    monkeypatch.setattr("services.trainer.step.loss_sum", lambda *_: torch.empty(2**60))
+    with pytest.raises(JobFailed, match="lower max_length") as failure:
+        tiny.run(tiny.spec())
+    assert failure.value.code == "out_of_memory"
+    monkeypatch.undo()
+    session = RecordingSession()
+    assert weights_of(tiny.finish(tiny.spec(), session, token=2)) == expected
+    assert session.base_loaded is True
+
+
 def test_bases_keep_one_model_at_a_time(tiny: TinyJob) -> None:
     bases: WarmBases = tiny.bases
     int8, nf4 = tiny.spec(), tiny.spec(base_precision="nf4")

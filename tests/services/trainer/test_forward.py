@@ -155,8 +155,8 @@ def test_gradients_do_not_depend_on_the_layout(
         batches = layout(rows, lengths)
         assert sorted(chain(*batches)) == rows
         for expected, actual in zip(reference, gradients(lora_model, samples, batches, dtype), strict=True):
-            error = float((actual - expected).norm() / expected.norm())
-            assert error <= bound, (name, error)
+            # A step of one two-token sample has no attention to learn: that gradient is exactly zero.
+            assert float((actual - expected).norm()) <= bound * float(expected.norm()), name
 
 
 def test_a_packed_samples_gradients_are_its_own_alone(lora_model: Any) -> None:
