@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError
+from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError, Unauthenticated
 from shared.logs import get_logger
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -40,6 +40,8 @@ def error_response(error: TunesmithError, path: str) -> JSONResponse:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     # TGI's clients know 422 as the caller's fault; OpenAI's know 400.
     status = 422 if type(error).status == 400 and not path.startswith("/v1/") else error.status
     return JSONResponse(error_body(error, path), status, headers)
@@ -63,43 +65,40 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app` in our own shapes."""
+    """Answer every failure of `app` in our own shapes; what nobody expected is `RequestContext`'s affair."""
     log = get_logger("http")
 
     async def on_tunesmith(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TunesmithError)
         if error.status >= 500:
             log.error("request failed", code=error.code, error=error.message)
-        return error_response(error, request.url.path)
+        return error_response(error, request.scope["path"])
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(validation_error(error), request.url.path)
+        return error_response(validation_error(error), request.scope["path"])
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         phrase = HTTPStatus(error.status_code).phrase.lower()
         if error.status_code == 404:
-            problem: TunesmithError = NotFound(f"no such path: {request.method} {request.url.path[:200]}")
+            problem: TunesmithError = NotFound(f"no such path: {request.method} {request.scope['path'][:200]}")
         else:
-            problem = InvalidRequest(phrase, code=phrase.replace(" ", "_"))
-        body = error_body(problem, request.url.path)
+            detail = error.detail if error.status_code == 400 else phrase
+            problem = InvalidRequest(detail, code=phrase.replace(" ", "_"))
+        body = error_body(problem, request.scope["path"])
         return JSONResponse(body, error.status_code, error.headers)
-
-    async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("unexpected error", exc_info=error)
-        return JSONResponse(error_body(TunesmithError("internal error"), request.url.path), 500)
 
     app.add_exception_handler(TunesmithError, on_tunesmith)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_unexpected)
 
 
 class RequestContext:
-    """ASGI middleware: a request id on the answer and in every log line, and one access line.
+    """ASGI middleware: a request id on the answer and in every log line, one access line, and the last resort.
 
-    An id sent by the caller is kept if it is harmless, so that one id follows a request across services.
+    An id sent by the caller is kept if it is harmless, so that one id follows a request across services. What nobody
+    expected is logged here with its trace and answered with a bare 500, so that this answer has its id too.
 
     Args:
         observe: called with (method, route template, status, seconds) when an answer has been sent.
@@ -116,7 +115,7 @@ class RequestContext:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 500
+        status = 0
         started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
@@ -129,6 +128,13 @@ class RequestContext:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except Exception as error:
+                self._log.error("unexpected error", exc_info=error)
+                if status:
+                    # Half an answer is out; only closing the connection tells the client so.
+                    raise
+                body = error_body(TunesmithError("internal error"), scope["path"])
+                await JSONResponse(body, 500)(scope, receive, send_with_id)
             finally:
                 seconds = time.perf_counter() - started
                 route = getattr(scope.get("route"), "path", "unmatched")

@@ -7,18 +7,21 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from services.gateway import files, jobs
+from services.gateway import files, generate, jobs, models, operations
+from services.gateway.metrics import Metrics
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
+from services.gateway.unread import CloseUnread
 from shared.web import RequestContext, install_error_handlers
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
     """The application; nothing is opened before it starts."""
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with open_services(settings) as services:
+        async with open_services(settings, metrics) as services:
             app.state.services = services
             yield
 
@@ -29,10 +32,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     install_error_handlers(app)
-    app.add_middleware(RequestContext)
-    app.include_router(files.uploads)
-    app.include_router(files.router)
-    app.include_router(jobs.router)
+    # The last one added sees a request first.
+    app.add_middleware(CloseUnread)
+    app.add_middleware(RequestContext, observe=metrics.answered)
+    for part in (files.uploads, files.router, jobs.router, models.router, generate.router):
+        app.include_router(part)
+    app.include_router(operations.health)
+    app.include_router(operations.router)
     return app
 
 

@@ -3,10 +3,13 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from services.gateway.auth import AuthenticatedRoute
-from services.gateway.dependencies import After, JobId, Project, Using
+from services.gateway.dependencies import CURSOR, After, JobId, Project, Using
+from services.gateway.event_stream import EventStream
 from services.gateway.file_store import require
 from services.gateway.job_json import (
     CheckpointListJson,
@@ -23,6 +26,7 @@ from shared.errors import InvalidRequest
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=100)]
+EVENT_STREAM = "text/event-stream"
 
 
 @router.post("/v1/fine_tuning/jobs")
@@ -76,13 +80,31 @@ def resume_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> 
     return job_json(job)
 
 
-@router.get("/v1/fine_tuning/jobs/{job_id}/events")
-def list_fine_tuning_events(
-    services: Using, project: Project, job_id: JobId, after: After = None, limit: Limit = 20
-) -> EventListJson:
-    """Events, newest first."""
-    before = None if after is None else event_number(job_id, after)
-    return event_list_json(services.jobs.events(project, job_id, before=before, limit=limit))
+@router.get(
+    "/v1/fine_tuning/jobs/{job_id}/events",
+    response_model=EventListJson,
+    responses={200: {"content": {EVENT_STREAM: {}}}, 204: {"description": "all of an ended job's events were seen"}},
+)
+async def list_fine_tuning_events(
+    services: Using,
+    project: Project,
+    job_id: JobId,
+    after: After = None,
+    limit: Limit = 20,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header(pattern=CURSOR)] = None,
+) -> Response | EventListJson:
+    """Events, newest first; or, if `text/event-stream` is accepted, ascending and as they happen."""
+    seen = None if after is None else event_number(job_id, after)
+    if EVENT_STREAM not in accept:
+        page = await run_in_threadpool(services.jobs.events, project, job_id, before=seen, limit=limit)
+        return event_list_json(page)
+    seen = event_number(job_id, last_event_id) if last_event_id else seen
+    stream = EventStream(services.jobs, project, job_id, seen or 0)
+    if await stream.is_over():
+        # What tells a browser's EventSource not to come back.
+        return Response(status_code=204)
+    return StreamingResponse(stream, media_type=EVENT_STREAM, headers={"cache-control": "no-cache"})
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")

@@ -1,14 +1,20 @@
 """Everything one gateway process works with, opened and closed together."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+
+import httpx
 
 from services.gateway.base_facts import PreparedBases
 from services.gateway.file_store import FileStore
 from services.gateway.job_resolution import JobResolver
 from services.gateway.keys import Keys, read_or_make_secret
+from services.gateway.metrics import Metrics
+from services.gateway.model_store import ModelStore
+from services.gateway.pulse import Pulse
 from services.gateway.reaper import Reaper
+from services.gateway.replicas import Replicas
 from services.gateway.ringer import Ringer
 from services.gateway.settings import GatewaySettings
 from services.gateway.sweeper import Sweeper
@@ -36,10 +42,14 @@ class Services:
     leases: Leases
     doorbell: Doorbell
     ringer: Ringer
+    pulse: Pulse
+    models: ModelStore
+    replicas: Replicas
+    metrics: Metrics
 
 
-@contextmanager
-def open_services(settings: GatewaySettings) -> Iterator[Services]:
+@asynccontextmanager
+async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIterator[Services]:
     """Build the parts, start the threads beside the requests, and stop and close everything at the end.
 
     Raises:
@@ -47,11 +57,13 @@ def open_services(settings: GatewaySettings) -> Iterator[Services]:
     """
     catalogue = load_catalogue(settings.catalogue)
     check_schema(settings.sql_url)
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         database = Database(settings.sql_url)
         stack.callback(database.close)
         doorbell = Doorbell(settings.redis_url)
         stack.callback(doorbell.close)
+        client = await stack.enter_async_context(inference_client(settings.inference_timeout))
+        metrics.watch(database, doorbell)
         leases = Leases(database)
         artifacts = LocalArtifactStore(settings.artifacts_root)
         services = Services(
@@ -66,6 +78,10 @@ def open_services(settings: GatewaySettings) -> Iterator[Services]:
             leases=leases,
             doorbell=doorbell,
             ringer=Ringer(doorbell),
+            pulse=Pulse(database, doorbell),
+            models=ModelStore(database, catalogue),
+            replicas=Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value()),
+            metrics=metrics,
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
@@ -73,6 +89,16 @@ def open_services(settings: GatewaySettings) -> Iterator[Services]:
             thread.start()
             stack.callback(thread.stop)
         yield services
+
+
+def inference_client(read_timeout: float) -> httpx.AsyncClient:
+    """A client for long, silent answers; the system's proxy settings are not for processes next door."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(read_timeout, connect=5, write=30, pool=None),
+        # Inference bounds its queue itself. Idle connections go before its server closes them (uvicorn: after 5 s).
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
+        trust_env=False,
+    )
 
 
 def _secret(settings: GatewaySettings) -> bytes:

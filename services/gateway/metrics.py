@@ -1,0 +1,74 @@
+"""Prometheus metrics of one gateway; what concerns jobs is asked of SQL when it is scraped, so all gateways agree."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.database import Database
+from shared.doorbell import Doorbell
+from shared.jobs import State
+from shared.tables import jobs
+
+
+class Metrics:
+    """A registry of its own, so that several applications can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "tunesmith_gateway_requests_total", "Answers sent", ("method", "route", "status"), registry=self.registry
+        )
+        self._seconds = Histogram(
+            "tunesmith_gateway_request_seconds",
+            "Time from request to the end of the answer",
+            ("method", "route"),
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+            registry=self.registry,
+        )
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        # A client can invent methods without end; a label must not follow.
+        known = method if method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH") else "other"
+        self._requests.labels(known, route, str(status)).inc()
+        self._seconds.labels(known, route).observe(seconds)
+
+    def watch(self, database: Database, doorbell: Doorbell) -> None:
+        """Add what is known outside this process."""
+        self.registry.register(_Outside(database, doorbell))
+
+
+class _Outside(Collector):
+    def __init__(self, database: Database, doorbell: Doorbell) -> None:
+        self._database = database
+        self._doorbell = doorbell
+
+    def describe(self) -> list[Metric]:
+        # Registering must not ask SQL.
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("tunesmith_up", "Whether a part answers", labels=("part",))
+        try:
+            yield self._jobs()
+            up.add_metric(["database"], 1)
+        except SQLAlchemyError:
+            up.add_metric(["database"], 0)
+        pending = self._doorbell.pending()
+        up.add_metric(["redis"], 0 if pending is None else 1)
+        yield up
+        if pending is not None:
+            yield GaugeMetricFamily("tunesmith_doorbells_pending", "Rings no worker has heard yet", value=pending)
+
+    def _jobs(self) -> Metric:
+        counts = dict.fromkeys(State, 0)
+        with self._database.read() as connection:
+            for state, count in connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state)):
+                counts[State(state)] = count
+        family = GaugeMetricFamily("tunesmith_jobs", "Jobs by state", labels=("state",))
+        for state, count in counts.items():
+            family.add_metric([state.value], count)
+        return family

@@ -1,0 +1,38 @@
+"""`/v1/models`: bases, adapters and checkpoints under one list of names."""
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from services.gateway.auth import AuthenticatedRoute
+from services.gateway.dependencies import ModelId, Project, Using
+from services.gateway.model_json import ModelDeletedJson, ModelJson, ModelListJson, adapter_json, base_json
+
+router = APIRouter(route_class=AuthenticatedRoute, tags=["models"])
+
+
+@router.get("/v1/models")
+async def list_models(services: Using, project: Project) -> ModelListJson:
+    """The bases, then adapters and checkpoints, newest first."""
+    served = await services.replicas.served()
+    adapters = await run_in_threadpool(services.models.adapters, project)
+    bases = [base_json(base, served) for base in services.models.bases]
+    return ModelListJson(data=[*bases, *(adapter_json(adapter, project) for adapter in adapters)])
+
+
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(services: Using, project: Project, model_id: ModelId) -> ModelJson:
+    """One model, by any of its names."""
+    base = services.models.base(model_id)
+    if base is not None:
+        return base_json(base, await services.replicas.served())
+    return adapter_json(await run_in_threadpool(services.models.adapter, project, model_id), project)
+
+
+@router.delete("/v1/models/{model_id:path}")
+async def delete_model(services: Using, project: Project, model_id: ModelId) -> ModelDeletedJson:
+    """Delete an adapter or checkpoint everywhere. Requests in flight finish on it."""
+    # Unknown first, so that nothing loads it again; then out of memory; then from the disk.
+    adapter = await run_in_threadpool(services.models.delete, project, model_id)
+    await services.replicas.unload(adapter.id)
+    await run_in_threadpool(services.artifacts.remove, services.artifacts.adapter(adapter.id))
+    return ModelDeletedJson(id=model_id)
