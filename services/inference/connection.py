@@ -51,6 +51,8 @@ async def _end(task: "asyncio.Future[Any]") -> None:
 class EventStream(Response):
     """Server-sent events from an iterator of `data:` payloads.
 
+    With a space after the colon: huggingface_hub knows the end of a chat stream only as `data: [DONE]`.
+
     Args:
         close: awaited at the end whatever happens, the client's leaving included.
     """
@@ -74,5 +76,5 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         async for payload in self._events:
-            await send({"type": "http.response.body", "body": f"data:{payload}\n\n".encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

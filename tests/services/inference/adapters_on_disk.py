@@ -45,7 +45,13 @@ def write_adapter(
 
 
 def publish(
-    store: LocalArtifactStore, folder: Path, adapter_id: str, base: Manifest, *, template: str | None, **changes: Any
+    store: LocalArtifactStore,
+    folder: Path,
+    adapter_id: str,
+    trained_on: Manifest,
+    *,
+    template: str | None,
+    **changes: Any,
 ) -> Manifest:
     """Publish a staged adapter folder with a manifest of the given base."""
     fields: dict[str, Any] = {
@@ -53,9 +59,9 @@ def publish(
         "id": adapter_id,
         "job": "ftjob-test",
         "step": 7,
-        "base": base.base,
-        "base_revision": base.base_revision,
-        "base_sha256": base.base_sha256,
+        "base": trained_on.base,
+        "base_revision": trained_on.base_revision,
+        "base_sha256": trained_on.base_sha256,
         "template": template,
         "files": {},
     }

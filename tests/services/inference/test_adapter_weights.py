@@ -94,7 +94,10 @@ def test_configurations_that_are_refused(
 
 
 def drop(key: str) -> Change:
-    return lambda tensors: void(tensors.pop(key))
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[key]
+
+    return change
 
 
 def put(key: str, value: torch.Tensor) -> Change:
@@ -102,11 +105,10 @@ def put(key: str, value: torch.Tensor) -> Change:
 
 
 def poison(value: float) -> Change:
-    return lambda tensors: void(tensors[KEY].view(-1).__setitem__(3, value))
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY].view(-1)[3] = value
 
-
-def void(_: object) -> None:
-    return None
+    return change
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,14 @@ def test_mixed_rows_say_what_peft_says(
     for adapter in adapters:
         under_test.load(adapter)
     chance = random.Random(rows)
-    work = [
+    work: list[tuple[str | None, list[int], int]] = [
         (chance.choice([None, *adapters]), under_test.prompt(chance.choice(PROMPTS)), chance.randint(1, 24))
         for _ in range(40)
     ]
     heard = [under_test.submit(prompt, adapter=adapter, max_new_tokens=n) for adapter, prompt, n in work]
-    for (adapter, prompt, n), each in zip(work, heard, strict=True):
+    for (served, prompt, n), each in zip(work, heard, strict=True):
         assert isinstance(each.last, Finished)
-        assert each.ids == tiny.oracle.ids(adapter, prompt, n)
+        assert each.ids == tiny.oracle.ids(served, prompt, n)
         assert each.text == under_test.tokenizer.decode(each.ids)
 
 
@@ -52,7 +52,7 @@ def test_rows_that_leave_early_do_not_disturb_the_rest(engine: MakeEngine, tiny:
     under_test.load(adapters[0])
     under_test.load(adapters[2])
     chance = random.Random(7)
-    kept: list[tuple[str, list[int], Heard]] = []
+    kept: list[tuple[str | None, list[int], Heard]] = []
     for _ in range(25):
         adapter = chance.choice([adapters[0], adapters[2]])
         prompt = under_test.prompt(chance.choice(PROMPTS))
@@ -65,9 +65,9 @@ def test_rows_that_leave_early_do_not_disturb_the_rest(engine: MakeEngine, tiny:
             assert isinstance(heard.last, Cancelled | Finished)
         else:
             kept.append((adapter, prompt, heard))
-    for adapter, prompt, heard in kept:
+    for served, prompt, heard in kept:
         assert isinstance(heard.last, Finished)
-        assert heard.ids == tiny.oracle.ids(adapter, prompt, 20)
+        assert heard.ids == tiny.oracle.ids(served, prompt, 20)
     under_test.wait_until_idle()
     assert under_test.admission.requests == under_test.admission.tokens == 0
 

@@ -16,7 +16,7 @@ PROMPT = "def f(x): return x"
 
 def events_of(text: str) -> list[Any]:
     """The JSON payloads of an event stream, `[DONE]` left out."""
-    lines = [line.removeprefix("data:") for line in text.split("\n\n") if line]
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
@@ -290,7 +290,7 @@ def test_openai_streams_end_with_done(server: Server) -> None:
     whole = server.http.post("/v1/chat/completions", json=chat).json()
     streaming = chat | {"stream": True, "stream_options": {"include_usage": True}}
     text = server.http.post("/v1/chat/completions", json=streaming).text
-    assert text.endswith("data:[DONE]\n\n")
+    assert text.endswith("data: [DONE]\n\n")
     *chunks, usage = events_of(text)
     assert usage["usage"] == whole["usage"]
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"

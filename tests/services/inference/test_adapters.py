@@ -1,0 +1,351 @@
+"""Residency over HTTP and under the registry: loads, evictions, pins, refusals, and who finishes on what."""
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from services.inference.adapters import AdapterRegistry, Checked
+from services.inference.engine.interface import GenerationRequest, Sink, Stats
+from shared.artifacts import MANIFEST, new_id
+from shared.errors import InvalidRequest, NotFound, Overloaded
+from tests.services.inference.adapters_on_disk import publish
+from tests.services.inference.harness import Tiny
+from tests.services.inference.server import Server, running
+
+PROMPT = "def f(x): return x"
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Tiny) -> Iterator[Server]:
+    """A server with room for two adapters."""
+    with running(tiny, adapter_slots=2) as server:
+        yield server
+
+
+def states(server: Server) -> dict[str, str]:
+    return {entry["id"]: entry["state"] for entry in server.http.get("/adapters").json()["data"]}
+
+
+def test_load_list_unload(tiny: Tiny) -> None:
+    adapter = tiny.adapter(seed=31, r=4)
+    with running(tiny) as server:
+        assert states(server) == {}
+        loaded = server.http.put(f"/adapters/{adapter}").json()
+        assert (loaded["id"], loaded["rank"], loaded["step"], loaded["state"]) == (adapter, 4, 7, "resident")
+        assert loaded["bytes"] > 0
+        assert loaded["ms"] > 0
+        answer = server.generate(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 2})
+        assert "x-adapter-load-ms" not in answer.headers
+        assert server.http.get("/adapters").json()["resident_bytes"] == loaded["bytes"]
+        assert server.http.delete(f"/adapters/{adapter}").json() == {"id": adapter, "unloaded": True}
+        assert server.http.delete(f"/adapters/{adapter}").json() == {"id": adapter, "unloaded": False}
+        assert server.http.delete("/adapters/nobody").json()["unloaded"] is False
+        again = server.generate(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 2})
+        assert float(again.headers["x-adapter-load-ms"]) > 0
+        # Deleted from disk: gone from memory too, at the next request.
+        tiny.store.remove(tiny.store.adapter(adapter))
+        assert server.generate(inputs=PROMPT, parameters={"adapter_id": adapter}).status_code == 404
+        assert states(server) == {}
+
+
+def test_an_adapter_published_while_serving_is_served(small: Server) -> None:
+    """As is a checkpoint of a job that still trains: it is an adapter folder like any other."""
+    for seed in (41, 42):
+        adapter = small.tiny.adapter(seed=seed)
+        ids = small.ids(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 10})
+        assert ids == small.tiny.oracle.ids(adapter, small.prompt(PROMPT), 10)
+
+
+def test_the_least_recently_used_leaves_and_pinned_ones_stay(small: Server) -> None:
+    a, b, c = (small.tiny.adapter(seed=50 + i) for i in range(3))
+    small.http.put(f"/adapters/{a}/pin")
+    small.http.put(f"/adapters/{b}")
+    small.http.put(f"/adapters/{c}")
+    assert set(states(small)) == {a, c}
+    small.http.put(f"/adapters/{b}/pin")
+    assert set(states(small)) == {a, b}
+    # All room is pinned: a third cannot come in, and says so.
+    refused = small.generate(inputs=PROMPT, parameters={"adapter_id": c})
+    assert refused.status_code == 422
+    assert "pinned" in refused.json()["error"]
+    for pinned in (a, b):
+        assert small.http.delete(f"/adapters/{pinned}/pin").json()["pinned"] is False
+    assert small.http.put(f"/adapters/{c}").status_code == 200
+    assert small.http.delete(f"/adapters/{a}/pin").status_code == 404
+
+
+def test_more_adapters_than_slots_under_load_are_never_mixed_up(small: Server) -> None:
+    """Six adapters through two slots, with unloads in between: every answer is its own adapter's."""
+    adapters = [small.tiny.adapter(seed=60 + i, r=2 ** (i % 4)) for i in range(6)]
+    prompt = small.prompt(PROMPT)
+    expected = {adapter: small.tiny.oracle.ids(adapter, prompt, 6) for adapter in adapters}
+    assert len({tuple(ids) for ids in expected.values()}) == 6
+    chance = random.Random(0)
+    work = [chance.choice(adapters) for _ in range(120)]
+
+    def ask(adapter: str) -> list[int]:
+        if chance.random() < 0.1:
+            small.http.delete(f"/adapters/{chance.choice(adapters)}")
+        return small.ids(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 6})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, work))
+    assert [expected[adapter] for adapter in work] == answers
+    small.wait_until_idle()
+    assert len(states(small)) <= 2
+
+
+def test_requests_in_flight_finish_on_what_they_began_with(small: Server) -> None:
+    adapter = small.tiny.adapter(seed=70)
+    body = {"inputs": PROMPT, "parameters": {"adapter_id": adapter, "max_new_tokens": 150, "ignore_eos_token": True}}
+    with small.http.stream("POST", "/generate_stream", json=body) as stream:
+        lines = stream.iter_lines()
+        first = next(lines)
+        assert small.http.delete(f"/adapters/{adapter}").json()["unloaded"] is True
+        reloaded = small.ids(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 5})
+        events = [json.loads(line[5:]) for line in [first, *lines] if line]
+    assert len(events) == 150
+    assert [event["token"]["id"] for event in events[:5]] == reloaded
+    small.wait_until_idle()
+    assert states(small) == {adapter: "resident"}
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def spoilt(tiny: Tiny, how: str) -> str:
+    """An adapter that must not be served; returns its id."""
+    good = tiny.store.adapter(tiny.adapter(seed=80))
+    adapter, folder = good.name, good
+    if how in ("flipped bit", "flipped config"):
+        path = folder / ("adapter_model.safetensors" if how == "flipped bit" else "adapter_config.json")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif how == "truncated":
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "stray file":
+        (folder / "more.bin").write_bytes(b"x")
+    elif how == "missing file":
+        (folder / "adapter_config.json").unlink()
+    elif how == "no manifest":
+        (folder / MANIFEST).unlink()
+    elif how == "manifest of nonsense":
+        (folder / MANIFEST).write_text("[" * 100_000)
+    elif how == "symlink":
+        path = folder / "adapter_model.safetensors"
+        elsewhere = tiny.store.root / f"elsewhere-{adapter}"
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+    elif how == "another's folder":
+        adapter = new_id("adapter")
+        folder.rename(tiny.store.adapter(adapter))
+    else:
+        return republished(tiny, folder, how)
+    return adapter
+
+
+def republished(tiny: Tiny, good: Path, how: str) -> str:
+    """A folder whose hashes are right and whose content is wrong."""
+    adapter = new_id("adapter")
+    changes: dict[str, Any] = {}
+    with tiny.store.staged() as folder:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).write_bytes((good / name).read_bytes())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        first = sorted(tensors)[0]
+        if how == "missing layer":
+            tensors = {key: value for key, value in tensors.items() if ".layers.1." not in key}
+        elif how == "NaN":
+            tensors[first][0, 0] = float("nan")
+        elif how == "wrong rank":
+            tensors[first] = tensors[first][:4].clone()
+        elif how == "foreign base":
+            changes["base"] = "another-base"
+        elif how == "other weights":
+            changes["base_sha256"] = "0" * 64
+        elif how == "unknown template":
+            changes["template"] = "chat-0000000000000000"
+        save_file(tensors, folder / "adapter_model.safetensors")
+        if how == "lying header":
+            data = (folder / "adapter_model.safetensors").read_bytes()
+            (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 8 + data[8:])
+        if how == "DoRA":
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+        publish(tiny.store, folder, adapter, tiny.manifest, template=changes.pop("template", None), **changes)
+    return adapter
+
+
+DEFECTS = [
+    "flipped bit", "flipped config", "truncated", "stray file", "missing file", "no manifest", "manifest of nonsense",
+    "symlink", "another's folder", "missing layer", "NaN", "wrong rank", "foreign base", "other weights",
+    "unknown template", "lying header", "DoRA",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DEFECTS)
+def test_a_bad_adapter_is_refused_and_the_next_good_request_is_the_same(
+    server: Server, adapters: list[str], how: str
+) -> None:
+    good = {"inputs": PROMPT, "parameters": {"adapter_id": adapters[0], "max_new_tokens": 10}}
+    before = server.generate(**good).content
+    bad = spoilt(server.tiny, how)
+    for _ in range(2):
+        answer = server.generate(inputs=PROMPT, parameters={"adapter_id": bad})
+        assert answer.status_code == 422
+        assert answer.json()["error_type"] == "validation"
+        assert "refused" in answer.json()["error"]
+        assert str(server.tiny.store.root) not in answer.text
+    load = server.http.put(f"/adapters/{bad}")
+    assert load.status_code == 422
+    chat = {"model": bad, "messages": [{"role": "user", "content": "x"}], "stream": True}
+    refused = server.http.post("/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+    assert bad not in states(server)
+    assert server.generate(**good).content == before
+
+
+def test_an_adapter_above_the_limits_is_refused(tiny: Tiny) -> None:
+    large, small = tiny.adapter(seed=90, r=64), tiny.adapter(seed=91, r=1)
+    with running(tiny, adapter_bytes=20_000, max_rank=32) as server:
+        for adapter, status in [(large, 422), (small, 200), (large, 422)]:
+            assert server.http.put(f"/adapters/{adapter}").status_code == status
+
+
+# ---------------------------------------------------------------------- the registry by itself
+
+
+class SlowEngine:
+    """Stands for an engine whose loads end when the test says so; only `load` and `unload` are asked for here."""
+
+    context = 100
+
+    def __init__(self) -> None:
+        self.loads: list[tuple[str, Future[None]]] = []
+        self.unloaded: list[str] = []
+
+    def load(self, uid: str, weights: Any) -> "Future[None]":
+        done: Future[None] = Future()
+        self.loads.append((uid, done))
+        return done
+
+    def unload(self, uid: str) -> "Future[None]":
+        self.unloaded.append(uid)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def submit(self, request: GenerationRequest, sink: Sink, place: Any = None) -> Any:
+        raise NotImplementedError
+
+    def cancel(self, handle: Any) -> None:
+        raise NotImplementedError
+
+    def stats(self) -> Stats:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Weights:
+    rank = 8
+    nbytes = 10
+
+
+def registry(tiny: Tiny, engine: SlowEngine, **limits: Any) -> AdapterRegistry:
+    def read(folder: Path) -> Checked:
+        return Checked(tiny.store.verify(folder, "adapter"), Weights(), None)
+
+    pool = ThreadPoolExecutor(1)
+    return AdapterRegistry(tiny.store, engine, read, pool, **{"budget": 100, "slots": 2, "patience": 0.2} | limits)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 -- what is waited for happens in a thread
+            await asyncio.sleep(0.005)
+
+
+def test_one_load_for_all_who_ask_and_a_quitter_does_not_end_it(tiny: Tiny, adapters: list[str]) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        held = registry(tiny, engine)
+        tasks = [asyncio.create_task(held.acquire(adapters[0])) for _ in range(3)]
+        await until(lambda: engine.loads)
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        assert [entry.state for entry in held.entries()] == ["loading"]
+        engine.loads[0][1].set_result(None)
+        (entry, waited), (same, _) = await asyncio.gather(*tasks[1:])
+        assert entry is same
+        assert waited is not None
+        assert (len(engine.loads), entry.references, entry.state) == (1, 2, "resident")
+        assert (await held.acquire(adapters[0]))[1] is None
+
+    asyncio.run(scenario())
+
+
+def test_unloading_in_mid_load_frees_the_slot_once(tiny: Tiny, adapters: list[str]) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        held = registry(tiny, engine)
+        task = asyncio.create_task(held.acquire(adapters[0]))
+        await until(lambda: engine.loads)
+        assert held.unload(adapters[0])
+        task.cancel()
+        await asyncio.sleep(0.02)
+        assert engine.unloaded == []
+        engine.loads[0][1].set_result(None)
+        await until(lambda: engine.unloaded)
+        assert engine.unloaded == [engine.loads[0][0]]
+        assert held.entries() == []
+
+    asyncio.run(scenario())
+
+
+def test_a_full_house_waits_for_a_release_and_else_says_so(tiny: Tiny, adapters: list[str]) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        held = registry(tiny, engine, slots=1)
+        first = asyncio.create_task(held.acquire(adapters[0]))
+        await until(lambda: engine.loads)
+        engine.loads[0][1].set_result(None)
+        entry, _ = await first
+        with pytest.raises(Overloaded):
+            await held.acquire(adapters[1])
+        second = asyncio.create_task(held.acquire(adapters[1]))
+        await asyncio.sleep(0.02)
+        held.release(entry)
+        await until(lambda: len(engine.loads) == 2)
+        engine.loads[1][1].set_result(None)
+        await second
+        assert engine.unloaded == [entry.uid]
+        assert held.counters.evictions == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_fails_to_load_is_an_error_for_those_who_wait(tiny: Tiny, adapters: list[str]) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        held = registry(tiny, engine)
+        task = asyncio.create_task(held.acquire(adapters[0]))
+        await until(lambda: engine.loads)
+        engine.loads[0][1].set_exception(InvalidRequest("no"))
+        with pytest.raises(InvalidRequest):
+            await task
+        assert (held.entries(), held.used_bytes, held.counters.failed_loads) == ([], 0, 1)
+        with pytest.raises(NotFound):
+            await held.acquire("adapter-none")
+
+    asyncio.run(scenario())
