@@ -1,0 +1,109 @@
+"""A stand-in for the inference service: a small real HTTP server that records what it is sent.
+
+It has the private API's routes and the shapes of its answers, and no model. The journey test uses the real one.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from tests.services.gateway.conftest import served
+
+
+@dataclass
+class StandIn:
+    """What was sent, and how to answer.
+
+    Attributes:
+        sent: (method and path, body or None, headers) of every request but `/info`.
+        unfinished: a stream waits after its first event while it is set.
+        broken: a stream breaks after its first event.
+        slow: no answer before the client is gone.
+        started, closed: paths of slow or unfinished requests, when they began and when their client was gone.
+    """
+
+    base: str
+    token: str = ""
+    url: str = ""
+    status: int = 200
+    unfinished: bool = False
+    broken: bool = False
+    slow: bool = False
+    sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/info")
+        async def info(request: Request) -> Response:
+            if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+                return JSONResponse({"error": "no"}, 401)
+            return JSONResponse({"base": self.base, "revision": "r", "precision": "fp32", "slots": 4})
+
+        @app.delete("/adapters/{adapter_id}")
+        async def unload(adapter_id: str, request: Request) -> dict[str, Any]:
+            self.sent.append((f"DELETE /adapters/{adapter_id}", None, dict(request.headers)))
+            return {"id": adapter_id, "unloaded": True}
+
+        for path in ("/generate", "/generate_stream", "/", "/v1/chat/completions", "/v1/completions"):
+            app.post(path)(self._answer)
+        return app
+
+    async def _answer(self, request: Request) -> Response:
+        body = await request.json()
+        path = request.url.path
+        self.sent.append((f"POST {path}", body, dict(request.headers)))
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+            return JSONResponse({"error": "no"}, 401)
+        if self.status != 200:
+            own = {"error": {"message": "full", "type": "overloaded", "param": None, "code": "overloaded"}}
+            return JSONResponse(own, self.status, {"retry-after": "7"})
+        if self.slow:
+            self.started.append(path)
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.closed.append(path)
+        headers = {"x-generated-tokens": "2", "x-request-id": "not-yours"}
+        if path == "/generate_stream" or body.get("stream"):
+            return StreamingResponse(self._tokens(request), media_type="text/event-stream", headers=headers)
+        if path == "/v1/chat/completions":
+            model = request.headers.get("x-model-name", body["model"])
+            message = {"role": "assistant", "content": "4", "refusal": None}
+            choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": None}
+            answer: Any = {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": model,
+                "choices": [choice],
+            }
+        else:
+            answer = {"generated_text": "4"}
+        return JSONResponse([answer] if path == "/" else answer, headers=headers)
+
+    async def _tokens(self, request: Request) -> AsyncIterator[bytes]:
+        yield b'data:{"token":{"text":"first"}}\n\n'
+        try:
+            while self.unfinished:  # noqa: ASYNC110 (set by the test's thread)
+                await asyncio.sleep(0.01)
+            if self.broken:
+                raise OSError("the process died")
+            yield b'data:{"token":{"text":"last"}}\n\n'
+        except asyncio.CancelledError:
+            self.closed.append(request.url.path)
+            raise
+
+
+@contextmanager
+def standing_in(base: str, **kind: Any) -> Iterator[StandIn]:
+    stand_in = StandIn(base, **kind)
+    with served(stand_in.app()) as url:
+        stand_in.url = url
+        yield stand_in
