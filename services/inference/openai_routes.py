@@ -191,7 +191,7 @@ async def _answer(
     ask = Ask(source, adapter_of(body.model, base), generation, limit, default)
     fingerprint = f"{base.revision[:12]}-{base.precision}"
     dialect = _Dialect(
-        isinstance(body, ChatCompletionBody), body.model or base.id, fingerprint, logprobs, serving.tokenizer
+        isinstance(body, ChatCompletionBody), _name(request, body, base), fingerprint, logprobs, serving.tokenizer
     )
     try:
         if body.stream:
@@ -200,6 +200,12 @@ async def _answer(
         return await _whole(request, serving, ask, dialect)
     except TunesmithError as error:
         raise _in_openai_words(error) from error
+
+
+def _name(request: Request, body: ChatCompletionBody | CompletionBody, base: ServedBase) -> str:
+    """The model's name in the answer: what the gateway's client called it, if the gateway says so."""
+    given = request.headers.get("x-model-name", "")
+    return given if 0 < len(given) <= 256 else body.model or base.id
 
 
 def _in_openai_words(error: TunesmithError) -> TunesmithError:

@@ -338,3 +338,11 @@ def test_ready_is_a_real_token(server: Server) -> None:
     response: httpx.Response = server.http.get("/health/ready")
     assert response.status_code == 200
     assert before > 0 or server.serving.engine.stats().tokens > before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_name_the_model_as_the_gateways_client_did(server: Server, adapters: list[str], stream: bool) -> None:
+    body = {"model": adapters[0], "prompt": PROMPT, "max_tokens": 2, "stream": stream}
+    answer = server.http.post("/v1/completions", json=body, headers={"x-model-name": "ft:tiny:default::1"})
+    pieces = events_of(answer.text) if stream else [answer.json()]
+    assert {piece["model"] for piece in pieces} == {"ft:tiny:default::1"}
