@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,14 +30,21 @@ def small(tiny: Tiny) -> Iterator[Server]:
         yield server
 
 
-def states(server: Server) -> dict[str, str]:
-    return {entry["id"]: entry["state"] for entry in server.http.get("/adapters").json()["data"]}
+def resident(server: Server) -> set[str]:
+    """The adapters in memory, when nothing is on its way in or out any more."""
+    deadline = time.monotonic() + 30
+    while True:
+        entries = server.http.get("/adapters").json()["data"]
+        if all(entry["state"] == "resident" for entry in entries):
+            return {entry["id"] for entry in entries}
+        assert time.monotonic() < deadline, entries
+        time.sleep(0.005)
 
 
 def test_load_list_unload(tiny: Tiny) -> None:
     adapter = tiny.adapter(seed=31, r=4)
     with running(tiny) as server:
-        assert states(server) == {}
+        assert resident(server) == set()
         loaded = server.http.put(f"/adapters/{adapter}").json()
         assert (loaded["id"], loaded["rank"], loaded["step"], loaded["state"]) == (adapter, 4, 7, "resident")
         assert loaded["bytes"] > 0
@@ -52,7 +60,7 @@ def test_load_list_unload(tiny: Tiny) -> None:
         # Deleted from disk: gone from memory too, at the next request.
         tiny.store.remove(tiny.store.adapter(adapter))
         assert server.generate(inputs=PROMPT, parameters={"adapter_id": adapter}).status_code == 404
-        assert states(server) == {}
+        assert resident(server) == set()
 
 
 def test_an_adapter_published_while_serving_is_served(small: Server) -> None:
@@ -68,9 +76,9 @@ def test_the_least_recently_used_leaves_and_pinned_ones_stay(small: Server) -> N
     small.http.put(f"/adapters/{a}/pin")
     small.http.put(f"/adapters/{b}")
     small.http.put(f"/adapters/{c}")
-    assert set(states(small)) == {a, c}
+    assert resident(small) == {a, c}
     small.http.put(f"/adapters/{b}/pin")
-    assert set(states(small)) == {a, b}
+    assert resident(small) == {a, b}
     # All room is pinned: a third cannot come in, and says so.
     refused = small.generate(inputs=PROMPT, parameters={"adapter_id": c})
     assert refused.status_code == 422
@@ -99,7 +107,7 @@ def test_more_adapters_than_slots_under_load_are_never_mixed_up(small: Server) -
         answers = list(pool.map(ask, work))
     assert [expected[adapter] for adapter in work] == answers
     small.wait_until_idle()
-    assert len(states(small)) <= 2
+    assert len(resident(small)) <= 2
 
 
 def test_requests_in_flight_finish_on_what_they_began_with(small: Server) -> None:
@@ -114,7 +122,7 @@ def test_requests_in_flight_finish_on_what_they_began_with(small: Server) -> Non
     assert len(events) == 150
     assert [event["token"]["id"] for event in events[:5]] == reloaded
     small.wait_until_idle()
-    assert states(small) == {adapter: "resident"}
+    assert resident(small) == {adapter}
 
 
 # ---------------------------------------------------------------------- refused
@@ -210,7 +218,7 @@ def test_a_bad_adapter_is_refused_and_the_next_good_request_is_the_same(
     chat = {"model": bad, "messages": [{"role": "user", "content": "x"}], "stream": True}
     refused = server.http.post("/v1/chat/completions", json=chat)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
-    assert bad not in states(server)
+    assert bad not in resident(server)
     assert server.generate(**good).content == before
 
 

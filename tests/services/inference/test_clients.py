@@ -54,8 +54,9 @@ def test_huggingface_hub_chat_and_info(server: Server, adapters: list[str]) -> N
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == expected(server, adapters[0], "### Instruction:\nhello\n\n### Response:\n", 8)
-    assert client.get_endpoint_info()["model_id"] == "tiny"
-    assert client.health_check()
+    operator = InferenceClient(model=server.url, provider="hf-inference")
+    assert operator.get_endpoint_info()["model_id"] == "tiny"
+    assert operator.health_check()
 
 
 def test_openai(server: Server, adapters: list[str]) -> None:
