@@ -9,7 +9,7 @@ from services.trainer.metrics import measure_peak_flops
 from services.trainer.settings import TrainerSettings
 from services.trainer.work import Worker
 from shared.artifacts import LocalArtifactStore
-from shared.base_model import choose_device, quiet_libraries
+from shared.base_model import choose_device, compute_dtype, quiet_libraries
 from shared.catalogue import load_catalogue
 from shared.database import Database
 from shared.leases import Leases
@@ -28,5 +28,5 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> W
         name=settings.worker_name,
         handover=handover,
         renew_seconds=settings.renew_seconds,
-        peak_flops=measure_peak_flops(device),
+        peak_flops=measure_peak_flops(device, compute_dtype("auto", device)),
     )

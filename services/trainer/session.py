@@ -27,8 +27,8 @@ STALL_STEPS = 10
 class LeaseSession:
     """Implements `services.trainer.run.Session` over one lease; use as a context manager.
 
-    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when neither step
-    nor phase has moved for max(10 min, 10 × the median step): a worker that hangs must lose its job.
+    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when nothing has
+    moved (no micro-batch, step or phase) for max(10 min, 10 × the median step): a worker that hangs must lose its job.
 
     Args:
         handover: true when this worker is to let go of its job (shutdown).
@@ -49,7 +49,7 @@ class LeaseSession:
         self._handover = handover
         self._renew_seconds = renew_seconds
         self._clock = clock
-        self._claimed = self._moved = clock()
+        self._claimed = self._moved = self._stepped = clock()
         self._progress_written = float("-inf")
         self._progress: Progress | None = None
         self._untold: list[NewEvent] = []
@@ -75,8 +75,8 @@ class LeaseSession:
     def progress(self, progress: Progress) -> None:
         """Written at most twice a second: steps of a tiny model must not wait for the disk."""
         now = self._clock()
-        self._steps.append(now - self._moved)
-        self._moved = now
+        self._steps.append(now - self._stepped)
+        self._moved = self._stepped = now
         self._progress = progress
         if now - self._progress_written >= PROGRESS_SECONDS:
             self._write()
@@ -96,7 +96,12 @@ class LeaseSession:
         )
 
     def should_stop(self) -> bool:
-        """Raises LeaseLost if the job is another worker's by now."""
+        """Asked between micro-batches and rows, so it is a sign of movement too.
+
+        Raises:
+            LeaseLost: the job is another worker's by now.
+        """
+        self._moved = self._clock()
         if self._lost:
             raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
         return self._wish is not Wish.NONE or self._handover()
@@ -135,7 +140,7 @@ class LeaseSession:
     def _keep_alive(self) -> None:
         while not self._done.wait(self._renew_seconds):
             if self._stalled():
-                self._log.error("no step or phase has moved for long; the lease is left to expire")
+                self._log.error("nothing has moved for long; the lease is left to expire")
                 return
             try:
                 self._wish = self._leases.renew(self._lease)

@@ -126,12 +126,15 @@ def test_slow_steps_are_not_taken_for_a_hang(leases: Renewals, lease: Lease) -> 
     assert line._stalled()
 
 
-def test_a_phase_counts_as_movement(leases: Renewals, lease: Lease) -> None:
+def test_a_phase_and_a_micro_batch_count_as_movement(leases: Renewals, lease: Lease) -> None:
     clock = Clock()
     line = session(leases, lease, clock)
     clock.now += STALL_SECONDS + 1
     assert line._stalled()
     line.phase(Phase.EVALUATING)
+    assert not line._stalled()
+    clock.now += STALL_SECONDS + 1
+    assert not line.should_stop()
     assert not line._stalled()
 
 
