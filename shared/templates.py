@@ -127,14 +127,18 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str, eos: str) -> None:
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise InvalidRequest("the chat template is too long", code="template_error")
-        # The same environment as transformers' apply_chat_template, so that both render the same text.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # The same environment as transformers' apply_chat_template, so that both render the same text; less the clock
+        # (`strftime_now`): a served prompt must be the trained one on any day.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_exception
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise InvalidRequest(f"the chat template does not compile: {error}", code="template_error") from error
-        self._special = {"bos_token": bos, "eos_token": eos}
+        # Templates ask whether `tools` is none, and would take an undefined name for some.
+        self._context: dict[str, Any] = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
         self._eos = eos
         self.id = "chat-" + hashlib.sha256(source.encode()).hexdigest()[:16]
 
@@ -172,8 +176,8 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return self._template.render(messages=turns, add_generation_prompt=prompt, **self._special)
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+            return self._template.render(messages=turns, add_generation_prompt=prompt, **self._context)
+        except Exception as error:  # a template can raise whatever Python's operators raise
             raise InvalidRequest(
                 f"the chat template refused the messages: {error}", param="messages", code="template_error"
             ) from error
