@@ -1,21 +1,19 @@
-"""What a dataset row is, and reading rows from bytes while they stream in.
+"""What a dataset row is: the three row forms, and the check of a whole dataset while its bytes stream by.
 
-Owns the three row forms, the byte-level readers (JSON lines and one JSON array) and the check of every row with its
-line number. Knows nothing of tokens, templates or files on disk.
+Knows nothing of tokens and templates; where bytes become rows is `shared.rows`.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import InvalidDataset
+from shared.rows import Row, RowError, RowReader
 
 Format = Literal["instruction", "completion", "chat"]
 ROLES = ("system", "user", "assistant")
-MAX_ROW_BYTES = 1 << 20
 MAX_REPORTED_ERRORS = 100
 # Distinct rows are remembered as 64-bit digests; past this many, duplicates are no longer counted (bounded memory).
 MAX_ROWS_COMPARED = 200_000
@@ -48,19 +46,6 @@ class Chat:
 
 
 Example = Instruction | Completion | Chat
-
-
-class RowError(ValueError):
-    """One row does not fit.
-
-    Args:
-        path: where in the row (`messages[2].role`); empty for the row as a whole.
-        code: a stable machine word.
-    """
-
-    def __init__(self, path: str, code: str, message: str) -> None:
-        super().__init__(message)
-        self.path, self.code, self.message = path, code, message
 
 
 def parse_row(row: object) -> Example:
@@ -145,188 +130,6 @@ def _kind(value: object) -> str:
 
 def _names(row: dict[str, Any]) -> str:
     return ", ".join(repr(str(key)[:40]) for key in list(row)[:8]) or "none"
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise RowError("", "duplicate_key", "a key appears twice in one object")
-    return keys
-
-
-def _no_constant(name: str) -> None:
-    raise RowError("", "invalid_number", f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One decoded value, or why there is none, at a 1-based line."""
-
-    line: int
-    value: object = None
-    error: RowError | None = None
-
-
-class RowReader:
-    """Turns chunks of bytes into rows: JSON lines, or one JSON array, told apart by the first character.
-
-    Memory is bounded by one row (`MAX_ROW_BYTES`) and one chunk. A row that is not JSON is an error row; in an array,
-    and after an over-long row, nothing behind it can be trusted and reading ends there.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._line = 1
-        self._form: Literal["unknown", "lines", "array"] = "unknown"
-        self._opened = False
-        self._expect_value = True
-        self.ended = False
-
-    def feed(self, chunk: bytes) -> Iterator[Row]:
-        """Rows completed by `chunk`."""
-        if self.ended:
-            return
-        self._buffer += chunk
-        if self._form == "unknown" and not self._recognise(final=False):
-            return
-        yield from self._lines() if self._form == "lines" else self._array(final=False)
-
-    def finish(self) -> Iterator[Row]:
-        """The last row, if the input does not end in a line break, or what is missing."""
-        if self.ended:
-            return
-        if self._form == "unknown" and not self._recognise(final=True):
-            return
-        if self._form == "array":
-            yield from self._array(final=True)
-            if not self.ended:
-                yield self._end(RowError("", "invalid_json", "the array is not closed"))
-        elif self._buffer.strip():
-            yield self._decode_line(self._buffer)
-        self.ended = True
-
-    def _recognise(self, *, final: bool) -> bool:
-        if len(self._buffer) < 4 and not final:
-            return False
-        if self._buffer[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            self._form = "lines"
-            return True
-        self._buffer = self._buffer.removeprefix(b"\xef\xbb\xbf")
-        stripped = self._buffer.lstrip(b" \t\r\n")
-        if not stripped and not final:
-            self._skip(len(self._buffer))
-            return False
-        if not stripped:
-            return False
-        self._form = "array" if stripped[:1] == b"[" else "lines"
-        return True
-
-    def _skip(self, count: int) -> None:
-        self._line += self._buffer.count(b"\n", 0, count)
-        self._buffer = self._buffer[count:]
-
-    def _end(self, error: RowError, line: int | None = None) -> Row:
-        self.ended = True
-        self._buffer = b""
-        return Row(line or self._line, error=error)
-
-    def _lines(self) -> Iterator[Row]:
-        *lines, self._buffer = self._buffer.split(b"\n")
-        for line in lines:
-            if len(line) > MAX_ROW_BYTES:
-                yield self._end(_too_long())
-                return
-            if line.strip():
-                yield self._decode_line(line)
-            self._line += 1
-        if len(self._buffer) > MAX_ROW_BYTES:
-            yield self._end(_too_long())
-
-    def _decode_line(self, raw: bytes) -> Row:
-        if len(raw) > MAX_ROW_BYTES:
-            return Row(self._line, error=_too_long())
-        try:
-            text = raw.decode().strip()
-            value, end = _DECODER.raw_decode(text)
-            if end != len(text):
-                raise RowError("", "invalid_json", "more than one JSON value on the line")
-        except ValueError as error:
-            return Row(self._line, error=_as_row_error(error))
-        except RecursionError:
-            return Row(self._line, error=RowError("", "too_deep", "nested too deeply"))
-        return Row(self._line, value)
-
-    def _array(self, *, final: bool) -> Iterator[Row]:
-        while True:
-            self._skip(len(self._buffer) - len(self._buffer.lstrip(b" \t\r\n")))
-            head = self._buffer[:1]
-            if not head:
-                return
-            if not self._opened:
-                self._opened = True
-                self._skip(1)
-            elif head == b"]":
-                self._skip(1)
-                trailing = self._buffer.strip()
-                self.ended = True
-                if trailing:
-                    yield self._end(RowError("", "invalid_json", "text after the array"))
-                return
-            elif not self._expect_value:
-                if head != b",":
-                    yield self._end(RowError("", "invalid_json", "expected ',' or ']' between rows"))
-                    return
-                self._skip(1)
-                self._expect_value = True
-            else:
-                row, size = self._decode_element(final=final)
-                if row is None:
-                    return
-                yield row
-                if self.ended:
-                    return
-                self._skip(size)
-                self._expect_value = False
-
-    def _decode_element(self, *, final: bool) -> tuple[Row | None, int]:
-        """The next element and its size in bytes; None while it may still be incomplete."""
-        line = self._line
-        window = self._buffer[: MAX_ROW_BYTES + 1]
-        try:
-            # A chunk may end inside a character; only what decodes is looked at.
-            text = window.decode(errors="strict" if final and len(window) == len(self._buffer) else "ignore")
-            value, end = _DECODER.raw_decode(text)
-        except ValueError as error:
-            if isinstance(error, json.JSONDecodeError) and not final and len(window) <= MAX_ROW_BYTES:
-                return None, 0
-            if len(window) > MAX_ROW_BYTES:
-                return self._end(_too_long(), line), 0
-            offset = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
-            return self._end(_as_row_error(error), line + offset), 0
-        except RecursionError:
-            return self._end(RowError("", "too_deep", "nested too deeply"), line), 0
-        size = len(text[:end].encode())
-        # A number at the end of the buffer may go on in the next chunk.
-        if size == len(self._buffer) and not final:
-            return None, 0
-        return Row(line, value), size
-
-
-def _too_long() -> RowError:
-    return RowError("", "row_too_long", f"a row may have at most {MAX_ROW_BYTES} bytes")
-
-
-def _as_row_error(error: ValueError) -> RowError:
-    if isinstance(error, RowError):
-        return error
-    if isinstance(error, UnicodeDecodeError):
-        return RowError("", "invalid_encoding", f"not UTF-8 (byte {error.start + 1} of the row)")
-    if isinstance(error, json.JSONDecodeError):
-        return RowError("", "invalid_json", f"{error.msg} (column {error.colno})")
-    return RowError("", "invalid_json", "a number is too long")
 
 
 @dataclass(slots=True)
