@@ -13,7 +13,7 @@ from shared.jobs import BasePrecision, Frozen, ModuleName
 
 BUILT_IN = Path(__file__).with_name("catalogue.toml")
 _SOURCES = (
-    re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})"),
+    re.compile(r"hub:(?P<repo>\w[\w.-]*/\w[\w.-]*)@(?P<revision>[0-9a-f]{40})"),
     re.compile(r"folder:(?P<path>/[^\x00]+)"),
     re.compile(r"package:(?P<package>[a-z_][a-z0-9_]*)/(?P<file>[\w.-]+\.gguf)"),
 )
