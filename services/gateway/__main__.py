@@ -6,6 +6,7 @@ import uvicorn
 
 from services.gateway.app import create_app
 from services.gateway.settings import GatewaySettings
+from shared.catalogue import load_catalogue
 from shared.database import check_schema
 from shared.errors import TunesmithError
 from shared.logs import configure_logging
@@ -17,6 +18,8 @@ def main() -> None:
     settings = GatewaySettings()
     configure_logging("gateway", settings.log_level)
     try:
+        # Said here in a sentence; when the application starts it would be a stack trace.
+        load_catalogue(settings.catalogue)
         check_schema(settings.sql_url)
     except TunesmithError as error:
         sys.exit(error.message)

@@ -6,6 +6,7 @@ Knows no HTTP. A slow hash buys nothing here: the keys are 256 random bits.
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ PREFIX = "ts-"
 FIRST_KEY = "key-first"
 DEFAULT_PROJECT = "default"
 MAX_KEY_CHARACTERS = 200
+_KEY = re.compile(r"[!-~]{20,200}")
 
 
 class Keys:
@@ -57,8 +59,8 @@ class Keys:
             with self._database.write() as connection:
                 found = path.read_text().strip() if path.exists() else ""
                 key = found or PREFIX + secrets.token_urlsafe(32)
-                if len(key) < 20 or len(key) > MAX_KEY_CHARACTERS or not key.isascii() or not key.isprintable():
-                    raise TunesmithError(f"{path}: a key has 20 to {MAX_KEY_CHARACTERS} printable ASCII characters")
+                if not _KEY.fullmatch(key):
+                    raise TunesmithError(f"{path}: a key has 20 to 200 printable ASCII characters and no spaces")
                 # The row first: a second gateway starting now waits for this transaction and writes no file of its own.
                 row = {"id": FIRST_KEY, "project": DEFAULT_PROJECT, "digest": self._digest(key)}
                 connection.execute(insert(api_keys).values(row | {"created_at": int(time.time())}))
