@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from examples.stdlib_docstrings import Row, build_dataset, write_rows
 from tunesmith import stack
 from tunesmith.client import Client
 from tunesmith.connection import Connection
-from tunesmith.output import say
+from tunesmith.output import interrupt_on_sigterm, say
 from tunesmith.progress import watcher_for
 from tunesmith.wait import Exit, wait_for_job
 
@@ -144,13 +145,16 @@ def ask(client: Client, questions: Sequence[Question], adapter: str | None) -> t
     Raises:
         DemoFailed: an adapter answered that was never loaded.
     """
-    answers, loads = [], []
-    for question, split in questions:
-        parameters = {"max_new_tokens": NEW_TOKENS} | ({"adapter_id": adapter} if adapter else {})
-        body, headers = client.generate({"instruction": question, "parameters": parameters})
-        answers.append({"question": question, "split": split, "answer": body["generated_text"].strip()})
-        if "x-adapter-load-ms" in headers:
-            loads.append(float(headers["x-adapter-load-ms"]))
+    parameters = {"max_new_tokens": NEW_TOKENS} | ({"adapter_id": adapter} if adapter else {})
+    bodies = [{"instruction": question, "parameters": parameters} for question, _ in questions]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        # Together, so that inference batches them.
+        replies = list(pool.map(client.generate, bodies))
+    answers = [
+        {"question": question, "split": split, "answer": body["generated_text"].strip()}
+        for (question, split), (body, _) in zip(questions, replies, strict=True)
+    ]
+    loads = [float(headers["x-adapter-load-ms"]) for _, headers in replies if "x-adapter-load-ms" in headers]
     if adapter and not loads:
         raise DemoFailed("no answer says how long the adapter's load took")
     return answers, loads[0] if adapter else None
@@ -177,6 +181,7 @@ def show(result: Json, console: Console) -> None:
 
 def main() -> int:
     started = time.monotonic()
+    interrupt_on_sigterm()
     try:
         result = run(HOME)
     except (DemoFailed, stack.StackError) as error:

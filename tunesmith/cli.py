@@ -36,8 +36,9 @@ def up(
 ) -> None:
     """Start the whole stack on this machine, loopback only. Harmless if it runs."""
     from tunesmith import stack
-    from tunesmith.output import fail, say, show_json
+    from tunesmith.output import fail, interrupt_on_sigterm, say, show_json
 
+    interrupt_on_sigterm()
     try:
         started = stack.up(home, port=port, base=base, say=say)
     except stack.StackError as error:

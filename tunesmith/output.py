@@ -1,6 +1,7 @@
 """Where commands write: data on stdout, messages on stderr, failures as one line and an exit code."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ def say(text: str) -> None:
 def fail(text: str, code: int = 1) -> NoReturn:
     say(f"error: {text}")
     raise SystemExit(code)
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what it started is stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def show_json(value: Any) -> None:

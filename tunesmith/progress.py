@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Json = dict[str, Any]
 LINE_EVERY_SECONDS = 5.0
+FINAL = ("succeeded", "failed", "cancelled")
 
 
 class Lines:
@@ -32,6 +33,9 @@ class Lines:
         return
 
     def saw(self, job: Json) -> None:
+        if job["status"] in FINAL:
+            # Whoever waits says how it ended.
+            return
         stage, text = stage_of(job), " ".join([stage_of(job), *figures(job)])
         stale = self._clock() - self._written >= LINE_EVERY_SECONDS
         if stage != self._stage or (text != self._text and stale):

@@ -43,12 +43,14 @@ def test_anything_less_fails(bad: Json) -> None:
 
 
 def asked(headers: dict[str, str], adapter: str | None) -> tuple[list[Json], float | None, list[bytes]]:
-    """Ask a fake gateway that answers everything alike, with these headers on the first answer only."""
+    """Ask a fake gateway that answers everything alike, with these headers on the answer to the first question."""
     bodies: list[bytes] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        bodies.append(request.read())
-        return httpx.Response(200, json={"generated_text": " It [does]. "}, headers=headers if len(bodies) == 1 else {})
+        body = request.read()
+        bodies.append(body)
+        first = headers if b"What?" in body else {}
+        return httpx.Response(200, json={"generated_text": " It [does]. "}, headers=first)
 
     with Client(Connection("http://fake", "ts-key"), transport=httpx.MockTransport(answer)) as client:
         answers, milliseconds = ask(client, [("What?", "training"), ("Why?", "held-out")], adapter)

@@ -52,10 +52,9 @@ def run(gateway: FakeGateway, *arguments: str, key: str = KEY, cwd: Path | None 
 )
 def test_wait(gateway: FakeGateway, last: dict[str, Any], code: int, said: str) -> None:
     gateway.answers["GET " + JOB] = (200, last)
-    state = last["state"]
-    assert run(gateway, "wait", "ftjob-1") == (code, "", f"{state}\n{said}")
+    assert run(gateway, "wait", "ftjob-1") == (code, "", said)
     got, out, err = run(gateway, "wait", "ftjob-1", "--json")
-    assert (got, json.loads(out), err) == (code, last, f"{state}\n{said}")
+    assert (got, json.loads(out), err) == (code, last, said)
 
 
 def test_wait_timeout_unknown_key_unknown_job_and_usage(gateway: FakeGateway) -> None:
@@ -165,7 +164,7 @@ def test_train_sends_what_was_said_and_nothing_else(gateway: FakeGateway) -> Non
 def test_train_and_wait_in_one(gateway: FakeGateway) -> None:
     gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued"))
     gateway.answers["GET " + JOB] = (200, DONE)
-    said = "ftjob-1\nsucceeded\nsucceeded: ft:tiny:default:x:1\n"
+    said = "ftjob-1\nsucceeded: ft:tiny:default:x:1\n"
     assert run(gateway, "train", "file-1", "--wait") == (0, "", said)
 
 
