@@ -130,7 +130,10 @@ class BatchEngine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._wait_for_work():
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:
+                    self._start_afresh(error)
         self._fail_everything()
 
     def _wait_for_work(self) -> bool:
@@ -229,22 +232,23 @@ class BatchEngine:
         if not rows:
             return
         try:
-            self._advance(rows, self._logits(0, rows))
+            logits = self._logits(0, rows)
         except Exception as error:
-            if len(rows) == 1:
-                self._fail(rows[0], error)
-                return
             _log.warning("a decode step failed; trying its rows one by one", exc_info=error)
             self._decode_one_by_one()
+        else:
+            self._advance(rows, logits)
 
     def _decode_one_by_one(self) -> None:
         """Find the row that breaks the batch: the others go on."""
         # From the back: a row that leaves is replaced by the last, which has had its turn.
         for sequence in reversed(list(self._rows)):
             try:
-                self._advance([sequence], self._logits(self._rows.index(sequence), [sequence]))
+                logits = self._logits(self._rows.index(sequence), [sequence])
             except Exception as error:
                 self._fail(sequence, error)
+            else:
+                self._advance([sequence], logits)
 
     def _logits(self, first: int, rows: Many[Sequence]) -> torch.Tensor:
         return self._runner.decode(
@@ -261,8 +265,8 @@ class BatchEngine:
         self._last_token_at = time.monotonic()
         for sequence, choice in zip(rows, choices, strict=True):
             try:
-                if choice is None:
-                    raise TunesmithError("the model gave no finite scores", code="non_finite")
+                if isinstance(choice, Exception):
+                    raise choice
                 sequence.accept(choice, self._special)
                 self._tokens += 1
             except Exception as error:
@@ -297,6 +301,15 @@ class BatchEngine:
         if sequence in self._rows:
             self._remove(sequence)
         sequence.fail(_presentable(error))
+
+    def _start_afresh(self, error: Exception) -> None:
+        """What no request is to blame for: those in the batch fail, those waiting and the engine go on."""
+        _log.error("an engine step failed", exc_info=error)
+        left = [*self._rows, *([self._prefilling] if self._prefilling else [])]
+        self._rows, self._prefilling = [], None
+        for row, sequence in enumerate(left):
+            sequence.fail(TunesmithError("the engine failed; try again", code="generation_failed"))
+            self._runner.cache.clear(row, self._runner.context)
 
     def _fail_everything(self) -> None:
         with self._condition:

@@ -91,6 +91,7 @@ class LoraStack:
         self.slots = slots
         self.selection = Selection()
         self._dtype, self._device = dtype, device
+        self._written = 0
         self._layers: dict[str, LoraLinear] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name.startswith(root + "."):
@@ -106,14 +107,16 @@ class LoraStack:
 
     def write(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter into a slot (from 1), replacing what was there."""
+        fresh, self._written = slot > self._written, max(slot, self._written)
         for path, layer in self._layers.items():
             pair = weights.pairs.get(path)
             if pair is not None:
                 self._reserve(layer, weights.rank)
             if layer.a is None or layer.b is None:
                 continue
-            layer.a[slot] = 0
-            layer.b[slot] = 0
+            if not fresh:
+                layer.a[slot] = 0
+                layer.b[slot] = 0
             if pair is not None:
                 layer.a[slot, : weights.rank] = pair[0]
                 layer.b[slot, : weights.rank] = pair[1].T
@@ -127,5 +130,7 @@ class LoraStack:
         a = lazy_zeros((self.slots + 1, grown, layer.in_features), self._dtype, self._device)
         b = lazy_zeros((self.slots + 1, grown, layer.out_features), self._dtype, self._device)
         if layer.a is not None and layer.b is not None:
-            a[:, :present], b[:, :present] = layer.a, layer.b
+            # Slots never written stay untouched, and so take no memory.
+            used = slice(1, self._written + 1)
+            a[used, :present], b[used, :present] = layer.a[used], layer.b[used]
         layer.a, layer.b = a, b

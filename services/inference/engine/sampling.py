@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from services.inference.engine.interface import Alternative, Sampling
+from shared.errors import TunesmithError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,23 @@ class Chooser:
     alternatives: int = 0
 
 
-def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | None]:
-    """One token per row of fp32 `logits` [rows, vocabulary]; None for a row with NaN or +inf in it."""
+def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
+    """One token per row of fp32 `logits` [rows, vocabulary], or why there is none: each row fails alone."""
     normaliser = torch.logsumexp(logits, dim=-1)
     greedy = logits.argmax(dim=-1).tolist()
     sums = normaliser.tolist()
     sound = torch.isfinite(normaliser).tolist()
-    choices: list[Choice | None] = []
+    choices: list[Choice | Exception] = []
     for row, chooser in enumerate(choosers):
         if not sound[row]:
-            choices.append(None)
+            choices.append(TunesmithError("the model gave no finite scores", code="non_finite"))
             continue
         plain = not chooser.sampling.do_sample and chooser.sampling.repetition_penalty == 1
-        token = greedy[row] if plain else _choose_one(logits[row], chooser)
+        try:
+            token = greedy[row] if plain else _choose_one(logits[row], chooser)
+        except Exception as error:
+            choices.append(error)
+            continue
         logprob = float(logits[row, token]) - sums[row]
         choices.append(Choice(token, logprob, _alternatives(logits[row], sums[row], chooser.alternatives)))
     return choices

@@ -248,6 +248,28 @@ def test_one_broken_row_fails_alone(
         assert each.ids == tiny.oracle.ids(adapters[0], prompt, 30)
 
 
+def test_a_step_that_fails_outside_of_any_request_does_not_end_the_engine(
+    engine: MakeEngine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_test = engine(rows=2)
+    clear, broken = under_test.runner.cache.clear, [True]
+
+    def once(row: int, length: int) -> None:
+        if broken and broken.pop():
+            raise RuntimeError("out of memory")
+        clear(row, length)
+
+    monkeypatch.setattr(under_test.runner.cache, "clear", once)
+    prompt = under_test.prompt(PROMPTS[0])
+    short = under_test.submit(prompt, max_new_tokens=3)
+    long = under_test.submit(prompt, max_new_tokens=100, ignore_eos=True)
+    waiting = under_test.submit(prompt, max_new_tokens=8)
+    assert isinstance(short.last, Finished)
+    assert isinstance(long.last, Failed)
+    assert isinstance(waiting.last, Finished)
+    assert waiting.ids == tiny.oracle.ids(None, prompt, 8)
+
+
 def test_non_finite_scores_fail_their_row_and_leave_nothing_behind(engine: MakeEngine, tiny: Tiny) -> None:
     """Finite weights can overflow; the next tenant of the row must not inherit NaN through masked positions."""
     huge = tiny.adapter(seed=9, r=8, alpha=1, scale=1e30)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from services.inference.engine.interface import Sampling
-from services.inference.engine.sampling import Chooser, choose, processed
+from services.inference.engine.sampling import Choice, Chooser, choose, processed
 
 VOCABULARY = 50
 
@@ -50,8 +50,8 @@ def test_greedy_takes_the_largest_and_the_penalty_counts() -> None:
     plain = Chooser(Sampling(), None, ())
     penalised = Chooser(Sampling(repetition_penalty=2.0), None, [1])
     choices = choose(logits, [plain, penalised, plain, plain])
-    assert [choice.id if choice else None for choice in choices] == [1, 2, None, None]
-    assert choices[0] is not None
+    assert [choice.id if isinstance(choice, Choice) else None for choice in choices] == [1, 2, None, None]
+    assert isinstance(choices[0], Choice)
     assert choices[0].logprob == pytest.approx(float(logits[0].log_softmax(-1)[1]))
 
 
@@ -59,6 +59,14 @@ def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     generator = torch.Generator().manual_seed(5)
     chooser = Chooser(Sampling(do_sample=True), generator, ())
-    drawn = [choice.id for _ in range(4000) if (choice := choose(logits, [chooser])[0])]
+    drawn = [choice.id for _ in range(4000) if isinstance(choice := choose(logits, [chooser])[0], Choice)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / len(drawn)
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    seen_outside = Chooser(Sampling(repetition_penalty=2.0), None, [99])
+    broken, whole = choose(logits, [seen_outside, Chooser(Sampling(), None, ())])
+    assert isinstance(broken, IndexError)
+    assert isinstance(whole, Choice)

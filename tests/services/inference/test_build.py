@@ -1,0 +1,62 @@
+"""From settings to a service: the base is prepared, loaded in its precision, and serves adapters in it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.inference.build import build_serving
+from services.inference.engine.interface import GenerationRequest
+from services.inference.prompts import RawText
+from services.inference.serving import Ask, Serving
+from services.inference.settings import InferenceSettings
+from shared.artifacts import LocalArtifactStore
+from shared.errors import NotFound, TunesmithError
+from shared.jobs import BasePrecision
+from tests.services.inference.adapters_on_disk import write_adapter
+from tests.tiny import tiny_catalogue, write_tiny_model
+
+
+async def texts(serving: Serving, names: list[str | None]) -> list[str]:
+    async def one(name: str | None) -> str:
+        ask = Ask(RawText("def f(x): return x"), name, GenerationRequest(()), 12)
+        async with serving.run(ask) as run:
+            return "".join([token.text async for token in run.tokens()])
+
+    answers = await asyncio.gather(*(one(name) for name in names))
+    await serving.close()
+    return list(answers)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+def test_each_precision_serves_base_and_adapters(tmp_path: Path, precision: BasePrecision) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    store, catalogue = LocalArtifactStore(tmp_path / "artifacts"), tiny_catalogue(model)
+    serving = build_serving(InferenceSettings(precision=precision, slots=4, context=64), store, catalogue)
+    assert (serving.base.id, serving.base.precision, serving.base.aliases) == ("tiny", precision, ("test/tiny-llama",))
+    assert serving.base.dtype == ("bfloat16" if precision == "bf16" else "float32")
+    manifest = store.verify(store.base("tiny"), "base")
+    adapter = write_adapter(store, model, manifest, seed=1)
+    base, tuned, again = asyncio.run(texts(serving, [None, adapter, None]))
+    assert base == again != tuned
+
+
+def test_a_base_by_alias_and_an_unknown_one(tmp_path: Path) -> None:
+    catalogue = tiny_catalogue(write_tiny_model(tmp_path / "model"))
+    store = LocalArtifactStore(tmp_path / "artifacts")
+    serving = build_serving(InferenceSettings(base="test/tiny-llama", context=64), store, catalogue)
+    assert serving.base.id == "tiny"
+    asyncio.run(serving.close())
+    with pytest.raises(NotFound):
+        build_serving(InferenceSettings(base="unknown"), store, catalogue)
+
+
+def test_an_architecture_the_engine_does_not_know_is_refused(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    config = model / "config.json"
+    config.write_text(
+        config.read_text().replace('"model_type": "llama"', '"model_type": "mistral", "sliding_window": 8')
+    )
+    store = LocalArtifactStore(tmp_path / "artifacts")
+    with pytest.raises(TunesmithError, match="does not serve"):
+        build_serving(InferenceSettings(context=64), store, tiny_catalogue(model))
