@@ -17,7 +17,7 @@ job = client.fine_tuning.jobs.create(
     model="smollm2-135m-instruct",
     training_file=file.id,
     suffix="twice",
-    hyperparameters={"n_epochs": 2},
+    hyperparameters={"n_epochs": 3},
     extra_body={"base_precision": "int8", "preset": "recommended"},
 )
 while job.status not in ("succeeded", "failed", "cancelled"):
@@ -29,5 +29,6 @@ answer = client.chat.completions.create(
     model=job.fine_tuned_model or "",
     messages=[{"role": "user", "content": "Say 7 twice."}],
     max_completion_tokens=20,
+    temperature=0,
 )
 print(answer.choices[0].message.content)

@@ -11,9 +11,9 @@ FILE=$(curl -sSf "$URL/v1/files" -H "$AUTH" -F purpose=fine-tune -F "file=@$DATA
 
 JOB=$(curl -sSf "$URL/v1/fine_tuning/jobs" -H "$AUTH" -H "Content-Type: application/json" -d '{
   "model": "smollm2-135m-instruct", "training_file": "'"$FILE"'", "suffix": "twice",
-  "base_precision": "int8", "preset": "recommended", "hyperparameters": {"n_epochs": 2}}' | field id)
+  "base_precision": "int8", "preset": "recommended", "hyperparameters": {"n_epochs": 3}}' | field id)
 
-tunesmith wait "$JOB"
+until curl -sSf "$URL/v1/fine_tuning/jobs/$JOB" -H "$AUTH" | grep -qE '"status":"(succeeded|failed|cancelled)"'; do sleep 1; done
 MODEL=$(curl -sSf "$URL/v1/fine_tuning/jobs/$JOB" -H "$AUTH" | field fine_tuned_model)
 
 curl -sSf "$URL/generate" -H "$AUTH" -H "Content-Type: application/json" -d '{
