@@ -5,6 +5,7 @@ A deferred transaction that reads before it writes fails or loses updates under 
 writers, 600 read-then-update commits: SQLAlchemy's default left the counter at 150, BEGIN IMMEDIATE at 600).
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class Database:
             self._writer = _sqlite_engine(self.url, begin="BEGIN IMMEDIATE", query_only=False)
             self._reader = _sqlite_engine(self.url, begin="BEGIN", query_only=True)
         else:
-            self._writer = create_engine(self.url, pool_pre_ping=True)
+            self._writer = create_engine(self.url, pool_pre_ping=True, json_serializer=_json)
             self._reader = self._writer.execution_options(postgresql_readonly=True)
 
     @contextmanager
@@ -117,8 +118,13 @@ def _alembic() -> Config:
     return config
 
 
+def _json(value: Any) -> str:
+    # SQLite compares the keys of a path with the text as it was stored: escapes would hide every key beyond ASCII.
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _sqlite_engine(url: str, *, begin: str, query_only: bool) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, json_serializer=_json)
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, _: Any) -> None:

@@ -39,6 +39,8 @@ def configure_logging(service: str, level: str = "info") -> None:
         logging.getLogger(name).propagate = True
     for name in ("httpx", "httpcore", "urllib3", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of every malformed body; the client is told, and could fill the log with it.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from services.gateway.settings import GatewaySettings
 from shared.jobs import TrainingReport
-from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
+from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.services.gateway.inference_stand_in import StandIn, standing_in
 from tests.services.gateway.test_openai_client import REPORT
 
@@ -44,13 +43,6 @@ def trained(gateway: Gateway, report: TrainingReport = REPORT) -> tuple[str, str
     leases.succeed(lease, final, report)
     name = gateway.http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
     return name, f"{name}:ckpt-step-8", final
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/"])
