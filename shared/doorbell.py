@@ -53,6 +53,12 @@ class Doorbell:
 
     def __init__(self, redis_url: str) -> None:
         self._app = celery_app(redis_url)
+        # A ringer gives up soon, whether Redis refuses or is silent; a worker waits for it as long as it takes.
+        self._app.conf.broker_transport_options |= {
+            "socket_timeout": SOCKET_TIMEOUT_SECONDS,
+            "max_retries": 1,
+            "interval_start": 0,
+        }
         self._redis = Redis.from_url(
             redis_url, socket_timeout=SOCKET_TIMEOUT_SECONDS, socket_connect_timeout=SOCKET_TIMEOUT_SECONDS
         )

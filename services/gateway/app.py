@@ -4,15 +4,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from sqlalchemy.exc import OperationalError
 
 from services.gateway import files, generate, jobs, models, operations
 from services.gateway.metrics import Metrics
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
 from services.gateway.unread import CloseUnread
-from shared.web import RequestContext, install_error_handlers
+from shared.errors import Unavailable
+from shared.logs import get_logger
+from shared.web import RequestContext, error_response, install_error_handlers
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -32,6 +36,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     install_error_handlers(app)
+    app.add_exception_handler(OperationalError, _database_away)
     # The last one added sees a request first.
     app.add_middleware(CloseUnread)
     app.add_middleware(RequestContext, observe=metrics.answered)
@@ -40,6 +45,12 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.include_router(operations.health)
     app.include_router(operations.router)
     return app
+
+
+async def _database_away(request: Request, error: Exception) -> JSONResponse:
+    get_logger("database").error("the database does not answer", error=str(error))
+    away = Unavailable("the database does not answer", code="database_unavailable")
+    return error_response(away, request.scope["path"])
 
 
 def _operation_id(route: APIRoute) -> str:
