@@ -35,7 +35,7 @@ class PreparedBases:
             try:
                 read_manifest(folder, "base")
                 self._known[base_id] = _read(folder)
-            except (NotFound, ArtifactCorrupt, OSError, ValueError):
+            except (NotFound, ArtifactCorrupt, OSError, ValueError, TypeError, KeyError):
                 return None
         return self._known[base_id]
 
@@ -54,4 +54,6 @@ def _matrices(file: Path) -> list[str]:
         if size > MAX_HEADER_BYTES:
             raise ValueError("the header is too long")
         header = json.loads(stream.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
     return [name for name, tensor in header.items() if name != "__metadata__" and len(tensor["shape"]) == 2]

@@ -13,19 +13,6 @@ from shared.jobs import JobSpec
 from shared.leases import Leases
 
 
-@pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server from PyPI's pgserver, stopped at the end."""
-    with pytest.MonkeyPatch.context() as environment:
-        # pgserver keeps its lock file there, and platformdirs warns where no desktop has set it.
-        environment.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        import pgserver
-
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-        yield server.get_uri()
-        server.cleanup()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty, migrated database of its own."""

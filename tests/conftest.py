@@ -1,0 +1,24 @@
+"""Servers that several folders of tests use; each is started once, at first need."""
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server from PyPI's pgserver, stopped at the end."""
+    with pytest.MonkeyPatch.context() as environment:
+        # pgserver keeps its lock file there, and platformdirs warns where no desktop has set it.
+        environment.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pgserver
+
+        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+        url: str = server.get_uri()
+        with psycopg.connect(url, autocommit=True) as connection:
+            # No test pulls the plug, and every test makes a database: flushing them takes longer than the tests.
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
+        yield url
+        server.cleanup()

@@ -1,0 +1,55 @@
+"""The gateway on PostgreSQL: the very tests that it passes on SQLite, where the two databases could differ."""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from services.gateway.settings import GatewaySettings
+from tests.services.gateway.conftest import ROWS, Gateway
+from tests.services.gateway.test_job_requests import (
+    test_a_file_cannot_vanish_while_a_job_takes_it,
+    test_jobs_that_are_none,
+    test_metadata_with_any_key_is_found_again,
+)
+from tests.services.gateway.test_openai_client import (
+    test_a_job_from_creation_to_its_model,
+    test_events_page_through_without_gaps,
+    test_files,
+    test_jobs_are_listed_paused_resumed_and_cancelled,
+)
+from tests.services.gateway.test_uploads import test_ids_that_are_none
+
+# pytest finds what a module names.
+__all__ = [
+    "test_a_file_cannot_vanish_while_a_job_takes_it",
+    "test_a_job_from_creation_to_its_model",
+    "test_events_page_through_without_gaps",
+    "test_files",
+    "test_ids_that_are_none",
+    "test_jobs_are_listed_paused_resumed_and_cancelled",
+    "test_jobs_that_are_none",
+    "test_metadata_with_any_key_is_found_again",
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str, postgres_url: str) -> Callable[..., GatewaySettings]:
+    """Settings of an installation whose database is a new one on a real PostgreSQL server."""
+    name = f"gateway_{secrets.token_hex(6)}"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    url = postgres_url.replace("/postgres?", f"/{name}?", 1)
+
+    def make(**changes: Any) -> GatewaySettings:
+        return GatewaySettings.model_validate({"home": tmp_path, "redis_url": redis_url, "database_url": url} | changes)
+
+    return make
+
+
+@pytest.fixture
+def file(gateway: Gateway) -> str:
+    return gateway.uploaded(ROWS)
