@@ -10,14 +10,15 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.auth import AuthenticatedRoute, StreamingRoute, check_declared_length
 from services.gateway.dependencies import After, FileId, Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
 from services.gateway.file_json import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
 from services.gateway.file_store import StoredFile
 from services.gateway.services import Services
 from services.gateway.uploads import MAX_FORM_OVERHEAD, DatasetUpload
 from shared.errors import InvalidRequest, Unavailable
 
-router = APIRouter(route_class=AuthenticatedRoute, tags=["files"])
-uploads = APIRouter(route_class=StreamingRoute, tags=["files"])
+router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
+uploads = APIRouter(route_class=StreamingRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 
 _FORM = {
     "type": "object",

@@ -12,22 +12,26 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, TGI_ERRORS
 from services.gateway.model_store import Target
 from services.gateway.relay import Relay, while_connected
 from services.gateway.services import Services
 from shared.errors import InvalidRequest, NotFound, Unavailable
 
-router = APIRouter(route_class=AuthenticatedRoute, tags=["generate"])
+router = APIRouter(route_class=AuthenticatedRoute, tags=["generate"], dependencies=[NEEDS_KEY])
 CLIENT_GONE = 499
 
-_Names = dict[str, Any]
+_Names = dict[Any, Any]
 
 
-def _documented(description: str, required: str, properties: _Names) -> _Names:
+def _documented(description: str, required: str, properties: _Names, errors: _Names) -> _Names:
     schema = {"type": "object", "properties": properties, "required": [required] if required else []}
     content = {"application/json": {"schema": schema}}
     answer = {"content": {"application/json": {"schema": {}}, "text/event-stream": {}}, "description": description}
-    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}, "responses": {200: answer}}
+    return {
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": {200: answer, **errors},
+    }
 
 
 _TGI = _documented(
@@ -41,16 +45,19 @@ _TGI = _documented(
         "parameters": {"type": "object", "properties": {"adapter_id": {"type": "string"}}},
         "stream": {"type": "boolean"},
     },
+    TGI_ERRORS,
 )
 _CHAT = _documented(
     "OpenAI's chat completion; server-sent events if streamed",
     "messages",
     {"model": {"type": "string"}, "messages": {"type": "array", "items": {"type": "object"}}},
+    OPENAI_ERRORS,
 )
 _COMPLETION = _documented(
     "OpenAI's completion; server-sent events if streamed",
     "prompt",
     {"model": {"type": "string"}, "prompt": {}},
+    OPENAI_ERRORS,
 )
 
 
@@ -84,7 +91,7 @@ async def create_completion(request: Request, services: Using, project: Project)
     return await _openai(request, services, project)
 
 
-@router.get("/info")
+@router.get("/info", responses=TGI_ERRORS)
 async def info(services: Using, project: Project, model: Annotated[str, Query(max_length=256)] = "") -> dict[str, Any]:
     """What serves a model: base, revision, precision, limits; of the default base if none is named."""
     target = await _target(services, project, model, "model")

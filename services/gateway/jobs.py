@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import CURSOR, After, JobId, Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
 from services.gateway.event_stream import EventStream
 from services.gateway.file_store import require
 from services.gateway.job_json import (
@@ -24,7 +25,9 @@ from services.gateway.job_json import (
 from services.gateway.job_request import JobRequest
 from shared.errors import InvalidRequest
 
-router = APIRouter(route_class=AuthenticatedRoute, tags=["fine-tuning"])
+router = APIRouter(
+    route_class=AuthenticatedRoute, tags=["fine-tuning"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY]
+)
 Limit = Annotated[int, Query(ge=1, le=100)]
 EVENT_STREAM = "text/event-stream"
 

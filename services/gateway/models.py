@@ -5,9 +5,10 @@ from starlette.concurrency import run_in_threadpool
 
 from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import ModelId, Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
 from services.gateway.model_json import ModelDeletedJson, ModelJson, ModelListJson, adapter_json, base_json
 
-router = APIRouter(route_class=AuthenticatedRoute, tags=["models"])
+router = APIRouter(route_class=AuthenticatedRoute, tags=["models"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 
 
 @router.get("/v1/models")

@@ -9,10 +9,11 @@ from pydantic import BaseModel
 
 from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import Using
+from services.gateway.documented import NEEDS_KEY, TGI_ERRORS
 
 # Open to everybody: load balancers have no key, and nothing is told that a key would protect.
 health = APIRouter(tags=["operations"])
-router = APIRouter(route_class=AuthenticatedRoute, tags=["operations"])
+router = APIRouter(route_class=AuthenticatedRoute, tags=["operations"], responses=TGI_ERRORS, dependencies=[NEEDS_KEY])
 
 
 class LiveJson(BaseModel):
