@@ -24,6 +24,7 @@ from tunesmith import stack
 from tunesmith.client import Client
 from tunesmith.connection import Connection
 from tunesmith.output import interrupt_on_sigterm, say
+from tunesmith.plan import is_free
 from tunesmith.progress import watcher_for
 from tunesmith.wait import Exit, wait_for_job
 
@@ -87,13 +88,8 @@ def write_dataset(folder: Path, training: Sequence[Row], held_out: Sequence[Row]
 @contextmanager
 def running_stack(home: Path, base: str, port: int) -> Iterator[Connection]:
     """A stack to work with; stopped at the end, however it comes, if it was started here."""
-    try:
-        started = stack.up(home, port=port, base=base, say=say)
-    except stack.StackError as error:
-        if "is taken" not in str(error):
-            raise
-        say(f"{error}; taking a free one")
-        started = stack.up(home, port=0, base=base, say=say)
+    # A stack that runs keeps its port; a stranger's program keeps it, too.
+    started = stack.up(home, port=port if is_free(port) else 0, base=base, say=say)
     say(f"stack: {started.connection.url}" + ("" if started.fresh else " (it was running and stays)"))
     try:
         yield started.connection

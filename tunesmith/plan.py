@@ -167,7 +167,7 @@ def redis_command(home: Home, port: int, password: str) -> tuple[str, ...]:
 
 
 def checked_port(port: int) -> int:
-    if not _is_free(port):
+    if not is_free(port):
         raise CannotPlan(
             f"port {port} is taken by another program; choose another with --port, or --port 0 for any free one"
         )
@@ -177,12 +177,13 @@ def checked_port(port: int) -> int:
 def free_port() -> int:
     """A port nothing listens on now."""
     for port in random.sample(FREE_PORTS, 200):
-        if _is_free(port):
+        if is_free(port):
             return port
     raise CannotPlan(f"no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether a server could listen there now."""
     with socket.socket() as probe:
         # As servers do; without it a port whose last connections are still closing would look taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

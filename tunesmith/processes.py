@@ -83,12 +83,6 @@ class Child:
                 deadline = float("inf")
             time.sleep(POLL_SECONDS)
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines this process wrote."""
-        with self.spec.log.open("rb") as log:
-            log.seek(max(self.log_start, self.spec.log.stat().st_size - 16_384))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
-
 
 def kill_group(leader: int) -> None:
     # macOS says EPERM for a group of which only the unreaped leader is left.

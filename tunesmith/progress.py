@@ -102,6 +102,9 @@ def figures(job: Json) -> list[str]:
     if not total:
         return []
     texts = [f"{progress.get('step') or 0}/{total}"]
+    if job["status"] != "running":
+        # The last speed of a job that waits is not its speed.
+        return texts
     for key, form in (("loss", "loss {:.3f}"), ("tokens_per_second", "{:.0f} tokens/s")):
         if progress.get(key) is not None:
             texts.append(form.format(progress[key]))

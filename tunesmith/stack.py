@@ -17,6 +17,7 @@ from typing import IO
 from tunesmith import connection as connections
 from tunesmith.connection import Connection, NoConnection
 from tunesmith.home import Home
+from tunesmith.log_tail import log_tail
 from tunesmith.plan import CHECKOUT, CannotPlan, check_checkout, environment, make_plan, python
 from tunesmith.supervisor import encode
 
@@ -116,7 +117,10 @@ def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, s
     plan = make_plan(place, port, base, common)
     say(f"starting {', '.join(child.name for child in plan.children)}")
     _launch(place, lock, encode(plan), env, say)
-    return connections.read(place.connection_file)
+    connection = connections.read(place.connection_file)
+    if not connection.api_key:
+        say("this database has API keys already, made elsewhere: set TUNESMITH_API_KEY to one of them")
+    return connection
 
 
 def _launch(place: Home, lock: int, plan: str, env: Mapping[str, str], say: Say) -> None:
@@ -178,8 +182,7 @@ def _run_step(place: Home, name: str, command: tuple[str, ...], env: Mapping[str
     with path.open("ab") as log:
         done = subprocess.run(command, env=env, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=log, text=True)
     if done.returncode != 0:
-        lines = path.read_bytes()[start:].decode(errors="replace").splitlines()[-15:]
-        raise StackError(f"{name} failed:\n" + "\n".join(f"  {line}" for line in lines))
+        raise StackError(f"{name} failed:\n{log_tail(path, start)}")
     return done.stdout
 
 

@@ -22,6 +22,7 @@ import httpx
 from tunesmith.connection import Connection
 from tunesmith.guard import Guard
 from tunesmith.home import Home, record_supervisor
+from tunesmith.log_tail import log_tail
 from tunesmith.plan import Plan
 from tunesmith.processes import Child, ChildSpec, Supervisor
 
@@ -134,8 +135,7 @@ def died(child: Child) -> str:
 
 
 def tail(child: Child) -> str:
-    text = "\n".join(f"  {line}" for line in child.log_tail().splitlines())
-    return f"last lines of {child.spec.log}:\n{text or '  (empty)'}"
+    return f"last lines of {child.spec.log}:\n{log_tail(child.spec.log, child.log_start)}"
 
 
 def tell(event: dict[str, Any]) -> None:

@@ -141,6 +141,28 @@ def test_failed_start_shows_the_log_and_leaves_nothing(machine: Machine) -> None
     assert machine.run("down", "--home", "fourth").stderr == "nothing was running\n"
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_start_leaves_nothing(machine: Machine, signum: signal.Signals) -> None:
+    command = [sys.executable, "-m", "tunesmith.cli", "up", "--home", "fifth", "--port", "0", "--base", "tiny"]
+    with subprocess.Popen(command, cwd=machine.folder, env=machine.environ, stderr=subprocess.PIPE, text=True) as up:
+        assert up.stderr is not None
+        for line in up.stderr:
+            if line.startswith("starting"):
+                up.send_signal(signum)
+        assert line == "error: interrupted; nothing is left running\n"
+    assert up.returncode == 130
+    assert machine.run("down", "--home", "fifth").stderr == "nothing was running\n"
+    home = str(machine.folder / "fifth")
+    assert [process.pid for process in psutil.process_iter() if home in environment_of(process)] == []
+
+
+def environment_of(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.environ().values())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return []
+
+
 @pytest.mark.parametrize("name", ["gateway", "inference", "redis"])
 def test_killed_process_is_replaced_and_all_is_well_again(machine: Machine, name: str) -> None:
     before = machine.connection()

@@ -1,0 +1,25 @@
+"""The end of a log, for a person who has just seen something fail."""
+
+import json
+from pathlib import Path
+
+READ_BYTES = 65_536
+
+
+def log_tail(path: Path, start: int = 0, lines: int = 15) -> str:
+    """The last lines written after byte `start`, indented; of JSON lines the event alone, tracebacks as lines."""
+    with path.open("rb") as log:
+        log.seek(max(start, path.stat().st_size - READ_BYTES))
+        text = log.read().decode(errors="replace")
+    told = [part for line in text.splitlines() for part in _readable(line).splitlines()]
+    return "\n".join(f"  {line[:500]}" for line in told[-lines:]) or "  (empty)"
+
+
+def _readable(line: str) -> str:
+    try:
+        fields = json.loads(line)
+        return f"{fields.get('level', 'info')}: {fields['event']}" + "".join(
+            f"\n{fields[key]}" for key in ("error", "exception") if key in fields
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return line
