@@ -142,7 +142,11 @@ class RequestContext:
                     self._observe(scope["method"], route, status, seconds)
                 if not route.startswith(("/health", "/metrics")):
                     self._log.info(
-                        "request", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1e3, 1)
+                        "request",
+                        method=scope["method"],
+                        path=scope["path"][:200],
+                        status=status,
+                        ms=round(seconds * 1e3, 1),
                     )
 
 

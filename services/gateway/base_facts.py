@@ -15,10 +15,16 @@ MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """`module_names` are the last parts of the names of all modules inside the layers that have a weight matrix."""
+    """What jobs are checked against.
+
+    Attributes:
+        module_names: last parts of the names of all modules inside the layers that have a weight matrix.
+        context: most tokens of one sequence; None if the model's configuration does not say.
+    """
 
     has_chat_template: bool
     module_names: frozenset[str]
+    context: int | None = None
 
 
 class PreparedBases:
@@ -45,7 +51,8 @@ def _read(folder: Path) -> BaseFacts:
     modules = frozenset(name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight"))
     config = json.loads((folder / "tokenizer_config.json").read_bytes())
     has_template = (folder / "chat_template.jinja").is_file() or isinstance(config.get("chat_template"), str)
-    return BaseFacts(has_template, modules)
+    context = json.loads((folder / "config.json").read_bytes()).get("max_position_embeddings")
+    return BaseFacts(has_template, modules, context if isinstance(context, int) else None)
 
 
 def _matrices(file: Path) -> list[str]:

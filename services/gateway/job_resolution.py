@@ -57,8 +57,8 @@ class JobResolver:
         validation = _file(file, request.validation_file, "validation_file") if request.validation_file else None
         preset = PRESETS[request.preset]
         lora = _lora(request, preset, base)
-        self._check_fit(base, lora, training, validation)
         hyperparameters = _hyperparameters(request, preset)
+        self._check_fit(base, lora, hyperparameters, training, validation)
         spec = JobSpec(
             base=base.id,
             base_revision=base.revision,
@@ -76,7 +76,14 @@ class JobResolver:
         )
         return Resolved(spec, _warnings(spec, training, validation))
 
-    def _check_fit(self, base: Base, lora: LoraSpec, training: StoredFile, validation: StoredFile | None) -> None:
+    def _check_fit(
+        self,
+        base: Base,
+        lora: LoraSpec,
+        hyperparameters: Hyperparameters,
+        training: StoredFile,
+        validation: StoredFile | None,
+    ) -> None:
         form = training.dataset["format"]
         if validation and validation.dataset["format"] != form:
             raise InvalidRequest(
@@ -90,6 +97,11 @@ class JobResolver:
         if form == "chat" and not facts.has_chat_template:
             raise InvalidRequest(
                 f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
+            )
+        if facts.context is not None and hyperparameters.max_length > facts.context:
+            raise InvalidRequest(
+                f"{base.id} takes at most {facts.context} tokens, max_length is {hyperparameters.max_length}",
+                param="hyperparameters.max_length",
             )
         unknown = sorted(set(lora.target_modules) - facts.module_names)
         if unknown:

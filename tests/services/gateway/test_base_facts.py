@@ -15,6 +15,7 @@ def test_a_prepared_base_tells_its_modules_and_template(tmp_path: Path) -> None:
     facts = PreparedBases(store)(base.id)
     assert facts is not None
     assert facts.module_names == LLAMA_MODULES
+    assert facts.context == 512
     assert facts.has_chat_template
 
 
