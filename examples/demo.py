@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from examples.stdlib_docstrings import Row, build_dataset, write_rows
 from tunesmith import stack
-from tunesmith.client import Client
+from tunesmith.client import ApiError, Client
 from tunesmith.connection import Connection
 from tunesmith.output import interrupt_on_sigterm, say
 from tunesmith.plan import is_free
@@ -117,8 +117,14 @@ def start_job(connection: Connection, base: str, training: Path, held_out: Path)
 
 
 def wait(client: Client, job_id: str) -> Json:
-    with watcher_for(sys.stderr) as watcher:
-        ending = wait_for_job(lambda: client.job(job_id), watcher)
+    try:
+        with watcher_for(sys.stderr) as watcher:
+            ending = wait_for_job(lambda: client.job(job_id), watcher)
+    except KeyboardInterrupt:
+        # Left alone, it would go on with the next start, before the next demo's job.
+        with suppress(ApiError):
+            client.act(job_id, "cancel")
+        raise
     say(ending.message)
     if ending.exit != Exit.SUCCEEDED or ending.job is None:
         raise DemoFailed(f"the job did not succeed: {ending.message}")
