@@ -184,6 +184,9 @@ def show(result: Json, console: Console) -> None:
 def main() -> int:
     started = time.monotonic()
     interrupt_on_sigterm()
+    path = HOME / "demo.json"
+    # An earlier run's figures must not pass for this one's.
+    path.unlink(missing_ok=True)
     try:
         result = run(HOME)
     except (DemoFailed, stack.StackError) as error:
@@ -192,7 +195,6 @@ def main() -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    path = HOME / "demo.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     show(result, Console())
     say(f"{path} written; {time.monotonic() - started:.0f} s in all")
