@@ -1,5 +1,6 @@
 """Process entry: `python -m services.inference`. One process serves one base; SIGTERM drains and ends it."""
 
+import os
 import sys
 
 import uvicorn
@@ -21,6 +22,9 @@ def main() -> int:
     except ValidationError as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2
+    # Before torch is imported. Threads that spin at each of a step's hundreds of barriers are fast on an idle machine;
+    # where a trainer wants the same cores every barrier waits for the scheduler, and a step takes seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     configure_logging("inference", settings.log_level)
     log = get_logger("inference")
 

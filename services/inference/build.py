@@ -1,6 +1,8 @@
 """Puts the service together: base, engine, adapters. The one file that knows torch and HTTP's neighbours at once."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from services.inference.adapter_weights import WEIGHTS, read_adapter, refuse
 from services.inference.adapters import AdapterRegistry, Checked
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
-from services.inference.engine.runner import ModelRunner
+from services.inference.engine.choose_runner import choose_runner, precision_to_load
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
 from shared.artifacts import ArtifactStore
@@ -31,15 +33,26 @@ def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: 
     base = catalogue.get(settings.base) if settings.base else catalogue.bases[0]
     prepare_base(base, store)
     device = choose_device()
-    loaded = load_base(base, store, settings.precision, device, compute_dtype("auto", device))
-    return assemble(loaded, settings, store)
+    dtype = compute_dtype("auto", device)
+    precision = precision_to_load(settings.precision, device.type, "bf16" if dtype == torch.bfloat16 else "fp16")
+    return assemble(load_base(base, store, precision, device, dtype), settings, store)
 
 
 def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactStore) -> Serving:
-    """The service around a loaded base, whose linear layers are replaced in place."""
-    runner = ModelRunner(
-        loaded.model, rows=settings.slots, context=settings.context, adapter_slots=settings.adapter_slots
+    """The service around a loaded base, which is read or changed in place and not to be used any more."""
+    chosen = choose_runner(
+        loaded.model,
+        loaded.precision,
+        settings.precision,
+        loaded.tokenizer,
+        rows=settings.slots,
+        context=settings.context,
+        adapter_slots=settings.adapter_slots,
     )
+    runner = chosen.runner
+    if chosen.kind == "llama":
+        # It holds weights of its own; the model's would lie beside them unused.
+        loaded = replace(loaded, model=None)
     admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
     engine = BatchEngine(runner, loaded.tokenizer, admission, prefill_chunk=settings.prefill_chunk)
     modules, dtype = engine.lora_modules, runner.dtype
@@ -54,7 +67,9 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactSto
         aliases=loaded.base.aliases,
         revision=loaded.base.revision,
         sha256=loaded.sha256,
-        precision=loaded.precision,
+        precision=chosen.precision,
+        runner=chosen.kind,
+        measured=tuple(asdict(each) for each in chosen.measured),
         dtype=str(dtype).removeprefix("torch."),
         device=loaded.device.type,
     )
@@ -66,7 +81,7 @@ def read_checked(
     loaded: LoadedBase,
     store: ArtifactStore,
     settings: InferenceSettings,
-    modules: dict[str, tuple[int, int]],
+    modules: Mapping[str, tuple[int, int]],
     dtype: torch.dtype,
 ) -> Checked:
     """Verify an adapter folder, see that it belongs to this base, and read it.

@@ -102,6 +102,12 @@ class _State(Collector):
             "tunesmith_engine_steps": ("Engine steps.", stats.steps),
             "tunesmith_engine_tokens": ("Tokens generated.", stats.tokens),
         }
+        base = self._serving.base
+        served = GaugeMetricFamily(
+            "tunesmith_base", "The base served: always 1.", labels=["base", "revision", "precision", "runner"]
+        )
+        served.add_metric([base.id, base.revision, base.precision, base.runner], 1)
+        yield served
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         for name, (text, value) in counters.items():

@@ -1,6 +1,6 @@
 """Routes about the server itself: adapters by id, `/info`, health and metrics."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -48,13 +48,21 @@ class Unloaded(BaseModel):
 
 
 class Info(BaseModel):
-    """Ours first, then text-generation-inference's names for the same things."""
+    """Ours first, then text-generation-inference's names for the same things.
+
+    Attributes:
+        precision: what the base's weights are held in.
+        runner: `llama` (our forward pass) or `transformers`.
+        measured: with precision `auto`, what the probe at start saw of each candidate.
+    """
 
     base: str
     aliases: list[str]
     revision: str
     base_sha256: str
     precision: str
+    runner: str
+    measured: list[dict[str, Any]]
     slots: int
     context: int
     adapter_slots: int
@@ -105,6 +113,8 @@ def operations_router(route_class: type[APIRoute], settings: InferenceSettings, 
             revision=base.revision,
             base_sha256=base.sha256,
             precision=base.precision,
+            runner=base.runner,
+            measured=list(base.measured),
             slots=settings.slots,
             context=serving.engine.context,
             adapter_slots=settings.adapter_slots,

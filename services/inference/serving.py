@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.inference.adapters import AdapterRegistry, Entry
 from services.inference.engine.admission import Admission
@@ -35,6 +35,10 @@ class ServedBase:
 
     Attributes:
         sha256: of its weights; adapters name the one they were trained on.
+        precision: what they are held in.
+        dtype: what adapters are computed in.
+        runner: `llama` or `transformers`, whose forward pass serves.
+        measured: what the probe saw of each precision, if it was asked to choose.
     """
 
     id: str
@@ -44,6 +48,8 @@ class ServedBase:
     precision: str
     dtype: str
     device: str
+    runner: str = "transformers"
+    measured: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

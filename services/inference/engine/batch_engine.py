@@ -8,7 +8,7 @@ admitted only when its prompt and all its new tokens fit its row.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
 
@@ -60,7 +60,7 @@ class BatchEngine:
         return self._runner.context
 
     @property
-    def lora_modules(self) -> dict[str, tuple[int, int]]:
+    def lora_modules(self) -> Mapping[str, tuple[int, int]]:
         """Path of every layer an adapter may target → (in, out) features."""
         return self._runner.lora.modules
 

@@ -39,13 +39,13 @@ def adapters(tiny: Tiny) -> list[str]:
     ]
 
 
-@pytest.fixture
-def engine(tiny: Tiny) -> Iterator[Callable[..., EngineUnderTest]]:
-    """Makes engines and closes them."""
+@pytest.fixture(params=["own", "transformers"])
+def engine(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Callable[..., EngineUnderTest]]:
+    """Makes engines and closes them; every test runs on our own forward pass and on transformers'."""
     made: list[EngineUnderTest] = []
 
     def make(**options: Any) -> EngineUnderTest:
-        made.append(EngineUnderTest(tiny, **options))
+        made.append(EngineUnderTest(tiny, **{"own": request.param == "own"} | options))
         return made[-1]
 
     yield make

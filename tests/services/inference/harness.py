@@ -13,7 +13,10 @@ from services.inference.adapter_weights import read_adapter
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.interface import Cancelled, Event, Failed, Finished, GenerationRequest, Started, Token
+from services.inference.engine.llama import LlamaRunner
+from services.inference.engine.packed import PackedPrecision
 from services.inference.engine.runner import ModelRunner
+from services.inference.engine.transformers_runner import TransformersRunner
 from shared.artifacts import LocalArtifactStore, Manifest
 from shared.base_model import LoadedBase, load_base
 from shared.catalogue import Base
@@ -91,11 +94,17 @@ class EngineUnderTest:
         queue_requests: int = 1000,
         queue_tokens: int = 1_000_000,
         adapter_slots: int = 8,
+        own: bool = True,
+        precision: PackedPrecision = "plain",
     ) -> None:
         self.tiny = tiny
         loaded = tiny.load()
         self.tokenizer = loaded.tokenizer
-        self.runner = ModelRunner(loaded.model, rows=rows, context=context, adapter_slots=adapter_slots)
+        self.runner: ModelRunner = (
+            LlamaRunner(loaded.model, precision=precision, rows=rows, context=context, adapter_slots=adapter_slots)
+            if own
+            else TransformersRunner(loaded.model, rows=rows, context=context, adapter_slots=adapter_slots)
+        )
         self.admission = Admission(requests=queue_requests, tokens=queue_tokens)
         self.engine = BatchEngine(self.runner, loaded.tokenizer, self.admission, prefill_chunk=chunk)
 

@@ -7,12 +7,12 @@ import pytest
 
 from services.inference.build import build_serving
 from services.inference.engine.interface import GenerationRequest
+from services.inference.precision import ServingPrecision
 from services.inference.prompts import RawText
 from services.inference.serving import Ask, Serving
 from services.inference.settings import InferenceSettings
 from shared.artifacts import LocalArtifactStore
 from shared.errors import NotFound, TunesmithError
-from shared.jobs import BasePrecision
 from tests.services.inference.adapters_on_disk import write_adapter
 from tests.tiny import tiny_catalogue, write_tiny_model
 
@@ -28,13 +28,30 @@ async def texts(serving: Serving, names: list[str | None]) -> list[str]:
     return list(answers)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
-def test_each_precision_serves_base_and_adapters(tmp_path: Path, precision: BasePrecision) -> None:
-    model = write_tiny_model(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("wished", "served", "dtype"),
+    [
+        ("fp32", {"fp32"}, "float32"),
+        ("fp16w", {"fp16w"}, "float32"),
+        ("int8", {"int8w"}, "float32"),
+        ("bf16", {"bf16"}, "bfloat16"),
+        ("nf4", {"nf4"}, "float32"),
+        ("auto", {"fp32", "fp16w", "int8w"}, "float32"),
+    ],
+)
+def test_each_precision_serves_base_and_adapters(
+    tmp_path: Path, wished: ServingPrecision, served: set[str], dtype: str
+) -> None:
+    model = write_tiny_model(tmp_path / "model", hidden=64)
     store, catalogue = LocalArtifactStore(tmp_path / "artifacts"), tiny_catalogue(model)
-    serving = build_serving(InferenceSettings(precision=precision, slots=4, context=64), store, catalogue)
-    assert (serving.base.id, serving.base.precision, serving.base.aliases) == ("tiny", precision, ("test/tiny-llama",))
-    assert serving.base.dtype == ("bfloat16" if precision == "bf16" else "float32")
+    serving = build_serving(InferenceSettings(precision=wished, slots=4, context=64), store, catalogue)
+    assert serving.base.id == "tiny"
+    assert serving.base.aliases == ("test/tiny-llama",)
+    assert serving.base.precision in served
+    assert serving.base.dtype == dtype
+    # bitsandbytes' layers are no plain tensors.
+    assert serving.base.runner == ("transformers" if wished == "nf4" else "llama")
+    assert bool(serving.base.measured) == (wished == "auto")
     manifest = store.verify(store.base("tiny"), "base")
     adapter = write_adapter(store, model, manifest, seed=1)
     base, tuned, again = asyncio.run(texts(serving, [None, adapter, None]))

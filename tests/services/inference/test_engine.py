@@ -145,17 +145,19 @@ def test_stop_strings_end_the_text_across_token_borders(engine: MakeEngine) -> N
         assert heard.tokens[-1].finish == "stop_sequence"
 
 
-def test_eos_ends_and_can_be_ignored(engine: MakeEngine, tiny: Tiny) -> None:
+def test_eos_ends_and_can_be_ignored(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     under_test = engine()
-    # A model that always says EOS: its output layer is tied to the embedding, so that one row decides.
     prompt = under_test.prompt(PROMPTS[0])
     eos = under_test.tokenizer.eos_id
-    under_test.runner._model.lm_head.weight = torch.nn.Parameter(
-        torch.zeros_like(under_test.runner._model.lm_head.weight)
-    )
-    bias = torch.zeros(under_test.runner.vocabulary)
-    bias[eos] = 1
-    under_test.runner._model.lm_head.bias = torch.nn.Parameter(bias)
+    for name in ("prefill", "decode"):
+        forward = getattr(under_test.runner, name)
+
+        def always_eos(*args: Any, forward: Callable[..., torch.Tensor] = forward, **options: Any) -> torch.Tensor:
+            logits = torch.zeros_like(forward(*args, **options))
+            logits[:, eos] = 1
+            return logits
+
+        monkeypatch.setattr(under_test.runner, name, always_eos)
     heard = under_test.run(prompt, max_new_tokens=5)
     assert (heard.ids, heard.text, heard.last) == ([eos], "", Finished("eos_token"))
     assert heard.tokens[0].special

@@ -1,0 +1,149 @@
+"""Many adapters in one forward pass over fused projections: q, k and v are one product, and so is their LoRA.
+
+A fused product's adapter is one pair again: the A of its parts one below the other, their B in the columns of the
+part, zero elsewhere. Rows of one adapter share two products; rows of many adapters use batched ones over a copy of
+what each row needs. That copy is kept from step to step, since batches change seldom: a step in steady state reads each
+row's adapter once, whoever's it is, so that its time does not depend on how many adapters there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.inference.engine.cache import lazy_zeros
+from services.inference.engine.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear layer within a fused product: its path, and which output columns are its own."""
+
+    path: str
+    start: int
+    size: int
+
+
+class FusedStack:
+    """Slots of one fused product.
+
+    Attributes:
+        a: [slots + 1, rank, in]; b: [slots + 1, rank, out]; None until an adapter touches one of the parts.
+        ranks: of what each slot holds, over all parts; 0 for nothing.
+    """
+
+    def __init__(self, parts: Sequence[Part], in_features: int, slots: int) -> None:
+        self.parts, self.in_features = parts, in_features
+        self.out_features = sum(part.size for part in parts)
+        self.ranks = [0] * (slots + 1)
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+
+    def write(self, slot: int, weights: LoraWeights, dtype: torch.dtype, device: torch.device) -> None:
+        """Put an adapter's pairs into a slot; what was there is gone."""
+        held = [(part, *weights.pairs[part.path]) for part in self.parts if part.path in weights.pairs]
+        rank, before = sum(len(a) for _, a, _ in held), self.ranks[slot]
+        self.ranks[slot] = rank
+        self._reserve(rank, dtype, device)
+        if self.a is None or self.b is None or not (rank or before):
+            return
+        self.a[slot, rank:before] = 0
+        self.b[slot, : max(rank, before)] = 0
+        first = 0
+        for part, a, b in held:
+            rows = slice(first, first + len(a))
+            self.a[slot, rows] = a
+            self.b[slot, rows, part.start : part.start + part.size] = b.T
+            first += len(a)
+
+    def _reserve(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make room for a rank; it grows in powers of two, and never back."""
+        present = 0 if self.a is None else self.a.shape[1]
+        if rank <= present:
+            return
+        grown = max(8, 1 << (rank - 1).bit_length())
+        a = lazy_zeros((len(self.ranks), grown, self.in_features), dtype, device)
+        b = lazy_zeros((len(self.ranks), grown, self.out_features), dtype, device)
+        if self.a is not None and self.b is not None:
+            # Slots never written stay untouched, and so take no memory.
+            for slot in (slot for slot, held in enumerate(self.ranks) if held):
+                a[slot, :present], b[slot, :present] = self.a[slot], self.b[slot]
+        self.a, self.b = a, b
+
+
+Delta = tuple[torch.Tensor, torch.Tensor, bool]
+"""(A, B, batched): A [rank, in] and B [rank, out] for all rows, or [rows, rank, in] and [rows, rank, out]."""
+
+
+class FusedLora:
+    """All adapter slots of a model whose products are fused.
+
+    Args:
+        stacks: one for each fused product, in the order the forward pass asks for them.
+        slots: adapters held at once.
+    """
+
+    def __init__(self, stacks: Sequence[FusedStack], slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.slots = slots
+        self._stacks = stacks
+        self._dtype, self._device = dtype, device
+        self._nothing: list[Delta | None] = [None] * len(stacks)
+        self._chosen: tuple[int, ...] = ()
+        self._deltas = self._nothing
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Path of every layer an adapter may target → (in, out) features."""
+        return {part.path: (stack.in_features, part.size) for stack in self._stacks for part in stack.parts}
+
+    def write(self, slot: int, weights: LoraWeights) -> None:
+        """Put an adapter into a slot (from 1), replacing what was there."""
+        for stack in self._stacks:
+            stack.write(slot, weights, self._dtype, self._device)
+        # Running rows keep their slots and copies; only a new choice may see what changed.
+        if slot in self._chosen:
+            self._chosen = ()
+
+    def choose(self, slots: Sequence[int]) -> Sequence[Delta | None]:
+        """What to add to each fused product when row i uses `slots[i]`; one entry in all if every row uses the same."""
+        distinct = set(slots)
+        if distinct == {0}:
+            return self._nothing
+        if len(distinct) == 1:
+            return self._for_all(slots[0])
+        chosen = tuple(slots)
+        if chosen != self._chosen:
+            self._chosen, self._deltas = chosen, self._for_each(chosen)
+        return self._deltas
+
+    def _for_all(self, slot: int) -> list[Delta | None]:
+        deltas: list[Delta | None] = []
+        for stack in self._stacks:
+            rank = stack.ranks[slot]
+            if not rank or stack.a is None or stack.b is None:
+                deltas.append(None)
+            else:
+                deltas.append((stack.a[slot, :rank], stack.b[slot, :rank], False))
+        return deltas
+
+    def _for_each(self, slots: tuple[int, ...]) -> list[Delta | None]:
+        index = torch.tensor(slots, device=self._device)
+        deltas: list[Delta | None] = []
+        for stack in self._stacks:
+            rank = max(stack.ranks[slot] for slot in slots)
+            if not rank or stack.a is None or stack.b is None:
+                deltas.append(None)
+            else:
+                deltas.append((stack.a[:, :rank][index], stack.b[:, :rank][index], True))
+        return deltas
+
+
+def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Tensor:
+    """`y + B (A x)`; y [rows, out] is changed in place, x [rows, in], all of one dtype."""
+    if delta is None:
+        return y
+    a, b, batched = delta
+    if not batched:
+        return y.addmm_(x @ a.T, b)
+    low = torch.bmm(a, x[:, :, None]).transpose(1, 2)
+    return y.unsqueeze(1).baddbmm_(low, b).squeeze(1)

@@ -1,0 +1,103 @@
+"""Which way of holding the weights is fastest on this processor, among those that keep the model's quality.
+
+Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: seconds per decode
+step and the loss on a fixed text, each against plain weights. Knows runners and tensors, nothing of settings.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from services.inference.engine.llama import LlamaRunner
+from services.inference.engine.packed import PackedPrecision
+from shared.logs import get_logger
+
+GATE = 0.005
+"""Largest relative change of the loss that a precision may cause."""
+
+TEXT = """### Instruction:
+What does `json.dumps` do in Python?
+
+### Response:
+Serialize an object to a JSON formatted string. If `skipkeys` is true, then keys that are not of a basic type are
+skipped instead of raising an error. If `indent` is a non-negative integer, then array elements and object members are
+printed on lines of their own with that indent level.
+
+The river had risen in the night, and by morning the lower fields were under water. Nobody in the village could remember
+a spring like it: the oldest of them spoke of a flood in his grandfather's time, when boats were tied to the church.
+
+def median(values):
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+"""
+_BATCHES = (1, 8)
+_log = get_logger("probe")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One precision on this machine.
+
+    Attributes:
+        step_ms: of one decode step, by rows.
+        loss: mean negative log likelihood of `TEXT`, nats per token.
+        loss_change: relative to plain weights.
+    """
+
+    precision: PackedPrecision
+    step_ms: dict[int, float]
+    loss: float
+    loss_change: float
+
+    @property
+    def passes(self) -> bool:
+        return abs(self.loss_change) <= GATE
+
+
+def measure(model: Any, ids: Sequence[int], precisions: Sequence[PackedPrecision]) -> list[Measured]:
+    """Measure plain weights and each of `precisions`; `ids` are the tokens of `TEXT`."""
+    results: list[Measured] = []
+    candidates: list[PackedPrecision] = ["plain", *(each for each in precisions if each != "plain")]
+    for precision in candidates:
+        context = len(ids) + 32
+        runner = LlamaRunner(model, precision=precision, rows=max(_BATCHES), context=context, adapter_slots=1)
+        with torch.inference_mode():
+            loss = _loss(runner, list(ids)[: runner.context])
+            step_ms = {rows: _step_ms(runner, rows) for rows in _BATCHES}
+        plain = results[0].loss if results else loss
+        results.append(Measured(precision, step_ms, loss, loss / plain - 1))
+        _log.info("precision measured", precision=precision, step_ms=step_ms, loss_change=results[-1].loss_change)
+    return results
+
+
+def fastest(results: Sequence[Measured]) -> PackedPrecision:
+    """The precision that passes the gate with the smallest product of step times, batch 1 counting as much as many."""
+
+    def cost(measured: Measured) -> float:
+        product = 1.0
+        for milliseconds in measured.step_ms.values():
+            product *= milliseconds
+        return product
+
+    return min((each for each in results if each.passes), key=cost).precision
+
+
+def _loss(runner: LlamaRunner, ids: list[int]) -> float:
+    logits = runner.prefill(0, ids, 0, 0, 0, all_logits=True)
+    following = torch.tensor(ids[1:], device=logits.device)
+    return float(torch.nn.functional.cross_entropy(logits[:-1], following))
+
+
+def _step_ms(runner: LlamaRunner, rows: int, *, warm: int = 3, timed: int = 9) -> float:
+    position, zeros = min(64, runner.context - 1), [0] * rows
+    times = []
+    for _ in range(warm + timed):
+        started = time.perf_counter()
+        runner.decode(0, zeros, [position] * rows, zeros, zeros)
+        times.append((time.perf_counter() - started) * 1e3)
+    return round(median(times[warm:]), 3)

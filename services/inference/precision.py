@@ -1,0 +1,5 @@
+"""The names of what a base can be served in; one list for settings and engine."""
+
+from typing import Literal
+
+ServingPrecision = Literal["auto", "fp32", "fp16w", "int8w", "bf16", "fp16", "int8", "nf4"]
