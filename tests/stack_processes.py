@@ -1,0 +1,205 @@
+"""Processes of a stack for tests: free ports, own folders, one log each, and everything stopped at the end."""
+
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+import psycopg
+import pytest
+from redis import Redis
+from redis.exceptions import RedisError
+
+ROOT = Path(__file__).parents[1]
+PATIENCE_SECONDS = 120.0
+
+
+def wait_until(true: Callable[[], object], what: str, *, tell: Callable[[], str] = str) -> None:
+    """Wait for what other processes do; `tell` is asked for what to show if it does not happen."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, f"waited too long for {what}\n{tell()}"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port nothing listens on, below those that outgoing connections take by themselves."""
+    for port in random.sample(range(20_000, 32_000), 200):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without settings of a stack that the developer may have set."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+
+
+@dataclass
+class Running:
+    """One process, leader of a group of its own."""
+
+    name: str
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start it, again after it has ended."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.argv,
+                cwd=self.folder,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def child(self) -> psutil.Process:
+        """Its only child: of a Celery worker, the one that trains."""
+        (child,) = psutil.Process(self.pid).children()
+        return child
+
+    def send(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def kill(self) -> None:
+        """SIGKILL to the leader alone, as the system's memory killer does, and wait for its end."""
+        self.process.kill()
+        self.process.wait(PATIENCE_SECONDS)
+
+    def terminate(self) -> int:
+        """SIGTERM, and wait for its end. Returns the exit status."""
+        self.process.terminate()
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def end(self) -> None:
+        """Stop the whole group whatever it is doing."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE_SECONDS)
+
+
+class Processes:
+    """Everything a test starts; a context manager that leaves nothing behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.running: list[Running] = []
+
+    def start(self, name: str, argv: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> Running:
+        started = Running(name, argv, environment, folder, self.logs / f"{name}.log")
+        self.running.append(started)
+        return started
+
+    def tails(self, characters: int = 3000) -> str:
+        """The ends of all logs, for messages."""
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-characters:]}" for log in sorted(self.logs.iterdir()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for one in reversed(self.running):
+            one.end()
+
+
+def answers(url: str) -> bool:
+    """Whether a GET gives 200."""
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=10, trust_env=False).status_code == 200
+    return False
+
+
+def redis_answers(url: str) -> bool:
+    with suppress(RedisError, OSError), Redis.from_url(url, socket_timeout=2) as client:
+        return bool(client.ping())
+    return False
+
+
+@dataclass
+class Postgres:
+    """A PostgreSQL server of PyPI's pgserver."""
+
+    uri: str
+    bin: Path
+    folder: Path
+
+    def database(self, name: str = "", *, owner: str = "", password: str = "") -> str:
+        """The URL of a fresh database, of a fresh user if one is named."""
+        name = name or f"test_{secrets.token_hex(6)}"
+        with psycopg.connect(self.uri, autocommit=True) as connection:
+            if owner:
+                connection.execute(f"CREATE ROLE {owner} LOGIN PASSWORD '{password}'".encode())
+            connection.execute(f"CREATE DATABASE {name} OWNER {owner or 'postgres'}".encode())
+        url = self.uri.replace("/postgres?", f"/{name}?", 1)
+        assert url != self.uri
+        return url.replace("//postgres:@", f"//{owner}:{password}@", 1) if owner else url
+
+    @property
+    def socket_folder(self) -> str:
+        return self.uri.partition("?host=")[2]
+
+    def stop(self) -> None:
+        """Take the server away, breaking off every connection."""
+        self._control("-m", "fast", "stop")
+
+    def start(self) -> None:
+        """Bring it back where it was."""
+        self._control("-o", f"-h '' -k '{self.folder}'", "-l", str(self.folder / "log"), "start")
+
+    def _control(self, *arguments: str) -> None:
+        command = [str(self.bin / "pg_ctl"), "-D", str(self.folder), "-w", *arguments]
+        owner = self.folder.stat()
+        # PostgreSQL refuses to run as root: pgserver then gives its folder to a user of its own.
+        other = owner.st_uid if owner.st_uid != os.geteuid() else None
+        # Not captured: the server would inherit the pipe and keep it open.
+        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, check=True, cwd="/", user=other)
+
+
+@contextmanager
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL server that is stopped at the end."""
+    # Not in pytest's folders: a socket's path has 107 bytes at most, and a user that is not root must reach it.
+    with (
+        tempfile.TemporaryDirectory(prefix="tunesmith-pg-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        # pgserver keeps its lock file there, and platformdirs warns where no desktop has set it.
+        environment.setenv("XDG_RUNTIME_DIR", folder)
+        import pgserver
+
+        data = Path(folder) / "data"
+        server = pgserver.get_server(data, cleanup_mode="stop")
+        try:
+            yield Postgres(server.get_uri(), Path(pgserver.__file__).parent / "pginstall" / "bin", data)
+        finally:
+            server.cleanup()
