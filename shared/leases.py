@@ -165,14 +165,17 @@ class Leases:
         Raises:
             LeaseLost: see `renew`.
         """
+        same_step = (checkpoints.c.job == lease.job.id, checkpoints.c.step == step)
         with self._database.write() as connection:
+            earlier = connection.execute(select(checkpoints.c.adapter).where(*same_step)).scalar()
+            if earlier == adapter_id:
+                # Committed before, but the answer was lost on its way.
+                return adapter_id
             values = {}
             if step > self._newest_step(connection, lease):
                 # Progress was made since the last loss: a job that crawls forward is not poisoned.
                 values = {"losses": 0, "checkpoint_step": step}
             self._change(connection, lease, values, [NewEvent(f"Checkpoint saved at step {step}", data={"step": step})])
-            same_step = (checkpoints.c.job == lease.job.id, checkpoints.c.step == step)
-            earlier = connection.execute(select(checkpoints.c.adapter).where(*same_step)).scalar()
             if earlier is not None:
                 connection.execute(update(checkpoints).where(*same_step).values(lease_token=lease.token))
                 connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
@@ -283,7 +286,7 @@ class Leases:
         # The token rises, so that a worker that wakes up again cannot write.
         values: dict[str, Any] = {"lease_token": jobs.c.lease_token + 1, "losses": row.losses + 1}
         if target is State.QUEUED and row.losses + 1 >= MAX_LOSSES:
-            message = f"the worker was lost {MAX_LOSSES} times without a new checkpoint in between"
+            message = f"tried {MAX_LOSSES} times without a new checkpoint; the last time the worker {what}"
             failure, told = self._failure(JobFault(code="worker_lost", message=message))
             values, news = values | failure, news + told
         else:

@@ -59,10 +59,12 @@ class Reaper:
             self._thread.join()
 
     def _reap(self) -> None:
-        now = self._clock()
+        seen, self._first_seen = self._first_seen, {}
+        # If this fails nothing has been seen: while the database is away no worker can show life in it.
         signs = self._leases.signs_of_life()
+        now = self._clock()
         # A sign seen for the first time starts its own clock: after a restart nobody is reaped early.
-        self._first_seen = {sign: self._first_seen.get(sign, now) for sign in signs}
+        self._first_seen = {sign: seen.get(sign, now) for sign in signs}
         for sign, since in self._first_seen.items():
             if now - since >= self._silence and self._leases.expire(sign):
                 self._log.warning("worker lost", job_id=sign.job_id, lease_token=sign.token)

@@ -21,6 +21,7 @@ class GatewaySettings(Settings):
         key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
             one database need the same.
         inference_timeout: seconds without a byte from inference before a request is given up.
+        lease_seconds: how long a worker may show no life before its job goes to another; it shows some every 5 s.
     """
 
     host: str = "127.0.0.1"
@@ -32,6 +33,7 @@ class GatewaySettings(Settings):
     key_file: Path | None = None
     key_secret: SecretStr = SecretStr("")
     inference_timeout: float = Field(300, gt=0)
+    lease_seconds: float = Field(15, gt=0)
 
     @field_validator("inference_urls", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from services.trainer.patience import patiently
 from services.trainer.run import EventType, Level
 from shared.errors import LeaseLost
 from shared.job_store import NewEvent
@@ -70,7 +71,7 @@ class LeaseSession:
 
     def phase(self, phase: Phase) -> None:
         self._moved = self._clock()
-        self._leases.record(self._lease, phase=phase)
+        patiently(lambda: self._leases.record(self._lease, phase=phase), give_up=self._handover)
 
     def progress(self, progress: Progress) -> None:
         """Written at most twice a second: steps of a tiny model must not wait for the disk."""
@@ -107,16 +108,19 @@ class LeaseSession:
         return self._wish is not Wish.NONE or self._handover()
 
     def reserve_adapter(self) -> str:
-        return self._leases.reserve_adapter(self._lease)
+        return patiently(lambda: self._leases.reserve_adapter(self._lease), give_up=self._handover)
 
     def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
         self._moved = self._clock()
-        self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics)
+        patiently(
+            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), give_up=self._handover
+        )
 
     def flush(self) -> None:
         """Write what was held back."""
         if self._progress is not None or self._untold:
-            self._leases.record(self._lease, self._untold, progress=self._progress)
+            news, progress = self._untold, self._progress
+            patiently(lambda: self._leases.record(self._lease, news, progress=progress), give_up=self._handover)
             self._progress, self._untold = None, []
 
     def _write(self, *news: NewEvent) -> None:

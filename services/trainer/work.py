@@ -1,5 +1,6 @@
 """Claim, train, record: the loop between the job store and the recipe. Knows no Celery; a bell only starts it."""
 
+import time
 from collections.abc import Callable
 
 import structlog
@@ -7,6 +8,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.bases import WarmBases
 from services.trainer.finetune import finetune
+from services.trainer.patience import patiently
 from services.trainer.run import Finished, JobRun, Outcome
 from services.trainer.session import LeaseSession
 from shared.artifacts import ArtifactStore
@@ -23,6 +25,7 @@ class Worker:
         bases: the base model, kept warm between jobs.
         name: what events call this worker.
         handover: true once this worker is to let go of its job and claim no more.
+        retry_seconds: pause after a fault of this system; a full disk is not full only for the next second.
         peak_flops: measured FLOP/s of this device's matrix products, for MFU.
     """
 
@@ -35,6 +38,7 @@ class Worker:
         name: str,
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
+        retry_seconds: float = 10.0,
         peak_flops: float | None = None,
     ) -> None:
         self._leases = leases
@@ -43,6 +47,7 @@ class Worker:
         self._name = name
         self._handover = handover
         self._renew_seconds = renew_seconds
+        self._retry_seconds = retry_seconds
         self._peak_flops = peak_flops
         self._log = get_logger("worker")
 
@@ -82,11 +87,11 @@ class Worker:
 
     def _end(self, lease: Lease, outcome: Outcome) -> None:
         if isinstance(outcome, Finished):
-            self._leases.succeed(lease, outcome.adapter_id, outcome.report)
+            patiently(lambda: self._leases.succeed(lease, outcome.adapter_id, outcome.report), give_up=self._handover)
             ended = True
         else:
             step = outcome.step
-            kept = f"the checkpoint of step {step} is kept" if step else "no step was done yet"
+            kept = f"the checkpoint of step {step} is kept" if step else "no new step was done"
             ended = self._leases.let_go(lease, f"Stopped on worker {self._name}: {kept}").final
         self._log.info("let go", outcome=type(outcome).__name__)
         if ended:
@@ -108,3 +113,9 @@ class Worker:
         except (LeaseLost, SQLAlchemyError) as error:
             # The reaper will find the job silent.
             self._log.warning("could not give the job back", error=str(error))
+        self._pause()
+
+    def _pause(self) -> None:
+        until = time.monotonic() + self._retry_seconds
+        while time.monotonic() < until and not self._handover():
+            time.sleep(0.1)

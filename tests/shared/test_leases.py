@@ -146,6 +146,29 @@ def test_a_wish_is_fulfilled_with_or_without_its_worker(
     assert store.get("default", job.id).state is end
 
 
+def test_what_stops_a_job_for_good_is_said(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    for _ in range(MAX_LOSSES):
+        leases.lose(claimed(leases), "OSError: [Errno 28] No space left on device")
+    fault = store.get("default", job.id).fault
+    assert fault is not None
+    assert fault.message.endswith(
+        "the last time the worker could not go on: OSError: [Errno 28] No space left on device"
+    )
+
+
+def test_a_checkpoint_whose_commit_was_answered_by_nobody_is_committed_once(
+    store: JobStore, leases: Leases, spec: JobSpec
+) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    adapter = leases.reserve_adapter(lease)
+    assert [leases.commit_checkpoint(lease, 5, adapter, {}) for _ in range(2)] == [adapter, adapter]
+    assert [checkpoint.adapter for checkpoint in store.checkpoints("default", job.id).items] == [adapter]
+    told = [event.message for event in store.events("default", job.id, after=0, limit=50).items]
+    assert told.count("Checkpoint saved at step 5") == 1
+
+
 def test_a_step_committed_again_keeps_its_adapter(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)

@@ -11,7 +11,7 @@ from shared.database import Database, migrate
 from shared.doorbell import Doorbell
 from shared.job_store import JobStore
 from shared.jobs import JobSpec, State
-from shared.leases import MAX_LOSSES, Lease, Leases
+from shared.leases import MAX_LOSSES, Lease, Leases, SignOfLife
 
 SPEC = JobSpec(base="tiny", base_revision="r1", training_file="file-1", training_sha256="0" * 64)
 
@@ -175,6 +175,26 @@ def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
     scene.clock.now += SILENCE_SECONDS
     reaper.tick()
     away.close()
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers cannot show life in a database that is not there."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.reaper.tick()
+
+    def away() -> list[SignOfLife]:
+        raise OSError("the database is away")
+
+    with monkeypatch.context() as while_away:
+        while_away.setattr(scene.leases, "signs_of_life", away)
+        scene.clock.now += 10 * SILENCE_SECONDS
+        with pytest.raises(OSError, match="away"):
+            scene.reaper.tick()
+    scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS)
     assert scene.state(lease) is State.QUEUED
 
 

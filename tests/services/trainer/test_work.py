@@ -39,7 +39,13 @@ class Place:
         self, handover: Callable[[], bool] = lambda: False, artifacts: LocalArtifactStore | None = None
     ) -> Worker:
         return Worker(
-            self.leases, artifacts or self.artifacts, self.bases, name="w", handover=handover, renew_seconds=0.05
+            self.leases,
+            artifacts or self.artifacts,
+            self.bases,
+            name="w",
+            handover=handover,
+            renew_seconds=0.05,
+            retry_seconds=0,
         )
 
     def job(self, rows: list[dict[str, str]], **hyperparameters: object) -> Job:
