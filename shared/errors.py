@@ -5,6 +5,7 @@ TunesmithError
 │   └── InvalidDataset    400  carries the rows that were wrong
 ├── Unauthenticated       401
 ├── NotFound              404  also for things of another project
+├── Conflict              409  the same request is being answered already; worth retrying
 ├── PayloadTooLarge       413
 ├── UnsupportedMediaType  415
 ├── Overloaded            429  carries `retry_after` seconds
@@ -77,6 +78,13 @@ class NotFound(TunesmithError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class Conflict(TunesmithError):
+    # OpenAI's clients try again after a 409: nothing else may have this status.
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class PayloadTooLarge(TunesmithError):

@@ -111,11 +111,13 @@ class JobStore:
         metadata: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
         guard: Callable[[Connection], None] = lambda _: None,
+        seal: Callable[[Connection, Job], None] = lambda _, job: None,
     ) -> Job:
         """Write a queued job and its first events in one transaction; durable when this returns.
 
         Args:
             guard: called first in the same transaction; what it raises refuses the job.
+            seal: called last in it; what it writes is there exactly if the job is.
         """
         job_id = new_id("ftjob")
         now = self._now()
@@ -136,7 +138,9 @@ class JobStore:
             guard(connection)
             connection.execute(insert(jobs).values(row))
             change_job(connection, job_id, [jobs.c.state == State.QUEUED], {}, news, now)
-            return _read(connection, project, job_id)
+            job = _read(connection, project, job_id)
+            seal(connection, job)
+        return job
 
     def get(self, project: str, job_id: str) -> Job:
         """Raises NotFound; a job of another project is not found either."""

@@ -41,6 +41,25 @@ api_keys = Table(
     Column("revoked_at", BigInteger),
 )
 
+# Answers of POSTs that must not happen twice, each written in the transaction of what it answers for.
+answers = Table(
+    "answers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("api_key", String(64), nullable=False),
+    Column("path", String(64), nullable=False),
+    # The client's Idempotency-Key; null where none was sent (databases take nulls for different).
+    Column("key", String(255)),
+    # SHA-256 of what was asked for.
+    Column("fingerprint", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("api_key", "path", "key"),
+    Index(None, "api_key", "path", "fingerprint"),
+    Index(None, "created_at"),
+)
+
 files = Table(
     "files",
     metadata,

@@ -46,7 +46,7 @@ class StreamingRoute(AuthenticatedRoute):
 
 
 async def authenticate(request: Request, keys: Keys) -> None:
-    """Find the project of the request's bearer key and leave it on `request.state.project`.
+    """Find whose the request's bearer key is and leave it on `request.state.owner`.
 
     Raises:
         Unauthenticated: no key, a malformed header, or an unknown or revoked key.
@@ -56,10 +56,10 @@ async def authenticate(request: Request, keys: Keys) -> None:
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise Unauthenticated("send your API key as 'Authorization: Bearer ts-…'")
-    project = await run_in_threadpool(keys.project_of, key) if len(key) <= MAX_KEY_CHARACTERS else None
-    if project is None:
+    owner = await run_in_threadpool(keys.owner_of, key) if len(key) <= MAX_KEY_CHARACTERS else None
+    if owner is None:
         raise Unauthenticated("this API key is not valid")
-    request.state.project = project
+    request.state.owner = owner
 
 
 async def read_bounded(request: Request, limit: int) -> bytes:

@@ -1,12 +1,15 @@
 """What endpoints ask for by type, in one place."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 
+from services.gateway.answers import HEADER, Attempt
+from services.gateway.keys import Owner
 from services.gateway.services import Services
-from shared.errors import NotFound
+from shared.errors import InvalidRequest, NotFound
 
 _ID = re.compile(r"[A-Za-z0-9_.:/@-]{1,255}")
 CURSOR = r"^[A-Za-z0-9_.:/@-]{1,255}$"
@@ -18,8 +21,27 @@ def _services(request: Request) -> Services:
 
 
 def _project(request: Request) -> str:
-    project: str = request.state.project
-    return project
+    owner: Owner = request.state.owner
+    return owner.project
+
+
+def _attempts(
+    request: Request,
+    key: Annotated[
+        str | None,
+        Header(
+            alias=HEADER,
+            pattern=r"^[!-~]{1,255}$",
+            description="The same key and body again: the first answer again, for a day at least",
+        ),
+    ] = None,
+) -> Callable[[str], Attempt]:
+    if len(request.headers.getlist(HEADER)) > 1:
+        raise InvalidRequest(f"send one {HEADER}", param=HEADER)
+    owner: Owner = request.state.owner
+    # OpenAI's clients count their retries here, and send no key.
+    retried = bool(re.fullmatch(r"0*[1-9]\d{0,3}", request.headers.get("x-stainless-retry-count", "")))
+    return lambda fingerprint: Attempt(owner.key_id, request.scope["path"], key, fingerprint, retried)
 
 
 def _file_id(file_id: str) -> str:
@@ -44,6 +66,8 @@ def _known(value: str, kind: str) -> str:
 Using = Annotated[Services, Depends(_services)]
 # The project of the caller's key.
 Project = Annotated[str, Depends(_project)]
+# Makes the attempt of a fingerprint.
+Attempts = Annotated[Callable[[str], Attempt], Depends(_attempts)]
 FileId = Annotated[str, Depends(_file_id)]
 JobId = Annotated[str, Depends(_job_id)]
 ModelId = Annotated[str, Depends(_model_id)]

@@ -1,10 +1,12 @@
-"""What every route says of itself in the API document: how errors look, and that a key is needed."""
+"""What routes have in common before their clients: how errors look, that a key is needed, answers given again."""
 
 from typing import Any
 
-from fastapi import Depends
+from fastapi import Depends, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
+
+from services.gateway.answers import Answer
 
 
 class RowErrorJson(BaseModel):
@@ -51,3 +53,9 @@ OPENAI_ERRORS = errors(ErrorJson)
 TGI_ERRORS = errors(TgiErrorJson)
 # It only documents: the route class has refused whoever has no key before this is asked.
 NEEDS_KEY = Depends(HTTPBearer(auto_error=False, scheme_name="api_key", description="An API key, `ts-…`"))
+
+
+def answered(answer: Answer, *, again: bool = False) -> Response:
+    """A kept answer, byte for byte; a header says if it was given before."""
+    headers = {"idempotent-replayed": "true"} if again else {}
+    return Response(answer.body, answer.status, headers, media_type="application/json")

@@ -1,6 +1,8 @@
 """Uploaded files: one SQL row each, and the bytes in the artifact store. Knows no HTTP and not how bytes arrive."""
 
+import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +49,10 @@ class NewFile:
     sha256: str
     report: DatasetReport
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what is to be stored."""
+        return hashlib.sha256("\n".join((self.sha256, self.purpose, self.filename)).encode()).hexdigest()
+
 
 class FileStore:
     """The files of an installation."""
@@ -56,11 +62,23 @@ class FileStore:
         self._artifacts = artifacts
         self._now = now
 
-    def add(self, project: str, new: NewFile, staged: Path) -> StoredFile:
+    def add(
+        self,
+        project: str,
+        new: NewFile,
+        staged: Path,
+        *,
+        guard: Callable[[Connection], None] = lambda _: None,
+        seal: Callable[[Connection, StoredFile], None] = lambda _, file: None,
+    ) -> StoredFile:
         """Keep a staged file; durable when this returns.
 
         The bytes come first and the row after them: a crash in between leaves a folder nobody refers to, never a row
         without its data.
+
+        Args:
+            guard: called first in the row's transaction; what it raises refuses the file.
+            seal: called last in it; what it writes is there exactly if the file is.
         """
         file_id = new_id("file")
         self._artifacts.place(staged, self._artifacts.file(file_id))
@@ -74,13 +92,16 @@ class FileStore:
             "sha256": new.sha256,
             "dataset": asdict(new.report),
         }
+        file = StoredFile(**row)
         try:
             with self._database.write() as connection:
+                guard(connection)
                 connection.execute(insert(files).values(row))
+                seal(connection, file)
         except BaseException:
             self._artifacts.remove(self._artifacts.file(file_id))
             raise
-        return StoredFile(**row)
+        return file
 
     def get(self, project: str, file_id: str) -> StoredFile:
         """Raises NotFound; a file of another project is not found either."""

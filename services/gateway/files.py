@@ -1,6 +1,7 @@
 """`/v1/files`: OpenAI's files API for datasets. Rows are checked while they stream in; what is bad is never stored."""
 
 import errno
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -8,9 +9,10 @@ from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from services.gateway.answers import Answer, Answered, Attempt
 from services.gateway.auth import AuthenticatedRoute, StreamingRoute, check_declared_length
-from services.gateway.dependencies import After, FileId, Project, Using
-from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
+from services.gateway.dependencies import After, Attempts, FileId, Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, answered
 from services.gateway.file_json import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
 from services.gateway.file_store import StoredFile
 from services.gateway.services import Services
@@ -31,11 +33,13 @@ _FORM = {
 _UPLOAD_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
 
-@uploads.post("/v1/files", openapi_extra=_UPLOAD_BODY)
-async def create_file(request: Request, services: Using, project: Project) -> FileJson:
+@uploads.post("/v1/files", openapi_extra=_UPLOAD_BODY, response_model=FileJson)
+async def create_file(request: Request, services: Using, project: Project, attempts: Attempts) -> Response:
     """Upload a dataset: JSON Lines or one JSON array of instruction, completion or chat rows."""
     try:
-        return file_json(await _receive(request, services, project))
+        return answered(_answer(await _receive(request, services, project, attempts)))
+    except Answered as twin:
+        return answered(twin.answer, again=True)
     except ClientDisconnect:
         # Nobody reads this.
         raise InvalidRequest("the upload was broken off") from None
@@ -45,7 +49,10 @@ async def create_file(request: Request, services: Using, project: Project) -> Fi
         raise
 
 
-async def _receive(request: Request, services: Services, project: str) -> StoredFile:
+async def _receive(
+    request: Request, services: Services, project: str, attempts: Callable[[str], Attempt]
+) -> StoredFile:
+    """Raises Answered if the same was uploaded before under the request's key."""
     limit = services.settings.max_upload_bytes
     check_declared_length(request, limit + MAX_FORM_OVERHEAD)
     with services.artifacts.staged() as folder:
@@ -56,7 +63,19 @@ async def _receive(request: Request, services: Services, project: str) -> Stored
             new = await run_in_threadpool(upload.finish)
         finally:
             upload.close()
-        return await run_in_threadpool(services.files.add, project, new, folder)
+        attempt = attempts(new.fingerprint())
+        return await run_in_threadpool(
+            services.files.add,
+            project,
+            new,
+            folder,
+            guard=lambda connection: services.answers.begin(connection, attempt),
+            seal=lambda connection, file: services.answers.keep(connection, attempt, _answer(file)),
+        )
+
+
+def _answer(file: StoredFile) -> Answer:
+    return Answer(file_json(file).model_dump_json())
 
 
 @router.get("/v1/files")

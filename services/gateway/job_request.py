@@ -4,6 +4,8 @@ Owns shapes and bounds (which are those of `shared.jobs`, so that both can never
 resolved in `job_resolution`.
 """
 
+import hashlib
+import json
 import types
 from typing import Annotated, Any, Literal, get_args
 
@@ -114,6 +116,11 @@ class JobRequest(Request):
     lora: LoraRequest | None = None
     base_precision: BasePrecision = "int8"
     compute_dtype: ComputeDtype = "auto"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is asked for, however it was spelled."""
+        asked = self.model_dump(mode="json", exclude_unset=True)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     @field_validator("integrations", mode="before")
     @classmethod

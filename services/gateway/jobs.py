@@ -5,11 +5,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 
+from services.gateway.answers import Answer, Answered
 from services.gateway.auth import AuthenticatedRoute
-from services.gateway.dependencies import CURSOR, After, JobId, Project, Using
-from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
+from services.gateway.dependencies import CURSOR, After, Attempts, JobId, Project, Using
+from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, answered
 from services.gateway.event_stream import EventStream
 from services.gateway.file_store import require
 from services.gateway.job_json import (
@@ -24,6 +26,7 @@ from services.gateway.job_json import (
 )
 from services.gateway.job_request import JobRequest
 from shared.errors import InvalidRequest
+from shared.job_store import Job
 
 router = APIRouter(
     route_class=AuthenticatedRoute, tags=["fine-tuning"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY]
@@ -32,21 +35,38 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 EVENT_STREAM = "text/event-stream"
 
 
-@router.post("/v1/fine_tuning/jobs")
-def create_fine_tuning_job(services: Using, project: Project, body: JobRequest) -> JobJson:
+@router.post("/v1/fine_tuning/jobs", response_model=JobJson)
+def create_fine_tuning_job(services: Using, project: Project, attempts: Attempts, body: JobRequest) -> Response:
     """Queue a job. Answers as soon as it is durable; everything effective is in the answer."""
+    attempt = attempts(body.fingerprint())
+    given = services.answers.find(attempt)
+    if given is not None:
+        return answered(given, again=True)
     resolved = services.resolver.resolve(body, lambda file_id: services.files.get(project, file_id))
     used = [file for file in (resolved.spec.training_file, resolved.spec.validation_file) if file]
-    job = services.jobs.create(
-        project,
-        resolved.spec,
-        metadata=body.metadata,
-        warnings=resolved.warnings,
+
+    def guard(connection: Connection) -> None:
+        services.answers.begin(connection, attempt)
         # A file may have been deleted since it was looked at.
-        guard=lambda connection: require(connection, project, used),
-    )
+        require(connection, project, used)
+
+    try:
+        job = services.jobs.create(
+            project,
+            resolved.spec,
+            metadata=body.metadata,
+            warnings=resolved.warnings,
+            guard=guard,
+            seal=lambda connection, job: services.answers.keep(connection, attempt, _answer(job)),
+        )
+    except Answered as twin:
+        return answered(twin.answer, again=True)
     services.ringer.ring()
-    return job_json(job)
+    return answered(_answer(job))
+
+
+def _answer(job: Job) -> Answer:
+    return Answer(job_json(job).model_dump_json())
 
 
 @router.get("/v1/fine_tuning/jobs")

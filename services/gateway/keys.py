@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import insert, select
@@ -25,6 +26,14 @@ MAX_KEY_CHARACTERS = 200
 _KEY = re.compile(r"[!-~]{20,200}")
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who sent a request: the id of the key that was used (not the key), and the project it belongs to."""
+
+    key_id: str
+    project: str
+
+
 class Keys:
     """The keys of one installation."""
 
@@ -32,16 +41,16 @@ class Keys:
         self._database = database
         self._secret = secret
 
-    def project_of(self, key: str) -> str | None:
-        """The project a key belongs to; None if the key is unknown or revoked."""
+    def owner_of(self, key: str) -> Owner | None:
+        """Whose a key is; None if the key is unknown or revoked."""
         digest = self._digest(key)
-        query = select(api_keys.c.digest, api_keys.c.project).where(
+        query = select(api_keys.c.id, api_keys.c.digest, api_keys.c.project).where(
             api_keys.c.digest == digest, api_keys.c.revoked_at.is_(None)
         )
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
         # What the index compared is keyed by the secret and tells an attacker nothing; this comparison is exact.
-        return str(row.project) if row and hmac.compare_digest(row.digest, digest) else None
+        return Owner(row.id, row.project) if row and hmac.compare_digest(row.digest, digest) else None
 
     def ensure_first(self, path: Path) -> bool:
         """Make the first key if there is none, and write it to `path`, its only copy. A key that lies there is kept.

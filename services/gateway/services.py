@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from services.gateway.answers import Answers
 from services.gateway.base_facts import PreparedBases
 from services.gateway.file_store import FileStore
 from services.gateway.job_resolution import JobResolver
@@ -36,6 +37,7 @@ class Services:
     artifacts: ArtifactStore
     catalogue: Catalogue
     keys: Keys
+    answers: Answers
     files: FileStore
     jobs: JobStore
     resolver: JobResolver
@@ -72,6 +74,7 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             artifacts=artifacts,
             catalogue=catalogue,
             keys=Keys(database, _secret(settings)),
+            answers=Answers(database),
             files=FileStore(database, artifacts),
             jobs=JobStore(database),
             resolver=JobResolver(catalogue, PreparedBases(artifacts)),
@@ -85,7 +88,8 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
-        for thread in (services.ringer, Reaper(leases, doorbell), Sweeper(database, artifacts)):
+        reaper = Reaper(leases, doorbell, silence=settings.lease_seconds)
+        for thread in (services.ringer, reaper, Sweeper(database, artifacts, services.answers.forget)):
             thread.start()
             stack.callback(thread.stop)
         yield services

@@ -1,4 +1,6 @@
-"""Removes what crashes and deletions leave in the artifacts folder. Idempotent; runs in every gateway.
+"""Removes what crashes and deletions leave in the artifacts folder, and what is kept for a time only.
+
+Idempotent; runs in every gateway.
 
 Only what SQL does not vouch for and nobody has touched for an hour goes: a folder is always written before its row, and
 a reserved adapter belongs to whoever holds the lease it was reserved under. Prepared bases and caches are left alone.
@@ -25,6 +27,7 @@ class Sweeper:
     """One sweep at a time over one artifacts folder.
 
     Args:
+        forget: drops rows that have been kept long enough.
         untouched: seconds since anything in a folder was last written before it may go.
         now: seconds since the epoch, as file times are.
     """
@@ -33,12 +36,14 @@ class Sweeper:
         self,
         database: Database,
         store: LocalArtifactStore,
+        forget: Callable[[], object] = lambda: None,
         *,
         untouched: float = UNTOUCHED_SECONDS,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._store = store
+        self._forget = forget
         self._untouched = untouched
         self._now = now
         self._stop = threading.Event()
@@ -93,6 +98,7 @@ class Sweeper:
         while not self._stop.wait(SWEEP_EVERY_SECONDS):
             try:
                 self.sweep()
+                self._forget()
             except Exception:
                 # The database or the mount may be away for a while; the next sweep sees.
                 self._log.exception("sweep failed")

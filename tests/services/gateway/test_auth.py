@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from services.gateway.app import create_app
-from services.gateway.keys import Keys, read_or_make_secret
+from services.gateway.keys import Keys, Owner, read_or_make_secret
 from services.gateway.settings import GatewaySettings
 from shared.database import Database, migrate
 from shared.errors import TunesmithError
@@ -263,7 +263,7 @@ def test_known_and_unknown_keys_take_the_same_way(gateway: Gateway) -> None:
     for key in (gateway.key, gateway.key[:-1] + "x", "ts-" + "a" * 43):
         started = time.perf_counter()
         for _ in range(50):
-            gateway.services.keys.project_of(key)
+            gateway.services.keys.owner_of(key)
         times[key] = time.perf_counter() - started
-    assert gateway.services.keys.project_of(gateway.key) == "default"
+    assert gateway.services.keys.owner_of(gateway.key) == Owner("key-first", "default")
     assert len(times) == 3
