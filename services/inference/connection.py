@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+KEEP_ALIVE_SECONDS = 15.0
 
 
 class ClientGone(Exception):
@@ -55,16 +56,21 @@ class EventStream(Response):
 
     Args:
         close: awaited at the end whatever happens, the client's leaving included.
+        keep_alive: seconds of silence after which a comment line tells proxies that the stream lives.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[str], close: Callable[[], Awaitable[Any]], headers: dict[str, str]
+        self,
+        events: AsyncIterator[str],
+        close: Callable[[], Awaitable[Any]],
+        headers: dict[str, str],
+        keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         del self.headers["content-length"]
-        self._events, self._close = events, close
+        self._events, self._close, self._keep_alive = events, close, keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -75,6 +81,18 @@ class EventStream(Response):
             await self._close()
 
     async def _pump(self, send: Send) -> None:
-        async for payload in self._events:
-            await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
+        upcoming = asyncio.ensure_future(anext(self._events, None))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=self._keep_alive)
+                if not upcoming.done():
+                    await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                    continue
+                payload = upcoming.result()
+                if payload is None:
+                    break
+                await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
+                upcoming = asyncio.ensure_future(anext(self._events, None))
+        finally:
+            await _end(upcoming)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -12,6 +12,16 @@ class Place:
         self._admission: Admission | None = admission
         self.tokens = tokens
 
+    def resize(self, tokens: int) -> None:
+        """Count the prompt's real length instead of the estimate it entered with.
+
+        Raises:
+            Overloaded: it is longer, and the others leave no room for it; the place is still held.
+        """
+        if self._admission is not None:
+            self._admission._resized(self.tokens, tokens)
+            self.tokens = tokens
+
     def leave(self) -> None:
         """Give the place back; a second call does nothing."""
         admission, self._admission = self._admission, None
@@ -40,12 +50,20 @@ class Admission:
         with self._lock:
             full = self.requests >= self._most_requests or self.tokens + tokens > self._most_tokens
             if self.requests and full:
-                raise Overloaded(
-                    f"the queue is full ({self.requests} requests, {self.tokens} prompt tokens); try again later"
-                )
+                raise self._overloaded()
             self.requests += 1
             self.tokens += tokens
         return Place(self, tokens)
+
+    def _resized(self, before: int, after: int) -> None:
+        with self._lock:
+            others = self.tokens - before
+            if after > before and others and others + after > self._most_tokens:
+                raise self._overloaded()
+            self.tokens = others + after
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(f"the queue is full ({self.requests} requests, {self.tokens} prompt tokens); try again later")
 
     def _left(self, tokens: int) -> None:
         with self._lock:

@@ -69,7 +69,10 @@ class BatchEngine:
         self.check_length(len(request.prompt), request.max_new_tokens)
         if not all(0 <= token < self._runner.vocabulary for token in request.prompt):
             raise InvalidRequest("a token id is outside the vocabulary", param="inputs")
-        place = place or self._admission.enter(len(request.prompt))
+        if place is None:
+            place = self._admission.enter(len(request.prompt))
+        else:
+            place.resize(len(request.prompt))
         sequence = Sequence(request, sink, place, self._tokenizer, self._runner.device)
         with self._condition:
             if self._closing:

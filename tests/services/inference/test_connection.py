@@ -1,14 +1,19 @@
 """Clients that leave, full queues, slow loads: slots come back, and everybody gets an answer."""
 
+import asyncio
 import json
+import os
 import socket
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.types import Message
 
+from services.inference.connection import EventStream
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running
 
@@ -84,16 +89,37 @@ def test_a_full_queue_answers_429_at_once(narrow: Server) -> None:
     assert narrow.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
 
 
-def test_a_crowd_is_answered_or_refused_and_nothing_leaks(narrow: Server, adapters: list[str]) -> None:
-    def ask(number: int) -> int:
-        parameters = {"max_new_tokens": 3, "adapter_id": [None, *adapters][number % 5]}
-        return narrow.generate(inputs=f"hello {number}", parameters=parameters).status_code
+def resident_bytes() -> int:
+    """Memory this process holds; the server runs in it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    with ThreadPoolExecutor(40) as pool:
-        statuses = list(pool.map(ask, range(200)))
-    assert set(statuses) <= {200, 429}
-    assert statuses.count(200) > 0
-    narrow.wait_until_idle()
+
+def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny, adapters: list[str]) -> None:
+    """Three waves: the first makes the pools and buffers, the others must add nothing of note."""
+    with running(tiny, slots=8, queue_requests=300, adapter_slots=2) as server:
+
+        async def one(client: httpx.AsyncClient, number: int) -> int:
+            parameters = {"max_new_tokens": 4, "adapter_id": [None, *adapters[:3]][number % 4]}
+            path = ("/generate", "/generate_stream")[number % 2]
+            answer = await client.post(path, json={"inputs": f"hello {number}", "parameters": parameters})
+            return answer.status_code
+
+        async def wave() -> list[int]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+                return await asyncio.gather(*(one(client, number) for number in range(1000)))
+
+        held = []
+        for _ in range(3):
+            statuses = asyncio.run(wave())
+            assert set(statuses) <= {200, 429}
+            assert statuses.count(200) >= 300
+            server.wait_until_idle()
+            stats = server.serving.engine.stats()
+            assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0)
+            held.append(resident_bytes())
+        assert held[2] - held[1] < 64 << 20
+        assert server.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
 
 
 def test_a_slow_reader_holds_up_nobody(narrow: Server) -> None:
@@ -126,3 +152,30 @@ def test_a_request_before_its_load_ends_can_be_left(tiny: Tiny, monkeypatch: pyt
         server.wait_until_idle()
         wait(lambda: server.serving.adapters.entries()[0].state == "resident")
         assert server.serving.adapters.entries()[0].references == 0
+
+
+def test_a_silent_stream_says_that_it_lives() -> None:
+    """Comment lines while nothing comes, which every reader of event streams skips; then the events, whole."""
+    sent: list[bytes] = []
+    closed: list[bool] = []
+
+    async def events() -> AsyncIterator[str]:
+        yield "one"
+        await asyncio.sleep(0.1)
+        yield "two"
+
+    async def close() -> None:
+        closed.append(True)
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    asyncio.run(EventStream(events(), close, {}, keep_alive=0.02)({"type": "http"}, receive, send))
+    text = b"".join(sent)
+    assert text.count(b": keep-alive\n\n") >= 2
+    assert text.replace(b": keep-alive\n\n", b"") == b"data: one\n\ndata: two\n\n"
+    assert closed == [True]
