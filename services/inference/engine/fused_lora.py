@@ -2,8 +2,8 @@
 
 A fused product's adapter is one pair again: the A of its parts one below the other, their B in the columns of the
 part, zero elsewhere. Rows of one adapter share two products; rows of many adapters use batched ones over a copy of
-what each row needs. That copy is kept from step to step, since batches change seldom: a step in steady state reads each
-row's adapter once, whoever's it is, so that its time does not depend on how many adapters there are.
+what each row needs. A row's copy stays until the row changes hands: a step reads each row's adapter once, whoever's it
+is, so that its time does not depend on how many adapters there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,21 +32,22 @@ class FusedStack:
         ranks: of what each slot holds, over all parts; 0 for nothing.
     """
 
-    def __init__(self, parts: Sequence[Part], in_features: int, slots: int) -> None:
-        self.parts, self.in_features = parts, in_features
+    def __init__(self, parts: Sequence[Part], in_features: int, *, slots: int, rows: int) -> None:
+        self.parts, self.in_features, self._rows = parts, in_features, rows
         self.out_features = sum(part.size for part in parts)
         self.ranks = [0] * (slots + 1)
         self.a: torch.Tensor | None = None
         self.b: torch.Tensor | None = None
+        self._row_a = self._row_b = torch.zeros(0)
 
-    def write(self, slot: int, weights: LoraWeights, dtype: torch.dtype, device: torch.device) -> None:
-        """Put an adapter's pairs into a slot; what was there is gone."""
+    def write(self, slot: int, weights: LoraWeights, dtype: torch.dtype, device: torch.device) -> bool:
+        """Put an adapter's pairs into a slot; what was there is gone. True if the rows' copies are lost by it."""
         held = [(part, *weights.pairs[part.path]) for part in self.parts if part.path in weights.pairs]
         rank, before = sum(len(a) for _, a, _ in held), self.ranks[slot]
         self.ranks[slot] = rank
-        self._reserve(rank, dtype, device)
+        lost = self._reserve(rank, dtype, device)
         if self.a is None or self.b is None or not (rank or before):
-            return
+            return lost
         self.a[slot, rank:before] = 0
         self.b[slot, : max(rank, before)] = 0
         first = 0
@@ -55,12 +56,33 @@ class FusedStack:
             self.a[slot, rows] = a
             self.b[slot, rows, part.start : part.start + part.size] = b.T
             first += len(a)
+        return lost
 
-    def _reserve(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make room for a rank; it grows in powers of two, and never back."""
+    def copy(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        """Give each of `rows` a copy of what the slot beside it holds."""
+        if self.a is not None and self.b is not None:
+            self._row_a[rows] = self.a[slots]
+            self._row_b[rows] = self.b[slots]
+
+    def for_all(self, slot: int) -> "Delta | None":
+        """What one adapter adds to every row."""
+        rank = self.ranks[slot]
+        if not rank or self.a is None or self.b is None:
+            return None
+        return self.a[slot, :rank], self.b[slot, :rank], False
+
+    def for_each(self, slots: Sequence[int]) -> "Delta | None":
+        """What the copies of the first rows add to them, each its own."""
+        rank = max(self.ranks[slot] for slot in slots)
+        if not rank:
+            return None
+        return self._row_a[: len(slots), :rank], self._row_b[: len(slots), :rank], True
+
+    def _reserve(self, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Make room for a rank; it grows in powers of two, and never back. True if the rows' copies are lost by it."""
         present = 0 if self.a is None else self.a.shape[1]
         if rank <= present:
-            return
+            return False
         grown = max(8, 1 << (rank - 1).bit_length())
         a = lazy_zeros((len(self.ranks), grown, self.in_features), dtype, device)
         b = lazy_zeros((len(self.ranks), grown, self.out_features), dtype, device)
@@ -69,6 +91,9 @@ class FusedStack:
             for slot in (slot for slot, held in enumerate(self.ranks) if held):
                 a[slot, :present], b[slot, :present] = self.a[slot], self.b[slot]
         self.a, self.b = a, b
+        self._row_a = lazy_zeros((self._rows, grown, self.in_features), dtype, device)
+        self._row_b = lazy_zeros((self._rows, grown, self.out_features), dtype, device)
+        return True
 
 
 Delta = tuple[torch.Tensor, torch.Tensor, bool]
@@ -81,13 +106,18 @@ class FusedLora:
     Args:
         stacks: one for each fused product, in the order the forward pass asks for them.
         slots: adapters held at once.
+        rows: sequences decoded together at most.
     """
 
-    def __init__(self, stacks: Sequence[FusedStack], slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, stacks: Sequence[FusedStack], *, slots: int, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.slots = slots
         self._stacks = stacks
         self._dtype, self._device = dtype, device
         self._nothing: list[Delta | None] = [None] * len(stacks)
+        # Whose copy each row holds; -1 for nobody's.
+        self._copied = [-1] * rows
         self._chosen: tuple[int, ...] = ()
         self._deltas = self._nothing
 
@@ -98,44 +128,34 @@ class FusedLora:
 
     def write(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter into a slot (from 1), replacing what was there."""
-        for stack in self._stacks:
-            stack.write(slot, weights, self._dtype, self._device)
-        # Running rows keep their slots and copies; only a new choice may see what changed.
-        if slot in self._chosen:
-            self._chosen = ()
+        lost = [stack.write(slot, weights, self._dtype, self._device) for stack in self._stacks]
+        self._copied = [-1 if any(lost) or copied == slot else copied for copied in self._copied]
+        self._chosen = ()
 
     def choose(self, slots: Sequence[int]) -> Sequence[Delta | None]:
-        """What to add to each fused product when row i uses `slots[i]`; one entry in all if every row uses the same."""
+        """What to add to each fused product when row i uses `slots[i]`."""
         distinct = set(slots)
         if distinct == {0}:
             return self._nothing
         if len(distinct) == 1:
-            return self._for_all(slots[0])
+            return [stack.for_all(slots[0]) for stack in self._stacks]
         chosen = tuple(slots)
         if chosen != self._chosen:
-            self._chosen, self._deltas = chosen, self._for_each(chosen)
+            self._copy(chosen)
+            self._chosen, self._deltas = chosen, [stack.for_each(chosen) for stack in self._stacks]
         return self._deltas
 
-    def _for_all(self, slot: int) -> list[Delta | None]:
-        deltas: list[Delta | None] = []
+    def _copy(self, slots: tuple[int, ...]) -> None:
+        """Bring the rows' copies up to date; most rows have theirs from the step before."""
+        stale = [row for row, slot in enumerate(slots) if self._copied[row] != slot]
+        if not stale:
+            return
+        rows = torch.tensor(stale, device=self._device)
+        wanted = torch.tensor([slots[row] for row in stale], device=self._device)
         for stack in self._stacks:
-            rank = stack.ranks[slot]
-            if not rank or stack.a is None or stack.b is None:
-                deltas.append(None)
-            else:
-                deltas.append((stack.a[slot, :rank], stack.b[slot, :rank], False))
-        return deltas
-
-    def _for_each(self, slots: tuple[int, ...]) -> list[Delta | None]:
-        index = torch.tensor(slots, device=self._device)
-        deltas: list[Delta | None] = []
-        for stack in self._stacks:
-            rank = max(stack.ranks[slot] for slot in slots)
-            if not rank or stack.a is None or stack.b is None:
-                deltas.append(None)
-            else:
-                deltas.append((stack.a[:, :rank][index], stack.b[:, :rank][index], True))
-        return deltas
+            stack.copy(rows, wanted)
+        for row in stale:
+            self._copied[row] = slots[row]
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Tensor:

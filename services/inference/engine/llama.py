@@ -89,7 +89,13 @@ class LlamaRunner:
         self._norm = _norm(decoder.norm)
         self._head = pack([model.lm_head], precision)
         self._cos, self._sin = self._rotations(decoder.rotary_emb)
-        self.lora = FusedLora(_stacks(decoder.layers, adapter_slots), adapter_slots, self.dtype, self.device)
+        self.lora = FusedLora(
+            _stacks(decoder.layers, adapter_slots, rows),
+            slots=adapter_slots,
+            rows=rows,
+            dtype=self.dtype,
+            device=self.device,
+        )
         self.cache = KeyValues(
             layers=len(self._layers),
             rows=rows,
@@ -187,7 +193,7 @@ def _read_layer(layer: Any, precision: PackedPrecision) -> _Layer:
     )
 
 
-def _stacks(layers: Any, slots: int) -> list[FusedStack]:
+def _stacks(layers: Any, slots: int, rows: int) -> list[FusedStack]:
     stacks = []
     for number, layer in enumerate(layers):
         for block, names in _GROUPS:
@@ -196,5 +202,5 @@ def _stacks(layers: Any, slots: int) -> list[FusedStack]:
                 linear = getattr(getattr(layer, block), name)
                 parts.append(Part(f"model.layers.{number}.{block}.{name}", start, linear.out_features))
                 start += linear.out_features
-            stacks.append(FusedStack(parts, linear.in_features, slots))
+            stacks.append(FusedStack(parts, linear.in_features, slots=slots, rows=rows))
     return stacks

@@ -95,7 +95,7 @@ def resident_bytes() -> int:
 
 
 def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny, adapters: list[str]) -> None:
-    """Three waves: the first makes the pools and buffers, the others must add nothing of note."""
+    """Two waves: the first makes the pools and buffers, the second must add nothing of note."""
     with running(tiny, slots=8, queue_requests=300, adapter_slots=2) as server:
 
         async def one(client: httpx.AsyncClient, number: int) -> int:
@@ -110,7 +110,7 @@ def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny
                 return await asyncio.gather(*(one(client, number) for number in range(1000)))
 
         held = []
-        for _ in range(3):
+        for _ in range(2):
             statuses = asyncio.run(wave())
             assert set(statuses) <= {200, 429}
             assert statuses.count(200) >= 300
@@ -118,7 +118,7 @@ def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny
             stats = server.serving.engine.stats()
             assert (stats.running, stats.waiting, stats.waiting_tokens) == (0, 0, 0)
             held.append(resident_bytes())
-        assert held[2] - held[1] < 64 << 20
+        assert held[1] - held[0] < 64 << 20
         assert server.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
 
 
