@@ -1,0 +1,61 @@
+"""The fused LoRA against its definition, through any history of loads and batches."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.inference.engine.fused_lora import FusedLora, FusedStack, Part, add_delta
+from services.inference.engine.lora import LoraWeights
+
+SLOTS, ROWS, WIDTH = 3, 4, 5
+PARTS = (Part("q", 0, 6), Part("k", 6, 2), Part("v", 8, 3))
+
+loads = st.tuples(
+    st.integers(1, SLOTS), st.integers(1, 20), st.sets(st.sampled_from(["q", "k", "v", "o"]), min_size=1), st.integers()
+)
+batches = st.lists(st.integers(0, SLOTS), min_size=1, max_size=ROWS)
+
+
+def adapter(rank: int, targets: set[str], seed: int) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    sizes = {"q": 6, "k": 2, "v": 3, "o": 7}
+    return LoraWeights(
+        rank=rank,
+        pairs={
+            path: (
+                torch.randn(rank, WIDTH, generator=generator),
+                torch.randn(sizes[path], rank, generator=generator),
+            )
+            for path in sorted(targets)
+        },
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(loads | batches, max_size=25))
+def test_every_row_gets_its_own_adapter_whatever_came_before(
+    history: list[tuple[int, int, set[str], int] | list[int]],
+) -> None:
+    stacks = [
+        FusedStack(PARTS, WIDTH, slots=SLOTS, rows=ROWS),
+        FusedStack((Part("o", 0, 7),), WIDTH, slots=SLOTS, rows=ROWS),
+    ]
+    lora = FusedLora(stacks, slots=SLOTS, rows=ROWS, dtype=torch.float32, device=torch.device("cpu"))
+    assert lora.modules == {"q": (WIDTH, 6), "k": (WIDTH, 2), "v": (WIDTH, 3), "o": (WIDTH, 7)}
+    held: dict[int, LoraWeights] = {}
+    for event in history:
+        if isinstance(event, tuple):
+            slot, rank, targets, seed = event
+            held[slot] = adapter(rank, targets, seed)
+            lora.write(slot, held[slot])
+            continue
+        x = torch.randn(len(event), WIDTH)
+        for stack, delta in zip(stacks, lora.choose(event), strict=True):
+            y = torch.randn(len(event), stack.out_features)
+            expected = y.clone()
+            for row, slot in enumerate(event):
+                for part in stack.parts:
+                    if slot in held and part.path in held[slot].pairs:
+                        a, b = held[slot].pairs[part.path]
+                        expected[row, part.start : part.start + part.size] += b @ (a @ x[row])
+            torch.testing.assert_close(add_delta(y, x, delta), expected, atol=1e-4, rtol=1e-4)
