@@ -1,9 +1,13 @@
 """Servers that several folders of tests use; each is started once, at first need."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tiny_stack import TinyStack
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +26,12 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             connection.execute("SELECT pg_reload_conf()")
         yield url
         server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def tiny_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TinyStack"]:
+    """Gateway and inference as processes on the tiny base."""
+    from tests.tiny_stack import tiny_stack
+
+    with tiny_stack(tmp_path_factory.mktemp("stack")) as running:
+        yield running
