@@ -165,5 +165,6 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Te
     a, b, batched = delta
     if not batched:
         return y.addmm_(x @ a.T, b)
-    low = torch.bmm(a, x[:, :, None]).transpose(1, 2)
+    # A row vector on the left: with a column on the right MKL's batched product takes ten times as long.
+    low = torch.bmm(x[:, None], a.transpose(1, 2))
     return y.unsqueeze(1).baddbmm_(low, b).squeeze(1)

@@ -7,7 +7,7 @@ step and the loss on a fixed text, each against plain weights. Knows runners and
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from shared.logs import get_logger
 
 GATE = 0.005
 """Largest relative change of the loss that a precision may cause."""
+
+MARGIN = 0.1
+"""What less exact weights must save to be taken."""
 
 TEXT = """### Instruction:
 What does `json.dumps` do in Python?
@@ -35,7 +38,7 @@ def median(values):
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 """
-_BATCHES = (1, 8)
+_BATCHES = (1, 8, 16)
 _log = get_logger("probe")
 
 
@@ -53,6 +56,10 @@ class Measured:
     step_ms: dict[int, float]
     loss: float
     loss_change: float
+
+    @property
+    def mean_step_ms(self) -> float:
+        return geometric_mean(self.step_ms.values())
 
     @property
     def passes(self) -> bool:
@@ -76,15 +83,16 @@ def measure(model: Any, ids: Sequence[int], precisions: Sequence[PackedPrecision
 
 
 def fastest(results: Sequence[Measured]) -> PackedPrecision:
-    """The precision that passes the gate with the smallest product of step times, batch 1 counting as much as many."""
+    """The fastest precision that passes the gate, by the geometric mean over batch sizes.
 
-    def cost(measured: Measured) -> float:
-        product = 1.0
-        for milliseconds in measured.step_ms.values():
-            product *= milliseconds
-        return product
-
-    return min((each for each in results if each.passes), key=cost).precision
+    Args:
+        results: the most exact first; a less exact one must be faster by `MARGIN`.
+    """
+    best, *others = (each for each in results if each.passes)
+    for other in others:
+        if other.mean_step_ms < best.mean_step_ms * (1 - MARGIN):
+            best = other
+    return best.precision
 
 
 def _loss(runner: LlamaRunner, ids: list[int]) -> float:
@@ -93,7 +101,7 @@ def _loss(runner: LlamaRunner, ids: list[int]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:-1], following))
 
 
-def _step_ms(runner: LlamaRunner, rows: int, *, warm: int = 3, timed: int = 9) -> float:
+def _step_ms(runner: LlamaRunner, rows: int, *, warm: int = 2, timed: int = 7) -> float:
     position, zeros = min(64, runner.context - 1), [0] * rows
     times = []
     for _ in range(warm + timed):

@@ -14,7 +14,9 @@ def measured(precision: str, one: float, eight: float, change: float) -> Measure
 def test_the_fastest_that_passes_the_gate_wins() -> None:
     plain, half = measured("plain", 30, 60, 0), measured("fp16w", 10, 16, 1e-5)
     assert fastest([plain, half, measured("int8w", 5, 15, 0.006)]) == "fp16w"
-    assert fastest([plain, half, measured("int8w", 8, 18, 0.003)]) == "int8w"
+    assert fastest([plain, half, measured("int8w", 8, 14, 0.003)]) == "int8w"
+    # A tenth more speed is the price of exactness.
+    assert fastest([plain, half, measured("int8w", 9.5, 16, 0.003)]) == "fp16w"
     assert fastest([plain, measured("fp16w", 40, 70, 0), measured("int8w", 8, 18, -0.02)]) == "plain"
 
 
