@@ -13,5 +13,5 @@ COPY services/__init__.py services/__init__.py
 COPY services/inference services/inference
 RUN useradd --create-home --uid 10001 tunesmith && mkdir /data /artifacts && chown tunesmith /data /artifacts
 USER tunesmith
-ENV PYTHONPATH=/app TUNESMITH_HOME=/data TOKENIZERS_PARALLELISM=false
+ENV PYTHONPATH=/app TUNESMITH_HOME=/data TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 CMD ["python", "-m", "services.inference"]

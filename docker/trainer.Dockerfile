@@ -13,6 +13,6 @@ COPY services/__init__.py services/__init__.py
 COPY services/trainer services/trainer
 RUN useradd --create-home --uid 10001 tunesmith && mkdir /data /artifacts && chown tunesmith /data /artifacts
 USER tunesmith
-ENV PYTHONPATH=/app TUNESMITH_HOME=/data TOKENIZERS_PARALLELISM=false
+ENV PYTHONPATH=/app TUNESMITH_HOME=/data TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 CMD ["celery", "-A", "services.trainer.worker", "worker", "-P", "prefork", "-c", "1", "--prefetch-multiplier=1", \
      "--disable-prefetch", "--without-gossip", "--without-mingle", "-Q", "tunesmith", "--loglevel=info"]

@@ -62,6 +62,9 @@ def environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
         "TUNESMITH_DATABASE_URL": database,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "TOKENIZERS_PARALLELISM": "false",
+        # Trainer and inference share the cores: threads that spin while they wait for one another's would slow both
+        # several times over.
+        "OMP_WAIT_POLICY": environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
 
 
