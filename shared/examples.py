@@ -17,6 +17,9 @@ ROLES = ("system", "user", "assistant")
 MAX_REPORTED_ERRORS = 100
 # Distinct rows are remembered as 64-bit digests; past this many, duplicates are no longer counted (bounded memory).
 MAX_ROWS_COMPARED = 200_000
+# The reference tutorial's advice; how much data is enough depends on the task, so these are warnings, never errors.
+FEW_ROWS = 50
+PROMPT_FIRST_ROWS = 100
 HISTOGRAM_EDGES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -229,10 +232,13 @@ class DatasetChecker:
 
     def _warnings(self) -> list[str]:
         warnings = []
-        if self._rows < 50:
-            warnings.append(f"{self._rows} rows teach a model little; 50 is a sensible minimum")
-        elif self._rows < 100:
-            warnings.append(f"with {self._rows} rows, a better prompt may do as well as training: try that first")
+        if self._rows < FEW_ROWS:
+            warnings.append(f"a model learns little from fewer than {FEW_ROWS} rows; this file has {self._rows}")
+        if self._rows < PROMPT_FIRST_ROWS:
+            warnings.append(
+                f"with fewer than {PROMPT_FIRST_ROWS} rows, a better prompt may do as well as training: try that first"
+            )
+            warnings.append("training teaches form and style; facts that change belong in retrieval, not in weights")
         if self._duplicates:
             warnings.append(f"{self._duplicates} rows are exact duplicates of others")
         return warnings

@@ -259,10 +259,13 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     report = check(data)
     assert (report.format, report.rows, report.duplicates) == ("instruction", 60, 10)
     assert report.length_histogram == [{"up_to": 64, "rows": 30}, {"up_to": 128, "rows": 30}]
-    assert len(report.warnings) == 2
-    assert "try that first" in report.warnings[0]
-    assert "10 rows are exact duplicates" in report.warnings[1]
-    assert check(GOOD).warnings == ["1 rows teach a model little; 50 is a sensible minimum"]
+    prompt_first, facts, duplicates = report.warnings
+    assert "fewer than 100 rows, a better prompt may do as well" in prompt_first
+    assert "facts that change belong in retrieval" in facts
+    assert "10 rows are exact duplicates" in duplicates
+    few = "a model learns little from fewer than 50 rows; this file has 1"
+    assert check(GOOD).warnings == [few, prompt_first, facts]
+    assert check(b"\n".join(b'{"instruction": "%d", "output": "y"}' % n for n in range(100))).warnings == []
     # Bounded memory: past the limit new rows are no longer remembered.
     monkeypatch.setattr(examples, "MAX_ROWS_COMPARED", 5)
     assert check(data).duplicates <= 10

@@ -13,9 +13,10 @@ from services.trainer.bases import WarmBases, fingerprint
 from services.trainer.dataset import prepare_data
 from services.trainer.forward import pack, supervised_logits, training_forward
 from services.trainer.run import Finished
+from shared.artifacts import sha256_of
 from shared.base_model import load_base
 from shared.errors import JobFailed, LeaseLost
-from shared.jobs import BasePrecision, LoraSpec, Phase
+from shared.jobs import BasePrecision, Hyperparameters, LoraSpec, Phase
 from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore, instruction_rows, weights_of
 
 HELD_OUT = instruction_rows(5, start=40)
@@ -122,6 +123,17 @@ def test_a_checkpoint_per_epoch_and_every_checkpoint_steps_each_servable(tiny: T
         {f.suffix for f in folder.iterdir()} == {".json", ".safetensors"}
         for folder in (tiny.store.checkpoints("ftjob-one") / "1").iterdir()
     )
+
+
+def test_the_tutorials_three_rows_in_one_json_array_train(tiny: TinyJob) -> None:
+    spec = tiny.spec()
+    data = tiny.store.file(spec.training_file) / "data"
+    data.write_text(json.dumps(instruction_rows(2) + [{**instruction_rows(1)[0], "input": "It is 7."}], indent=2))
+    spec = spec.model_copy(update={"training_sha256": sha256_of(data), "hyperparameters": Hyperparameters()})
+    outcome = tiny.finish(spec)
+    report = outcome.report
+    assert (report.rows, report.dropped_rows, report.steps) == (3, 0, 3)
+    tiny.store.verify(tiny.store.adapter(outcome.adapter_id), "adapter")
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "bf16", "fp16", "fp32"])
