@@ -128,7 +128,7 @@ def test_a_checkpoint_per_epoch_and_every_checkpoint_steps_each_servable(tiny: T
 def test_the_tutorials_three_rows_in_one_json_array_train(tiny: TinyJob) -> None:
     spec = tiny.spec()
     data = tiny.store.file(spec.training_file) / "data"
-    data.write_text(json.dumps(instruction_rows(2) + [{**instruction_rows(1)[0], "input": "It is 7."}], indent=2))
+    data.write_text(json.dumps([*instruction_rows(2), {**instruction_rows(1)[0], "input": "It is 7."}], indent=2))
     spec = spec.model_copy(update={"training_sha256": sha256_of(data), "hyperparameters": Hyperparameters()})
     outcome = tiny.finish(spec)
     report = outcome.report
