@@ -277,7 +277,8 @@ class Leases:
                 raise LeaseLost(f"the lease on {lease.job.id} is gone")
 
     def _lose(self, connection: Connection, job_id: str, held: Sequence[Any], what: str) -> bool:
-        query = select(jobs.c.state, jobs.c.losses, jobs.c.worker).where(*held, jobs.c.state.in_(LEASED))
+        c = jobs.c
+        query = select(c.state, c.losses, c.worker, c.checkpoint_step).where(*held, c.state.in_(LEASED))
         row = connection.execute(query.with_for_update()).one_or_none()
         if row is None:
             return False
@@ -287,14 +288,17 @@ class Leases:
         values: dict[str, Any] = {"lease_token": jobs.c.lease_token + 1, "losses": row.losses + 1}
         if target is State.QUEUED and row.losses + 1 >= MAX_LOSSES:
             message = f"tried {MAX_LOSSES} times without a new checkpoint; the last time the worker {what}"
-            failure, told = self._failure(JobFault(code="worker_lost", message=message))
-            values, news = values | failure, news + told
+            failure, ending = self._failure(JobFault(code="worker_lost", message=message))
+            values, news = values | failure, news + ending
         else:
             values["state"] = target
             if target.final:
                 values["finished_at"] = self._now() // 1_000_000_000
-            end = {State.QUEUED: "Waiting for a worker to go on from the newest checkpoint"}
-            news.append(NewEvent(end.get(target, f"The job is {target.value}, as asked")))
+            again = "go on from the newest checkpoint" if row.checkpoint_step else "start again"
+            told = (
+                f"Waiting for a worker to {again}" if target is State.QUEUED else f"The job is {target.value}, as asked"
+            )
+            news.append(NewEvent(told))
         return change_job(connection, job_id, held, values, news, self._now())
 
     def _failure(self, fault: JobFault) -> tuple[dict[str, Any], list[NewEvent]]:
