@@ -12,6 +12,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 from services.trainer.attention import attend_per_sample
+from services.trainer.llama import fuse
 from services.trainer.upcast import compute_in_fp32
 from shared.artifacts import ArtifactStore
 from shared.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
@@ -107,6 +108,7 @@ def _make_trainable(model: nn.Module, *, quantized: bool, dtype: torch.dtype) ->
     elif dtype == torch.float32:
         compute_in_fp32(model)
     attend_per_sample(model)
+    fuse(model)
 
 
 def fingerprint(model: nn.Module) -> str:

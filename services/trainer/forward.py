@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from services.trainer.attention import attends_per_sample
+from services.trainer.llama import fused_form
 
 Sample = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
@@ -69,6 +70,9 @@ def pack(samples: Sequence[Sample], device: torch.device) -> Packed:
 
 def supervised_logits(model: Any, packed: Packed) -> Tensor:
     """Logits [targets, vocabulary], fp32 or wider, for the supervised tokens of a pack, in order."""
+    fused = fused_form(model)
+    if fused is not None:
+        return fused.logits(packed.ids[0], packed.positions[0], packed.lengths, packed.predictors)
     extra = {"sample_lengths": packed.lengths} if attends_per_sample(model) else {}
     output = model(
         input_ids=packed.ids,
@@ -83,6 +87,9 @@ def supervised_logits(model: Any, packed: Packed) -> Tensor:
 
 def loss_sum(model: Any, packed: Packed) -> Tensor:
     """Cross-entropy summed over the supervised tokens of a pack, in nats: a scalar, fp32 or wider."""
+    fused = fused_form(model)
+    if fused is not None:
+        return fused.loss(packed.ids[0], packed.positions[0], packed.lengths, packed.predictors, packed.labels)
     return functional.cross_entropy(supervised_logits(model, packed), packed.labels, reduction="sum")
 
 

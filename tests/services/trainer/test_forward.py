@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from services.trainer.attention import attend_per_sample
 from services.trainer.forward import Sample, loss_sum, pack, supervised_logits, training_forward
 from services.trainer.layout import pack_rows
+from services.trainer.llama import fuse
 from services.trainer.lora import lora_attached, trainable
 from services.trainer.precision import Precision
 from services.trainer.step import accumulate_gradients
@@ -48,6 +49,16 @@ def random_llama() -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
+def random_llama_as(form: str) -> LlamaForCausalLM:
+    """The same function, computed by our fused pieces or by transformers."""
+    model = random_llama()
+    if form == "fused":
+        fuse(model)
+    elif form == "per sample":
+        attend_per_sample(model)
+    return model
+
+
 def ragged(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
     """Samples of these lengths, with a random prompt part and EOS within and at the end."""
     draw = np.random.default_rng(seed)
@@ -60,12 +71,9 @@ def ragged(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
     return samples
 
 
-@pytest.fixture(params=["per sample", "block mask"])
+@pytest.fixture(params=["fused", "per sample", "block mask"])
 def model(request: pytest.FixtureRequest) -> Any:
-    model = random_llama()
-    if request.param == "per sample":
-        attend_per_sample(model)
-    return model
+    return random_llama_as(request.param)
 
 
 LENGTHS = [17, 5, 40, 2, 23, 31, 9, 12]
@@ -118,12 +126,10 @@ def gradients(model: Any, samples: list[Sample], layout: list[tuple[int, ...]], 
     return [p.grad.clone() for p in parameters.values() if p.grad is not None]
 
 
-@pytest.fixture(scope="module", params=["per sample", "block mask"])
+@pytest.fixture(scope="module", params=["fused", "per sample", "block mask"])
 def lora_model(request: pytest.FixtureRequest) -> Iterator[Any]:
     """LoRA without dropout on all linear layers, B moved off zero so that A has gradients too."""
-    base = random_llama()
-    if request.param == "per sample":
-        attend_per_sample(base)
+    base = random_llama_as(request.param)
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     with lora_attached(base, LoraSpec(dropout=0, target_modules=targets), 7) as model:
         for name, parameter in trainable(model).items():
@@ -196,6 +202,9 @@ def test_int8_evaluates_with_the_training_forward(tiny: TinyJob) -> None:
         dequantised = layer.weight.data.float() * scale[:, None] / 127
         x = torch.randn(3, 32)
         torch.testing.assert_close(layer(x), x @ dequantised.T)
+    model.fused = None
+    with torch.no_grad(), training_forward(model, dropout=False):
+        torch.testing.assert_close(ours, loss_sum(model, packed))
     with torch.no_grad():
         theirs = loss_sum(model, packed)
     assert not layer.training
