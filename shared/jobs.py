@@ -114,6 +114,8 @@ class Hyperparameters(Frozen):
         warmup_ratio: share of all steps during which the learning rate rises from 0.
         checkpoint_steps: a checkpoint every so many steps, besides one per epoch.
         metrics_steps: a metrics event every so many steps.
+        validation_split: share of the training rows to hold out when there is no validation file; 0 holds out none.
+        early_stopping_patience: ends the run once so many checkpoints in a row have not lowered the validation loss.
     """
 
     n_epochs: int = Field(3, ge=1, le=50)
@@ -131,6 +133,8 @@ class Hyperparameters(Frozen):
     train_on_prompt: bool = False
     checkpoint_steps: int | None = Field(None, ge=1, le=10_000_000)
     metrics_steps: int = Field(5, ge=1, le=10_000)
+    validation_split: float = Field(0, ge=0, le=0.5)
+    early_stopping_patience: int | None = Field(None, ge=1, le=100)
 
 
 class JobSpec(Frozen):
@@ -206,6 +210,8 @@ class TrainingReport(Frozen):
         peak_memory_mb: peak resident memory of the worker (CPU) or of the allocator (CUDA), in MB of 10^6 bytes.
         quantized_layers: how many linear layers bitsandbytes holds (0 unless int8 or nf4).
         base_mb: bytes of the frozen base as it lies in memory, in MB of 10^6 bytes.
+        best_step: the step of the lowest validation loss; its checkpoint can be served as it is.
+        stopped_early: the validation loss had not fallen for `early_stopping_patience` checkpoints.
     """
 
     trainable_params: int
@@ -218,6 +224,9 @@ class TrainingReport(Frozen):
     train_loss: float
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    stopped_early: bool = False
     tokens_per_second: float
     mfu_formula: str = "4N FLOP per token"
     mfu: float | None = None

@@ -58,6 +58,7 @@ class JobResolver:
         preset = PRESETS[request.preset]
         lora = _lora(request, preset, base)
         hyperparameters = _hyperparameters(request, preset)
+        _check_validation(hyperparameters, validation)
         self._check_fit(base, lora, hyperparameters, training, validation)
         spec = JobSpec(
             base=base.id,
@@ -107,6 +108,18 @@ class JobResolver:
         if unknown:
             known = ", ".join(sorted(facts.module_names))
             raise InvalidRequest(f"{base.id} has no module {unknown[0]!r}; it has {known}", param="lora.target_modules")
+
+
+def _check_validation(hyperparameters: Hyperparameters, validation: StoredFile | None) -> None:
+    if validation and hyperparameters.validation_split:
+        raise InvalidRequest(
+            "give a validation file or validation_split, not both", param="hyperparameters.validation_split"
+        )
+    if hyperparameters.early_stopping_patience and not (validation or hyperparameters.validation_split):
+        raise InvalidRequest(
+            "early stopping needs a validation_file or validation_split",
+            param="hyperparameters.early_stopping_patience",
+        )
 
 
 def _file(file: Callable[[str], StoredFile], file_id: str, param: str) -> StoredFile:

@@ -11,6 +11,7 @@ from services.trainer.checkpoint import Identity
 from services.trainer.dataset import Data
 from services.trainer.forward import Packed, pack
 from services.trainer.layout import Layout
+from services.trainer.metrics import History
 from services.trainer.precision import Precision
 from services.trainer.run import Check, JobRun, Session
 from shared.artifacts import ArtifactStore
@@ -68,6 +69,11 @@ class RunContext:
         """The micro-batches of 0-based step `step`, as tensors."""
         rows = self.data.training
         return [pack([rows[row] for row in batch], self.device) for batch in self.layout.micro_batches(step)]
+
+    def gives_up(self, history: History) -> bool:
+        """Whether the validation loss has not fallen for as many checkpoints as the job has patience for."""
+        patience = self.job.spec.hyperparameters.early_stopping_patience
+        return patience is not None and history.evaluations_since_best >= patience
 
     def checkpoint_due(self, steps: int) -> bool:
         """Whether a checkpoint is written after `steps` steps: each epoch, every `checkpoint_steps`, and at the end."""

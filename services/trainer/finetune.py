@@ -35,12 +35,14 @@ from services.trainer.reports import (
     report_on,
     tell_about_adapter,
     tell_about_base,
+    tell_about_early_stop,
     tell_about_rows,
     tell_metrics,
 )
 from services.trainer.rng import RandomState
 from services.trainer.run import Finished, JobRun, Outcome, Session, Stopped, StopRequested, stop_check
 from services.trainer.schedule import learning_rate
+from services.trainer.split import hold_out
 from services.trainer.step import MAX_SKIPPED_STEPS, make_optimizer, take_step
 from shared.artifacts import ArtifactStore, Manifest
 from shared.errors import JobFailed
@@ -92,6 +94,8 @@ def prepare(
     check()
     precision = choose_precision(spec, bases.device)
     data = prepare_data(spec, store, bases.tokenizer(spec), check)
+    if data.validation is None and spec.hyperparameters.validation_split:
+        data = hold_out(data.training, spec.hyperparameters.validation_split, spec.seed, check)
     layout = plan_layout(data.training.lengths, spec.hyperparameters, spec.seed, bases.device.type)
     tell_about_rows(session, data.training, layout)
     check()
@@ -161,11 +165,12 @@ def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
         StopRequested: `state` is that of the last whole step.
     """
     history, layout = state.history, run.layout
-    if history.step == 0:
+    if run.checkpoint_due(history.step):
+        # Step 0; or a step whose evaluation a stop has cut short, which early stopping must not miss.
         evaluate(run, model, history)
     run.session.phase(Phase.TRAINING)
     first = history.step
-    while history.step < layout.total_steps:
+    while history.step < layout.total_steps and not run.gives_up(history):
         one_step(run, model, state)
         if history.step == first + 1:
             run.session.first_step(base_loaded=run.base_loaded)
@@ -178,6 +183,7 @@ def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
         if due:
             save(run, model, state, metrics)
     evaluate(run, model, history)
+    tell_about_early_stop(run, history)
 
 
 def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:

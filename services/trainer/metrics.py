@@ -73,6 +73,15 @@ class History:
     def valid_loss(self, step: int) -> float | None:
         return next((loss for at, loss in self.valid_losses if at == step), None)
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the lowest validation loss since training began, the earliest of equals."""
+        return min((found for found in self.valid_losses if found[0]), key=lambda found: found[1], default=None)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        return sum(step > self.best[0] for step, _ in self.valid_losses) if self.best else 0
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

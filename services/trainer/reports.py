@@ -104,9 +104,19 @@ def tell_metrics(run: RunContext, history: History) -> dict[str, float]:
     return metrics
 
 
+def tell_about_early_stop(run: RunContext, history: History) -> None:
+    if history.step < run.layout.total_steps and history.best:
+        step, loss = history.best
+        run.session.event(
+            f"Stopped early after step {history.step}: the validation loss was lowest at step {step}, {loss:.4f}",
+            data={"step": history.step, "best_step": step, "valid_loss": loss},
+        )
+
+
 def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> TrainingReport:
     loaded, rows = run.base.loaded, run.data.training
     trained, total = counts
+    best_step, best_loss = history.best or (None, None)
     return TrainingReport(
         trainable_params=trained,
         total_params=total,
@@ -118,6 +128,9 @@ def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> Tra
         train_loss=history.mean_loss,
         eval_loss_before=history.valid_loss(0),
         eval_loss_after=history.valid_loss(history.step),
+        best_step=best_step,
+        best_eval_loss=best_loss,
+        stopped_early=history.step < run.layout.total_steps,
         tokens_per_second=round(history.tokens_per_second, 2),
         mfu=utilisation(history.tokens_per_second, run.matmul_weights, run.peak_flops),
         peak_memory_mb=round(peak_memory_mb(run.device), 1),

@@ -159,3 +159,14 @@ def test_advice() -> None:
     assert any("more than all rows" in text for text in few)
     assert any("validation file is the training file" in text for text in resolved(validation_file="file-copy")[1])
     assert any("50 optimizer steps" in text for text in resolved(hyperparameters={"max_steps": 50})[1])
+
+
+def test_early_stopping_needs_held_out_rows_and_these_have_one_source() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(hyperparameters={"early_stopping_patience": 2})
+    assert refused.value.param == "hyperparameters.early_stopping_patience"
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(hyperparameters={"validation_split": 0.1}, validation_file="file-2")
+    assert refused.value.param == "hyperparameters.validation_split"
+    split = resolve(hyperparameters={"early_stopping_patience": 2, "validation_split": 0.1}).hyperparameters
+    assert (split.early_stopping_patience, split.validation_split) == (2, 0.1)
