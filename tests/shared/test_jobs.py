@@ -91,6 +91,8 @@ def test_the_specification_as_json_is_a_contract() -> None:
             "train_on_prompt": False,
             "checkpoint_steps": None,
             "metrics_steps": 5,
+            "validation_split": 0.0,
+            "early_stopping_patience": None,
         },
         "lora": {
             "r": 8,
