@@ -4,7 +4,9 @@ For anything OpenAI has too, the official `openai` client works as well; this on
 and needs nothing but httpx.
 """
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +15,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from tunesmith.connection import Connection
+from tunesmith.sse import data_of
 
 Json = dict[str, Any]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,6 +93,13 @@ class Client:
         with path.open("rb") as file:
             return self._json("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
 
+    def files(self, limit: int = 100) -> Iterator[Json]:
+        """The newest datasets, newest first."""
+        return self._pages("/v1/files", limit)
+
+    def delete_file(self, file_id: str) -> Json:
+        return self._json("DELETE", "/v1/files/" + quote(file_id, safe=""))
+
     def create_job(self, body: Json) -> Json:
         return self._json("POST", "/v1/fine_tuning/jobs", json=body)
 
@@ -104,6 +114,20 @@ class Client:
         """A job's newest events, newest first."""
         return self._pages(_job(job_id) + "/events", limit)
 
+    @contextmanager
+    def stream_events(self, job_id: str, after: str | None = None) -> Iterator[Iterator[Json]]:
+        """A job's events as they happen, oldest first, until it ends.
+
+        Args:
+            after: id of the last event already seen.
+
+        Raises:
+            ApiError: no connection, or it was lost (also while the events are read).
+        """
+        headers = {"accept": "text/event-stream"} | ({"last-event-id": after} if after else {})
+        with self._stream("GET", _job(job_id) + "/events", done=True, headers=headers) as events:
+            yield events
+
     def act(self, job_id: str, verb: str) -> Json:
         """`cancel`, `pause` or `resume` a job; the answer is the job."""
         return self._json("POST", f"{_job(job_id)}/{verb}")
@@ -113,10 +137,34 @@ class Client:
         data: list[Json] = self._json("GET", "/v1/models")["data"]
         return data
 
+    def delete_model(self, name: str) -> Json:
+        """Delete an adapter or a checkpoint."""
+        return self._json("DELETE", "/v1/models/" + quote(name, safe=""))
+
     def generate(self, body: Json) -> tuple[Json, httpx.Headers]:
         """`POST /generate`: the answer and its headers (`x-adapter-load-ms` when an adapter was loaded for it)."""
         response = self._request("POST", "/generate", json=body)
         return _decoded(response), response.headers
+
+    @contextmanager
+    def generate_stream(self, body: Json) -> Iterator[Iterator[Json]]:
+        """`POST /generate_stream`: one object per token, as text-generation-inference has them.
+
+        Raises:
+            ApiError: refused, or broken off (also while the tokens are read).
+        """
+        with self._stream("POST", "/generate_stream", json=body) as events:
+            yield events
+
+    @contextmanager
+    def chat_stream(self, body: Json) -> Iterator[Iterator[Json]]:
+        """`POST /v1/chat/completions`, streamed: OpenAI's chunks.
+
+        Raises:
+            ApiError: refused, or broken off (also while the chunks are read).
+        """
+        with self._stream("POST", "/v1/chat/completions", done=True, json=body | {"stream": True}) as events:
+            yield events
 
     def ready(self) -> bool:
         """Whether the gateway says that jobs and requests would be served now."""
@@ -137,6 +185,18 @@ class Client:
 
     def _json(self, method: str, path: str, **options: Any) -> Json:
         return _decoded(self._request(method, path, **options))
+
+    @contextmanager
+    def _stream(self, method: str, path: str, *, done: bool = False, **options: Any) -> Iterator[Iterator[Json]]:
+        """Objects of an event stream; `done`: a whole stream says [DONE] at its end."""
+        try:
+            with self._http.stream(method, path, **options) as response:
+                if response.is_error:
+                    response.read()
+                    raise _error(response)
+                yield _events(response, done=done and response.status_code != 204)
+        except httpx.HTTPError as error:
+            raise ApiError(f"cannot reach {self._http.base_url}: {error or type(error).__name__}") from error
 
     def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
@@ -162,12 +222,31 @@ def _decoded(response: httpx.Response) -> Json:
     return value
 
 
+def _events(response: httpx.Response, *, done: bool) -> Iterator[Json]:
+    for data in data_of(response.iter_bytes()):
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise ApiError(f"{response.url.path}: an event is not JSON", status=response.status_code) from None
+        if event.get("error"):
+            raise _refusal(event, response)
+        yield event
+    if done:
+        raise ApiError(f"{response.url.path}: the answer was broken off")
+
+
 def _error(response: httpx.Response) -> ApiError:
     """From either dialect: OpenAI's `{"error": {…}}` or TGI's `{"error", "error_type"}`."""
     try:
         body = response.json()
     except ValueError:
         body = None
+    return _refusal(body, response)
+
+
+def _refusal(body: Any, response: httpx.Response) -> ApiError:
     detail = body.get("error") if isinstance(body, dict) else None
     fields = detail if isinstance(detail, dict) else {"message": detail, "code": None}
     message = str(fields.get("message") or f"HTTP {response.status_code}")

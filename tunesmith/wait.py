@@ -25,7 +25,8 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-_FINAL = {"succeeded": Exit.SUCCEEDED, "failed": Exit.FAILED, "cancelled": Exit.CANCELLED}
+# By the final states of OpenAI's vocabulary.
+END = {"succeeded": Exit.SUCCEEDED, "failed": Exit.FAILED, "cancelled": Exit.CANCELLED}
 
 
 class Watcher(Protocol):
@@ -89,7 +90,7 @@ def wait_for_job(
                 watcher.note("connected again")
             lost = False
             watcher.saw(job)
-            if (end := _FINAL.get(job["status"])) is not None:
+            if (end := END.get(job["status"])) is not None:
                 return Ending(end, job, describe_end(job))
         if timeout is not None and clock() - started + pause > timeout:
             return Ending(Exit.TIMEOUT, job, f"not finished after {timeout:g} s; the job goes on")

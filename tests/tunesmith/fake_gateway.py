@@ -1,4 +1,7 @@
-"""A FAKE gateway: canned answers over real HTTP, for what the client does with them. The real one is in the journey."""
+"""A FAKE gateway: canned answers over real HTTP, for what the client does with them. The real one is in the journey.
+
+An answer is a JSON object, or a list of bytes: pieces of an event stream.
+"""
 
 import json
 import threading
@@ -7,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Json = dict[str, Any]
-Answer = tuple[int, Json]
+Answer = tuple[int, Json | list[bytes]]
 KEY = "ts-fake-key-of-the-tests"
 
 
@@ -27,6 +30,15 @@ def job(status: str = "running", state: str | None = None, **more: Any) -> Json:
     return fields | more
 
 
+def stream(*events: Json, done: bool = True) -> Answer:
+    """An event stream, each event in a piece of its own; without `done` it breaks off."""
+    pieces = []
+    for event in events:
+        number = f"id: {event['id']}\n" if "id" in event else ""
+        pieces.append(f"{number}data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+    return 200, [b": still here\n\n", *pieces, *([b"data: [DONE]\n\n"] if done else [])]
+
+
 def error(status: int, message: str, code: str, param: str | None = None, **more: Any) -> Answer:
     kind = "invalid_request_error"
     return status, {"error": {"message": message, "type": kind, "code": code, "param": param, **more}}
@@ -38,6 +50,7 @@ class FakeGateway:
     def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
         self.answers = answers
         self.bodies: list[tuple[str, Json]] = []
+        self.resumed: list[str | None] = []
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +58,9 @@ class FakeGateway:
                 fake._answer(self)
 
             def do_POST(self) -> None:
+                fake._answer(self)
+
+            def do_DELETE(self) -> None:
                 fake._answer(self)
 
             def log_message(self, format: str, *args: Any) -> None:
@@ -68,14 +84,24 @@ class FakeGateway:
         body = json.loads(raw) if request.headers.get("content-type") == "application/json" and raw else {}
         route = f"{request.command} {request.path.partition('?')[0]}"
         self.bodies.append((route, body))
+        if request.headers.get("accept") == "text/event-stream":
+            self.resumed.append(request.headers.get("last-event-id"))
         status, answer = error(404, "no such thing", "not_found")
         if request.headers.get("authorization") != f"Bearer {KEY}":
             status, answer = error(401, "this API key is not valid", "invalid_api_key")
         elif route in self.answers:
             known = self.answers[route]
             status, answer = known(body) if callable(known) else known
-        data = json.dumps(answer).encode()
         request.send_response(status)
+        if isinstance(answer, list):
+            # The end of the connection is the end of the body.
+            request.send_header("content-type", "text/event-stream")
+            request.end_headers()
+            for piece in answer:
+                request.wfile.write(piece)
+                request.wfile.flush()
+            return
+        data = json.dumps(answer).encode()
         request.send_header("content-type", "application/json")
         request.send_header("content-length", str(len(data)))
         request.end_headers()

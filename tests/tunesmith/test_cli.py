@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job
+from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job, stream
 
 JOB = "/v1/fine_tuning/jobs/ftjob-1"
 DONE = job("succeeded", fine_tuned_model="ft:tiny:default:x:1")
@@ -35,10 +35,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from tunesmith.cli import main; main()", *arguments]
 
 
-def run(gateway: FakeGateway, *arguments: str, key: str = KEY, cwd: Path | None = None) -> tuple[int, str, str]:
-    done = subprocess.run(
-        command(*arguments), env=environment(gateway.url, key), capture_output=True, text=True, timeout=60, cwd=cwd
-    )
+def run(gateway: FakeGateway, *arguments: str, key: str = KEY, said: str = "", **environ: str) -> tuple[int, str, str]:
+    env = environment(gateway.url, key) | environ
+    done = subprocess.run(command(*arguments), env=env, input=said, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -199,6 +198,124 @@ def test_jobs_show_events_and_steering(gateway: FakeGateway) -> None:
     for verb, state in (("cancel", "cancelling"), ("pause", "pausing"), ("resume", "queued")):
         gateway.answers[f"POST {JOB}/{verb}"] = (200, job(state=state))
         assert run(gateway, "jobs", verb, "ftjob-1") == (0, state + "\n", "")
+        assert json.loads(run(gateway, "jobs", verb, "ftjob-1", "--json")[1])["state"] == state
+
+
+STORY = [
+    {"id": f"ftevent-{number}", "created_at": number, "level": "info", "message": text}
+    for number, text in enumerate(["created", "claimed", "line\u2028break", "done"])
+]
+
+
+def test_watch_prints_each_event_once_though_the_gateway_restarts(gateway: FakeGateway) -> None:
+    parts = [stream(*STORY[:2], done=False), error(503, "starting", "unavailable"), stream(*STORY[2:])]
+    gateway.answers["GET " + JOB + "/events"] = lambda body: parts.pop(0)
+    gateway.answers["GET " + JOB] = (200, DONE)
+    code, out, err = run(gateway, "jobs", "watch", "ftjob-1")
+    lines = [line[9:] for line in out.splitlines()]
+    assert (code, lines) == (0, ["info  created", "info  claimed", "info  line break", "info  done"])
+    assert gateway.resumed == [None, "ftevent-1", "ftevent-1"]
+    lost, again, end = err.splitlines()
+    assert lost == f"{JOB}/events: the answer was broken off; trying again for 300 s"
+    assert (again, end) == ("connected again", "succeeded: ft:tiny:default:x:1")
+
+
+def test_watch_ends_as_the_job_does_and_refuses_as_wait(gateway: FakeGateway) -> None:
+    gateway.answers["GET " + JOB + "/events"] = stream(*STORY)
+    gateway.answers["GET " + JOB] = (200, job("failed", error={"code": "oom", "message": "too big"}))
+    code, out, err = run(gateway, "jobs", "watch", "ftjob-1", "--json")
+    assert (code, [json.loads(line) for line in out.splitlines()], err) == (5, STORY, "failed: too big\n")
+    assert run(gateway, "jobs", "watch", "ftjob-2") == (4, "", "error: no such thing\n")
+
+
+def test_wait_under_jobs_is_the_same_command(gateway: FakeGateway) -> None:
+    gateway.answers["GET " + JOB] = (200, DONE)
+    assert run(gateway, "jobs", "wait", "ftjob-1") == run(gateway, "wait", "ftjob-1")
+
+
+def test_wait_leaves_githubs_summary_and_outputs(gateway: FakeGateway, tmp_path: Path) -> None:
+    summary, outputs = tmp_path / "summary.md", tmp_path / "outputs"
+    outputs.write_text("before=1\n")
+    environ = {"GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(outputs)}
+    told: dict[str, Any] = {"report": {"train_loss": 2.5}, "trained_tokens": 99, "progress": {"step": 7}}
+    gateway.answers["GET " + JOB] = (200, job("succeeded", fine_tuned_model="ft:a|b\nstatus=x", **told))
+    assert run(gateway, "wait", "ftjob-1", **environ)[0] == 0
+    # A line break in a value sets no output of its own.
+    model = "fine_tuned_model=ft:a|b status=x"
+    assert outputs.read_text().splitlines() == ["before=1", "job=ftjob-1", "status=succeeded", model]
+    table = summary.read_text()
+    assert "| Model | ft:a\\|b status=x |" in table
+    assert "| Training loss | 2.5000 |" in table
+    assert "before" not in table
+    gateway.answers["GET " + JOB] = (200, job("failed", error={"code": "oom", "message": "too big"}))
+    assert run(gateway, "wait", "ftjob-1", **environ)[0] == 5
+    assert outputs.read_text().splitlines()[-2:] == ["status=failed", "fine_tuned_model="]
+    assert "| End | failed: too big |" in summary.read_text()
+    # Its files are GitHub's affair: how the job ended is said all the same.
+    code, _, err = run(gateway, "wait", "ftjob-1", GITHUB_OUTPUT=str(tmp_path / "no" / "folder"))
+    assert (code, err.splitlines()[0]) == (5, "failed: too big")
+    assert "GitHub's summary could not be written" in err
+
+
+def test_datasets_and_models_are_listed_and_deleted(gateway: FakeGateway) -> None:
+    file = {"id": "file-1", "filename": "a.jsonl", "bytes": 9, "dataset": {"rows": 3}}
+    gateway.answers["GET /v1/files"] = (200, {"data": [file], "has_more": False})
+    assert run(gateway, "files", "list") == (0, "file    rows  bytes  name\nfile-1  3     9      a.jsonl\n", "")
+    assert json.loads(run(gateway, "files", "list", "--json")[1]) == [file]
+    gone = {"id": "file-1", "deleted": True}
+    gateway.answers["DELETE /v1/files/file-1"] = (200, gone)
+    assert run(gateway, "files", "delete", "file-1") == (0, "file-1\n", "")
+    assert json.loads(run(gateway, "files", "delete", "file-1", "--json")[1]) == gone
+    gateway.answers["DELETE /v1/models/ft%3Atiny%3A1"] = (200, {"id": "ft:tiny:1", "deleted": True})
+    assert run(gateway, "models", "delete", "ft:tiny:1") == (0, "ft:tiny:1\n", "")
+    assert run(gateway, "models", "delete", "ft:tiny:2")[0] == 4
+
+
+def tokens(*texts: str) -> list[dict[str, Any]]:
+    return [{"index": index, "token": {"text": text}} for index, text in enumerate(texts)]
+
+
+def test_generate_streams(gateway: FakeGateway) -> None:
+    gateway.answers["POST /generate_stream"] = stream(*tokens("A ", "mod", "ule."), done=False)
+    assert run(gateway, "generate", "What is json?", "--stream") == (0, "A module.\n", "")
+    lines = run(gateway, "generate", "What is json?", "--stream", "--json")[1].splitlines()
+    assert [json.loads(line) for line in lines] == tokens("A ", "mod", "ule.")
+    broken = [*tokens("A "), {"error": "the engine failed", "error_type": "generation"}]
+    gateway.answers["POST /generate_stream"] = stream(*broken, done=False)
+    assert run(gateway, "generate", "x", "--stream") == (1, "A ", "error: the engine failed\n")
+
+
+def said(*texts: str) -> Answer:
+    return stream(*({"choices": [{"index": 0, "delta": {"content": text}}]} for text in texts), {"choices": []})
+
+
+def test_chat_keeps_the_conversation_and_goes_on_after_a_refusal(gateway: FakeGateway) -> None:
+    answers = [said("Hel", "lo."), error(400, "too long", "context_length_exceeded"), said("Bye."), said("New.")]
+    gateway.answers["POST /v1/chat/completions"] = lambda body: answers.pop(0)
+    options = ("--adapter", "ft:tiny:1", "--system", "Be brief.")
+    code, out, err = run(gateway, "chat", *options, said="Hi\n\nlong\nAnd now?\n/reset\nWho?\n")
+    assert (code, out) == (0, "Hello.\nBye.\nNew.\n")
+    assert err == "error: too long\nthe conversation begins anew\n"
+    first, _, third, last = [body for _, body in gateway.bodies]
+    assert (first["model"], first["stream"], first["temperature"]) == ("ft:tiny:1", True, 0)
+    assert first["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    # What was refused is no part of it.
+    went = [(message["role"], message["content"]) for message in third["messages"]]
+    assert went[1:] == [("user", "Hi"), ("assistant", "Hello."), ("user", "And now?")]
+    assert last["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+
+
+def test_chat_as_json_and_how_it_ends(gateway: FakeGateway) -> None:
+    gateway.answers["POST /v1/chat/completions"] = said("Hello.")
+    lines = run(gateway, "chat", "--json", said="Hi\n")[1].splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+    gateway.answers["POST /v1/chat/completions"] = error(503, "nobody serves", "base_not_served")
+    assert run(gateway, "chat", said="Hi\n") == (1, "", "error: nobody serves\n")
+    gateway.answers["POST /v1/chat/completions"] = error(404, "no such model", "model_not_found")
+    assert run(gateway, "chat", "--adapter", "none", said="Hi\nAgain\n") == (4, "", "error: no such model\n")
 
 
 def test_models_and_generate(gateway: FakeGateway) -> None:

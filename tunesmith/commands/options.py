@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="ftjob-…")]
+HomeOption = Annotated[Path, typer.Option(envvar="TUNESMITH_HOME", help="Folder of everything the stack keeps.")]
+Timeout = Annotated[float | None, typer.Option(help="Stop waiting after so many seconds (exit 3); the job goes on.")]
+Adapter = Annotated[str | None, typer.Option(help="A fine-tuned model or checkpoint; the base if unsaid.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1)]
+Temperature = Annotated[float | None, typer.Option(help="Sample; greedy if unsaid.")]
+DEFAULT_HOME = Path(".tunesmith")
+DEFAULT_BASE = "smollm2-135m-instruct"
+
+
+def group(help: str) -> typer.Typer:
+    """A noun with verbs below it."""
+    return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help)

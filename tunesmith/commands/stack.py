@@ -1,0 +1,79 @@
+"""`up`, `down`, `status`: the stack on this machine."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from tunesmith.commands.options import DEFAULT_BASE, DEFAULT_HOME, AsJson, HomeOption
+
+
+def up(
+    home: HomeOption = DEFAULT_HOME,
+    port: Annotated[int, typer.Option(help="Port of the gateway on 127.0.0.1; 0 for a free one.")] = 8000,
+    base: Annotated[str, typer.Option(help="Model to serve: an id of the catalogue, or 'auto'.")] = DEFAULT_BASE,
+    json: AsJson = False,
+) -> None:
+    """Start the whole stack on this machine, loopback only. Harmless if it runs."""
+    from tunesmith import stack
+    from tunesmith.output import fail, interrupt_on_sigterm, say, show_json
+
+    interrupt_on_sigterm()
+    try:
+        started = stack.up(home, port=port, base=base, say=say)
+    except stack.StackError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing is left running", 130)
+    connection = started.connection
+    if json:
+        show_json({"url": connection.url, "openai_base_url": connection.openai_base_url, "started": started.fresh})
+        return
+    say("the stack is up" if started.fresh else "the stack is running already")
+    print(f"gateway     {connection.url}\nopenai      {connection.openai_base_url}\ndocs        {connection.url}/docs")
+    print(f"connection  {home / 'connection.json'} (URL and API key)\nlogs        {home / 'logs'}")
+
+
+def down(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
+    """Stop it. A running job writes a checkpoint and goes on with the next 'up'."""
+    from tunesmith import stack
+    from tunesmith.output import fail, say, show_json
+
+    try:
+        stopped = stack.down(home, say)
+    except stack.StackError as error:
+        fail(str(error))
+    say("stopped" if stopped else "nothing was running")
+    if json:
+        show_json({"stopped": stopped})
+
+
+def status(json: AsJson = False) -> None:
+    """Whether the stack runs and can serve. Exit 0 if so, 1 if not."""
+    from tunesmith.client import Client
+    from tunesmith.connection import NoConnection, find
+    from tunesmith.output import fail, show_json, show_table
+
+    try:
+        connection = find()
+    except NoConnection as error:
+        fail(str(error))
+    with Client(connection, timeout=10) as client:
+        ready = client.ready()
+    alive = {name: _alive(pid) for name, pid in connection.pids.items()}
+    if json:
+        show_json({"url": connection.url, "ready": ready, "processes": alive, "pids": connection.pids})
+    else:
+        rows = [(name, "alive" if alive[name] else "gone", pid) for name, pid in connection.pids.items()]
+        show_table(("process", "state", "pid"), [*rows, ("ready", "yes" if ready else "no", connection.url)])
+    raise SystemExit(0 if ready and all(alive.values()) else 1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,54 @@
+"""A job's events live, through restarts of the gateway: each one once, in order. Knows no terminal and no HTTP."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tunesmith.client import ApiError
+from tunesmith.wait import PATIENCE_SECONDS
+
+Json = dict[str, Any]
+
+
+def follow(
+    connect: Callable[[str | None], AbstractContextManager[Iterator[Json]]],
+    note: Callable[[str], None],
+    *,
+    pause: float = 1.0,
+    patience: float = PATIENCE_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Json]:
+    """Every event until the job has ended.
+
+    Args:
+        connect: opens the stream of what comes after the event of an id (None: from the first on); raises ApiError, on
+            its way in or while it is read.
+        note: told when the connection is lost and found.
+        pause: seconds between two attempts.
+        patience: seconds without a connection after which to give up.
+        clock: monotonic seconds.
+
+    Raises:
+        ApiError: the gateway said no, or was away for too long.
+    """
+    seen: str | None = None
+    lost_at: float | None = None
+    while True:
+        try:
+            with connect(seen) as events:
+                if lost_at is not None:
+                    note("connected again")
+                lost_at = None
+                for event in events:
+                    seen = event["id"]
+                    yield event
+            return
+        except ApiError as error:
+            if not error.passing or (lost_at is not None and clock() - lost_at >= patience):
+                raise
+            if lost_at is None:
+                note(f"{error.message}; trying again for {patience:.0f} s")
+                lost_at = clock()
+            sleep(max(pause, error.retry_after or 0))
