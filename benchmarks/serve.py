@@ -32,6 +32,7 @@ from benchmarks.serve_workload import Workload, make_workload
 from services.inference.precision import ServingPrecision
 from shared.base_model import library_versions, quiet_libraries
 from shared.logs import configure_logging
+from tunesmith.output import interrupt_on_sigterm
 
 RESULT = Path("benchmarks/results/serve.json")
 CLIENTS, SWAPPED = 16, 8
@@ -40,20 +41,26 @@ Json = dict[str, Any]
 
 def main() -> None:
     options = _options()
+    interrupt_on_sigterm()
     configure_logging("benchmark", "WARNING")
     quiet_libraries()
     torch.manual_seed(0)
+    about = {"machine": machine(), "versions": library_versions(), "options": vars(options) | {"out": None}}
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as folder:
         home = Path(folder)
         work = make_workload(home, options.base, adapters=28, tokens=options.tokens)
-        result = measure(work, options.precisions, options.rounds, options.load_seconds)
+        result = measure(work, options.precisions, options.rounds, options.load_seconds) | about
+        write(result, options.out)
         if options.http:
             result["gateway"] = serve_gateway.measure(options.base, options.http, home)
             result["gateway_overhead_ms"] = result["gateway"]["overhead_ms"]["whole"]
-    result |= {"machine": machine(), "versions": library_versions(), "options": vars(options) | {"out": None}}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            write(result, options.out)
     show(result)
+
+
+def write(result: Json, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -62,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of every request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", default=["auto", "fp32"], help="the first gives the headline ratios")
-    parser.add_argument("--load-seconds", type=float, default=24, help="how long streams run beside hot loads")
+    parser.add_argument("--load-seconds", type=float, default=18, help="how long streams run beside hot loads")
     parser.add_argument("--http", type=int, default=60, help="requests for the gateway's overhead; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=RESULT)
     return parser.parse_args()

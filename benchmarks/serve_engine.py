@@ -115,7 +115,12 @@ class EngineBench:
 
         Quiet and loaded stretches alternate on the same streams, so that both see the same lengths and neighbours.
         """
-        heard = [self.submit(row, self._uids[row % 8], 1000 - 64) for row in range(streams)]
+        requests = [
+            GenerationRequest(self._work.prompt(row), adapter=self._uids[row % 8], max_new_tokens=900, ignore_eos=True)
+            for row in range(streams)
+        ]
+        heard = [Heard() for _ in requests]
+        handles = [self.serving.engine.submit(*pair) for pair in zip(requests, heard, strict=True)]
         for each in heard:
             while not each.times:
                 time.sleep(0.01)
@@ -138,7 +143,8 @@ class EngineBench:
                 for started, ended, loading in stretches:
                     if started <= before and after <= ended:
                         gaps[loading].append((after - before) * 1e3)
-        for each in heard:
+        for handle, each in zip(handles, heard, strict=True):
+            self.serving.engine.cancel(handle)
             each.wait()
         return {"loads": loads, "quiet": gaps[False], "during": gaps[True]}
 

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-ServingPrecision = Literal["auto", "fp32", "fp16w", "int8w", "bf16", "fp16", "int8", "nf4"]
+ServingPrecision = Literal["auto", "fp32", "fp16w", "bf16w", "int8w", "bf16", "fp16", "int8", "nf4"]

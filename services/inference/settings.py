@@ -19,8 +19,8 @@ class InferenceSettings(Settings, populate_by_name=True):
 
     Attributes:
         base: catalogue id or alias of the base served; the catalogue's first if empty.
-        precision: what the base is held in. On a processor: fp32; fp16w and int8w, packed weights under fp32
-            arithmetic; auto, the fastest of these by a measurement at start that keeps the loss within 0.5 %. On a GPU:
+        precision: what the base is held in. On a processor: fp32; fp16w, bf16w and int8w, packed weights with
+            fp32 sums; auto, the fastest of these by a measurement at start that keeps the loss within 0.5 %. On a GPU:
             bf16, fp16, int8 and nf4 (bitsandbytes), auto for bf16 or fp16.
         slots: sequences generated at once.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.

@@ -17,7 +17,7 @@ import torch
 from services.inference.engine.admission import Admission, Place
 from services.inference.engine.interface import Cancelled, GenerationRequest, Sink, Started, Stats
 from services.inference.engine.lora import LoraWeights
-from services.inference.engine.runner import ModelRunner
+from services.inference.engine.runner import ModelRunner, Piece
 from services.inference.engine.sampling import choose
 from services.inference.engine.sequence import Sequence
 from shared.errors import InvalidRequest, TunesmithError, Unavailable
@@ -49,6 +49,7 @@ class BatchEngine:
         # From here on the engine thread's own.
         self._rows: list[Sequence] = []
         self._prefilling: Sequence | None = None
+        self._joining: list[Sequence] = []
         self._slots: dict[str, tuple[int, int]] = {}
         self._steps = self._tokens = 0
         self._last_token_at = 0.0
@@ -110,7 +111,7 @@ class BatchEngine:
         return self._between_steps(lambda: self._unload(uid))
 
     def stats(self) -> Stats:
-        rows = [*self._rows, *([self._prefilling] if self._prefilling else [])]
+        rows = [*self._rows, *self._joining, *([self._prefilling] if self._prefilling else [])]
         return Stats(
             running=len(rows),
             waiting=self._admission.requests,
@@ -180,10 +181,12 @@ class BatchEngine:
         for sequence in gone:
             sequence.end(Cancelled())
 
-    def _admit(self) -> Sequence | None:
-        """The oldest waiting sequence, if a row is free for it."""
+    def _admit(self, most_tokens: int | None = None) -> Sequence | None:
+        """The oldest waiting sequence, if a row is free for it and its prompt has no more than `most_tokens`."""
         with self._condition:
-            if not self._waiting or len(self._rows) >= self._runner.rows:
+            if not self._waiting or len(self._rows) + len(self._joining) >= self._runner.rows:
+                return None
+            if most_tokens is not None and len(self._waiting[0].prompt) > most_tokens:
                 return None
             sequence = self._waiting.popleft()
         sequence.place.leave()
@@ -191,7 +194,7 @@ class BatchEngine:
         adapter = sequence.request.adapter
         if adapter is not None and adapter not in self._slots:
             sequence.fail(TunesmithError("the adapter was unloaded before the request ran", code="adapter_gone"))
-            return self._admit()
+            return self._admit(most_tokens)
         sequence.slot, sequence.rank = (0, 0) if adapter is None else self._slots[adapter]
         return sequence
 
@@ -199,16 +202,55 @@ class BatchEngine:
         """Compute up to `prefill_chunk` prompt tokens, oldest sequence first."""
         budget = self._chunk
         while budget > 0:
+            if self._prefilling is None:
+                budget -= self._prefill_whole_prompts(budget)
             sequence = self._prefilling = self._prefilling or self._admit()
-            if sequence is None:
+            if sequence is None or budget <= 0:
                 return
             piece = sequence.prompt[sequence.prefilled : sequence.prefilled + budget]
             budget -= len(piece)
-            try:
-                self._prefill_piece(sequence, piece)
-            except Exception as error:
-                self._drop_prefilling()
-                self._fail(sequence, error)
+            self._prefill_alone(sequence, piece)
+
+    def _prefill_whole_prompts(self, budget: int) -> int:
+        """Prompts that fit `budget` as a whole, in one pass; returns how many tokens they had."""
+        spent = 0
+        while (sequence := self._admit(budget - spent)) is not None:
+            self._joining.append(sequence)
+            spent += len(sequence.prompt)
+            if sequence.request.prompt_logprobs:
+                break
+        first, joined = len(self._rows), list(self._joining)
+        if len(joined) < 2 or any(each.request.prompt_logprobs for each in joined):
+            self._prefill_one_by_one(joined)
+            return spent
+        pieces = [Piece(first + i, each.prompt, 0, each.slot, each.rank) for i, each in enumerate(joined)]
+        try:
+            logits = self._runner.prefill_together(pieces)
+        except Exception as error:
+            _log.warning("prompts together failed; trying them one by one", exc_info=error)
+            for piece in pieces:
+                self._runner.cache.clear(piece.row, len(piece.ids))
+            self._prefill_one_by_one(joined)
+            return spent
+        for sequence in joined:
+            sequence.prefilled = len(sequence.prompt)
+            self._begin(sequence)
+        self._joining.clear()
+        self._advance(joined, logits)
+        return spent
+
+    def _prefill_one_by_one(self, joined: Many[Sequence]) -> None:
+        for sequence in joined:
+            self._joining.remove(sequence)
+            self._prefilling = sequence
+            self._prefill_alone(sequence, sequence.prompt)
+
+    def _prefill_alone(self, sequence: Sequence, piece: list[int]) -> None:
+        try:
+            self._prefill_piece(sequence, piece)
+        except Exception as error:
+            self._drop_prefilling()
+            self._fail(sequence, error)
 
     def _prefill_piece(self, sequence: Sequence, piece: list[int]) -> None:
         wanted = sequence.request.prompt_logprobs
@@ -225,9 +267,13 @@ class BatchEngine:
         if sequence.prefilled < len(sequence.prompt):
             return
         self._prefilling = None
+        self._begin(sequence)
+        self._advance([sequence], logits[-1:])
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Its prompt is in the cache: from now on it decodes with the others."""
         self._rows.append(sequence)
         sequence.emit(Started(sequence.queue_seconds, tuple(sequence.prompt_logprobs)))
-        self._advance([sequence], logits[-1:])
 
     def _decode(self) -> None:
         """One token for every decoding row."""
@@ -308,8 +354,8 @@ class BatchEngine:
     def _start_afresh(self, error: Exception) -> None:
         """What no request is to blame for: those in the batch fail, those waiting and the engine go on."""
         _log.error("an engine step failed", exc_info=error)
-        left = [*self._rows, *([self._prefilling] if self._prefilling else [])]
-        self._rows, self._prefilling = [], None
+        left = [*self._rows, *([self._prefilling] if self._prefilling else []), *self._joining]
+        self._rows, self._prefilling, self._joining = [], None, []
         for row, sequence in enumerate(left):
             sequence.fail(TunesmithError("the engine failed; try again", code="generation_failed"))
             self._runner.cache.clear(row, self._runner.context)

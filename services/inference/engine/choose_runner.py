@@ -14,6 +14,7 @@ from shared.jobs import BasePrecision
 from shared.logs import get_logger
 from shared.tokens import Tokenizer
 
+_PACKED: tuple[PackedPrecision, ...] = ("fp16w", "bf16w", "int8w")
 _log = get_logger("engine")
 
 
@@ -42,10 +43,10 @@ def precision_to_load(wished: ServingPrecision, device: str, gpu_dtype: BasePrec
         TunesmithError: a precision for processors was asked for on a GPU.
     """
     if device == "cpu":
-        return "fp32" if wished in ("auto", "fp16w", "int8w", "int8") else wished  # type: ignore[return-value]
+        return "fp32" if wished in ("auto", "int8", *_PACKED) else wished  # type: ignore[return-value]
     if wished == "auto":
         return gpu_dtype
-    if wished in ("fp16w", "int8w"):
+    if wished in _PACKED:
         raise TunesmithError(f"precision {wished} is for processors; on a GPU use int8, bf16, fp16 or auto")
     return wished  # type: ignore[return-value]
 
@@ -77,10 +78,10 @@ def choose_runner(
     packed: PackedPrecision = "plain"
     if loaded_as != wished and loaded_as == "fp32":
         if wished == "auto":
-            measured = probe.measure(model, tokenizer.encode(probe.TEXT, add_special_tokens=True), ("fp16w", "int8w"))
+            measured = probe.measure(model, tokenizer.encode(probe.TEXT, add_special_tokens=True), _PACKED)
             packed = probe.fastest(measured)
         else:
-            packed = "fp16w" if wished == "fp16w" else "int8w"
+            packed = next((each for each in _PACKED if each == wished), "int8w")
     own = LlamaRunner(model, precision=packed, rows=rows, context=context, adapter_slots=adapter_slots)
     precision = loaded_as if packed == "plain" else packed
     _log.info("runner chosen", kind="llama", precision=precision, wished=wished)

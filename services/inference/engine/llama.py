@@ -5,6 +5,7 @@ token each. This one makes few calls per layer and none through modules; its num
 Owns positions, masks and the order of operations. Knows no requests, no sampling and no text.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from services.inference.engine.fused_lora import FusedLora, FusedStack, Part, add_delta
 from services.inference.engine.key_values import KeyValues
 from services.inference.engine.packed import Embedding, Linear, PackedPrecision, pack
+from services.inference.engine.runner import Piece
 
 FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Rotary embeddings whose angles do not depend on how long the sequence has become.
@@ -81,7 +83,7 @@ class LlamaRunner:
         self.rows = rows
         self.context = min(context, int(config.max_position_embeddings))
         self.vocabulary = int(config.vocab_size)
-        self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
+        self._heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._inner = config.intermediate_size
         self._embedding = Embedding(weight, precision)
@@ -99,7 +101,7 @@ class LlamaRunner:
         self.cache = KeyValues(
             layers=len(self._layers),
             rows=rows,
-            heads=self._groups,
+            heads=self.groups,
             capacity=self.context,
             head_dim=self._head_dim,
             dtype=self.dtype,
@@ -110,56 +112,42 @@ class LlamaRunner:
         self, row: int, ids: Sequence[int], start: int, slot: int, rank: int, *, all_logits: bool
     ) -> torch.Tensor:
         """See `ModelRunner.prefill`."""
-        positions = torch.arange(start, start + len(ids), device=self.device)
-        hidden = self._forward(row, 1, ids, positions, start + len(ids), [slot])
+        hidden = self._forward(_Pieces(self, [Piece(row, ids, start, slot, rank)]))
         return self._logits(hidden if all_logits else hidden[-1:])
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """See `ModelRunner.prefill_together`."""
+        batch = _Pieces(self, pieces)
+        return self._logits(self._forward(batch)[[span.stop - 1 for span in batch.spans]])
 
     def decode(
         self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], ranks: Sequence[int]
     ) -> torch.Tensor:
         """See `ModelRunner.decode`."""
-        where = torch.tensor(positions, device=self.device)
-        return self._logits(self._forward(first, len(ids), ids, where, max(positions) + 1, slots))
+        return self._logits(self._forward(_Rows(self, first, ids, positions, slots)))
 
-    def _forward(
-        self, first: int, rows: int, ids: Sequence[int], positions: torch.Tensor, length: int, slots: Sequence[int]
-    ) -> torch.Tensor:
-        """Hidden states [rows x new, hidden] of `new` tokens for each of the rows, which are row after row in `ids`."""
-        new, repeat = len(ids) // rows, self._heads // self._groups
-        cached = slice(first, first + rows)
-        row_index = torch.arange(first, first + rows, device=self.device).repeat_interleave(new)
-        cos, sin = self._cos[positions], self._sin[positions]
-        # [rows, 1, repeat x new, length]: the query heads of a group are further queries of one key head.
-        allowed = torch.arange(length, device=self.device) <= positions[:, None]
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, float("-inf"))
-        mask = mask.view(rows, 1, 1, new, length).expand(rows, 1, repeat, new, length).reshape(rows, 1, -1, length)
-        deltas = iter(self.lora.choose(slots))
-        x = self._embedding(torch.tensor(ids, device=self.device))
+    def _forward(self, batch: "_Rows | _Pieces") -> torch.Tensor:
+        """Hidden states [tokens, hidden] of the batch's tokens, their keys and values put into the cache."""
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        product = itertools.count()
+        x = self._embedding(batch.ids)
         for layer, store in zip(self._layers, self.cache.layers, strict=True):
             h = layer.attention_norm(x)
-            qkv = add_delta(layer.qkv(h), h, next(deltas)).view(len(ids), -1, self._head_dim)
-            queries_keys = qkv[:, : self._heads + self._groups]
+            qkv = batch.add_lora(next(product), layer.qkv(h), h).view(len(h), -1, self._head_dim)
+            queries_keys = qkv[:, : self._heads + self.groups]
             if layer.query_norm and layer.key_norm:
                 queries_keys[:, : self._heads] = layer.query_norm(queries_keys[:, : self._heads])
                 queries_keys[:, self._heads :] = layer.key_norm(queries_keys[:, self._heads :])
             turned = queries_keys.roll(self._head_dim // 2, -1)
             queries_keys.mul_(cos).addcmul_(turned, sin)
-            # Indices on both sides of a slice put the heads last: [rows x new, 2 x groups, head_dim].
-            store[row_index, :, positions] = qkv[:, self._heads :]
-            queries = qkv[:, : self._heads].view(rows, new, self._groups, repeat, self._head_dim)
-            attended = F.scaled_dot_product_attention(
-                queries.permute(0, 2, 3, 1, 4).reshape(rows, self._groups, repeat * new, self._head_dim),
-                store[cached, : self._groups, :length],
-                store[cached, self._groups :, :length],
-                attn_mask=mask,
-            )
-            attended = attended.view(rows, self._groups, repeat, new, self._head_dim).permute(0, 3, 1, 2, 4)
-            attended = attended.reshape(len(ids), -1)
-            x = x + add_delta(layer.out(attended), attended, next(deltas))
+            # Indices on both sides of a slice put the heads last: [tokens, 2 x groups, head_dim].
+            store[batch.rows, :, batch.positions] = qkv[:, self._heads :]
+            attended = batch.attend(qkv[:, : self._heads].view(len(h), self.groups, -1, self._head_dim), store)
+            x = x + batch.add_lora(next(product), layer.out(attended), attended)
             h = layer.mlp_norm(x)
-            gate_up = add_delta(layer.gate_up(h), h, next(deltas))
+            gate_up = batch.add_lora(next(product), layer.gate_up(h), h)
             h = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
-            x = x + add_delta(layer.down(h), h, next(deltas))
+            x = x + batch.add_lora(next(product), layer.down(h), h)
         return x
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -172,6 +160,74 @@ class LlamaRunner:
         signs = torch.ones(self._head_dim, device=self.device)
         signs[: self._head_dim // 2] = -1
         return cos[0][:, None].contiguous(), (sin[0] * signs.to(sin.dtype))[:, None].contiguous()
+
+
+class _Rows:
+    """One token for each of neighbouring rows, every row at its own position and with its own adapter."""
+
+    def __init__(
+        self, runner: LlamaRunner, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int]
+    ) -> None:
+        self.ids = torch.tensor(ids, device=runner.device)
+        self.positions = torch.tensor(positions, device=runner.device)
+        self.rows = torch.arange(first, first + len(ids), device=runner.device)
+        self._cached, self._length = slice(first, first + len(ids)), max(positions) + 1
+        self._mask = _mask(self.positions, self._length, runner.dtype)[:, None, None]
+        self._deltas = runner.lora.choose(slots)
+
+    def add_lora(self, product: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the rows' adapters add to fused product number `product`."""
+        return add_delta(y, x, self._deltas[product])
+
+    def attend(self, queries: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
+        """[rows, groups, queries per group, head_dim] → [rows, hidden]: a group's queries read one key head."""
+        keys, values = store[self._cached, :, : self._length].chunk(2, dim=1)
+        mask = self._mask.expand(-1, 1, queries.shape[2], -1)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(len(queries), -1)
+
+
+class _Pieces:
+    """Pieces of prompts, one behind the other: products over all of them at once, attention and LoRA piece by piece."""
+
+    def __init__(self, runner: LlamaRunner, pieces: Sequence[Piece]) -> None:
+        lengths = [len(piece.ids) for piece in pieces]
+        ends = list(itertools.accumulate(lengths))
+        self.spans = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        device = runner.device
+        self.ids = torch.tensor([token for piece in pieces for token in piece.ids], device=device)
+        self.positions = torch.cat([torch.arange(p.start, p.start + len(p.ids), device=device) for p in pieces])
+        self.rows = torch.tensor([piece.row for piece in pieces for _ in piece.ids], device=device)
+        self._pieces = pieces
+        self._masks = [
+            _mask(self.positions[span], piece.start + len(piece.ids), runner.dtype)
+            for piece, span in zip(pieces, self.spans, strict=True)
+        ]
+        self._deltas = [runner.lora.choose([piece.slot]) for piece in pieces]
+
+    def add_lora(self, product: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the pieces' adapters add to fused product number `product`."""
+        for span, deltas in zip(self.spans, self._deltas, strict=True):
+            if deltas[product] is not None:
+                add_delta(y[span], x[span], deltas[product])
+        return y
+
+    def attend(self, queries: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
+        """[tokens, groups, queries per group, head_dim] → [tokens, hidden]."""
+        attended = torch.empty_like(queries)
+        for piece, span, mask in zip(self._pieces, self.spans, self._masks, strict=True):
+            new, groups, repeat, head_dim = queries[span].shape
+            keys, values = store[piece.row, :, : mask.shape[1]].chunk(2, dim=0)
+            # A group's queries of all tokens read one key head: [groups, repeat x new, head_dim].
+            asked = queries[span].permute(1, 2, 0, 3).reshape(1, groups, repeat * new, head_dim)
+            said = F.scaled_dot_product_attention(asked, keys[None], values[None], attn_mask=mask.repeat(repeat, 1))
+            attended[span] = said.view(groups, repeat, new, head_dim).permute(2, 0, 1, 3)
+        return attended.reshape(len(queries), -1)
+
+
+def _mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """[tokens, length] to add to scores: 0 where a token at its position may look, -inf behind it."""
+    hidden = torch.arange(length, device=positions.device) > positions[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
 
 
 def _norm(module: Any) -> _Norm:

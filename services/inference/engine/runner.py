@@ -5,11 +5,23 @@ Two stand behind it: `llama` (plain tensors, fused and packed, for decoders of t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from services.inference.engine.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Prompt tokens to put into a row from position `start`, with the adapter in `slot`, whose rank is `rank`."""
+
+    row: int
+    ids: Sequence[int]
+    start: int
+    slot: int
+    rank: int
 
 
 class RowCache(Protocol):
@@ -76,6 +88,14 @@ class ModelRunner(Protocol):
 
         Returns:
             Logits, fp32: [len(ids), vocabulary] if `all_logits`, else [1, vocabulary] of the last token.
+        """
+        ...
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Put pieces of several prompts into as many rows.
+
+        Returns:
+            Logits of each piece's last token, fp32 [pieces, vocabulary].
         """
         ...
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from services.inference.engine.cache import SlotCache
 from services.inference.engine.lora import LoraStack
+from services.inference.engine.runner import Piece
 from shared.errors import TunesmithError
 
 # Decoders whose every layer attends to all earlier tokens; others would need more than a mask.
@@ -66,6 +67,10 @@ class TransformersRunner:
         self.lora.selection.set([slot], [rank], self.device)
         self.cache.window.set(row, positions, end)
         return self._forward(torch.tensor([ids], device=self.device), positions, end, 0 if all_logits else 1)[0]
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """See `ModelRunner.prefill_together`; one after another here."""
+        return torch.cat([self.prefill(p.row, p.ids, p.start, p.slot, p.rank, all_logits=False) for p in pieces])
 
     def decode(
         self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], ranks: Sequence[int]

@@ -36,7 +36,7 @@ async def texts(serving: Serving, names: list[str | None]) -> list[str]:
         ("int8", {"int8w"}, "float32"),
         ("bf16", {"bf16"}, "bfloat16"),
         ("nf4", {"nf4"}, "float32"),
-        ("auto", {"fp32", "fp16w", "int8w"}, "float32"),
+        ("auto", {"fp32", "fp16w", "bf16w", "int8w"}, "float32"),
     ],
 )
 def test_each_precision_serves_base_and_adapters(

@@ -149,7 +149,7 @@ def test_eos_ends_and_can_be_ignored(engine: MakeEngine, monkeypatch: pytest.Mon
     under_test = engine()
     prompt = under_test.prompt(PROMPTS[0])
     eos = under_test.tokenizer.eos_id
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "prefill_together", "decode"):
         forward = getattr(under_test.runner, name)
 
         def always_eos(*args: Any, forward: Callable[..., torch.Tensor] = forward, **options: Any) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_logits_are_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("precision", PACKED)
 def test_packed_weights_compute_nearly_the_same(precision: PackedPrecision) -> None:
-    """fp16 keeps 11 bits of a weight, int8 7 and a bf16 activation 8; what differs more is a mistake, not rounding."""
+    """fp16 keeps 11 bits of a weight, int8 7, bf16 8; what differs more is a mistake, not rounding."""
     model = model_of("qwen2")
     ids = torch.randint(0, 300, (30,)).tolist()
     with torch.inference_mode():
@@ -80,7 +80,7 @@ def test_packed_weights_compute_nearly_the_same(precision: PackedPrecision) -> N
         runner = LlamaRunner(model, precision=precision, rows=1, context=64, adapter_slots=1)
         logits = runner.prefill(0, ids, 0, 0, 0, all_logits=True)
     difference = float((logits - expected).norm() / expected.norm())
-    assert difference < {"plain": 1e-5, "fp16w": 2e-3, "int8w": 5e-2}[precision]
+    assert difference < {"plain": 1e-5, "fp16w": 2e-3, "bf16w": 3e-2, "int8w": 5e-2}[precision]
 
 
 @pytest.mark.parametrize(
