@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError
 
-from services.gateway import files, generate, job_series, jobs, models, operations
+from services.gateway import estimates, file_preview, files, generate, job_series, jobs, models, operations
 from services.gateway.metrics import Metrics
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
@@ -40,7 +40,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     # The last one added sees a request first.
     app.add_middleware(CloseUnread)
     app.add_middleware(RequestContext, observe=metrics.answered)
-    for part in (files.uploads, files.router, jobs.router, job_series.router, models.router, generate.router):
+    parts = (files.uploads, files.router, file_preview.router, jobs.router, job_series.router, estimates.router)
+    for part in (*parts, models.router, generate.router):
         app.include_router(part)
     app.include_router(operations.health)
     app.include_router(operations.router)

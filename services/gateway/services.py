@@ -19,6 +19,7 @@ from services.gateway.replicas import Replicas
 from services.gateway.ringer import Ringer
 from services.gateway.settings import GatewaySettings
 from services.gateway.sweeper import Sweeper
+from services.gateway.tokenised import Tokenizers
 from shared.artifacts import ArtifactStore, LocalArtifactStore
 from shared.catalogue import Catalogue, load_catalogue
 from shared.database import Database, check_schema
@@ -41,6 +42,7 @@ class Services:
     files: FileStore
     jobs: JobStore
     resolver: JobResolver
+    tokenizers: Tokenizers
     leases: Leases
     doorbell: Doorbell
     ringer: Ringer
@@ -78,6 +80,7 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             files=FileStore(database, artifacts),
             jobs=JobStore(database),
             resolver=JobResolver(catalogue, PreparedBases(artifacts)),
+            tokenizers=Tokenizers(artifacts),
             leases=leases,
             doorbell=doorbell,
             ringer=Ringer(doorbell),
