@@ -1,8 +1,11 @@
-"""The bound on what waits: requests and prompt tokens. A full queue answers at once instead of growing."""
+"""What is let in: sequences that fit the context, and only so many requests and prompt tokens at once.
+
+A full queue answers at once instead of growing.
+"""
 
 import threading
 
-from shared.errors import Overloaded
+from shared.errors import InvalidRequest, Overloaded
 
 
 class Place:
@@ -69,3 +72,18 @@ class Admission:
         with self._lock:
             self.requests -= 1
             self.tokens -= tokens
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> None:
+    """Raise InvalidRequest, naming the field, if such a sequence does not fit the context."""
+    if prompt_tokens == 0:
+        raise InvalidRequest("the prompt has no tokens", param="inputs")
+    if prompt_tokens >= context:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens; with at least one new token at most {context} fit", param="inputs"
+        )
+    if prompt_tokens + max_new_tokens > context:
+        raise InvalidRequest(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}",
+            param="max_new_tokens",
+        )

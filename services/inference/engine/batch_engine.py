@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 import torch
 
-from services.inference.engine.admission import Admission, Place
+from services.inference.engine.admission import Admission, Place, check_length
 from services.inference.engine.interface import Cancelled, GenerationRequest, Sink, Started, Stats
 from services.inference.engine.lora import LoraWeights
 from services.inference.engine.runner import ModelRunner, Piece
@@ -67,7 +67,7 @@ class BatchEngine:
 
     def submit(self, request: GenerationRequest, sink: Sink, place: Place | None = None) -> Sequence:
         """See `Engine.submit`. `place` is one in this engine's `Admission`, if the caller has taken it already."""
-        self.check_length(len(request.prompt), request.max_new_tokens)
+        check_length(len(request.prompt), request.max_new_tokens, self.context)
         if not all(0 <= token < self._runner.vocabulary for token in request.prompt):
             raise InvalidRequest("a token id is outside the vocabulary", param="inputs")
         if place is None:
@@ -82,21 +82,6 @@ class BatchEngine:
             self._waiting.append(sequence)
             self._condition.notify()
         return sequence
-
-    def check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Raise InvalidRequest, naming the field, if such a sequence does not fit the context."""
-        if prompt_tokens == 0:
-            raise InvalidRequest("the prompt has no tokens", param="inputs")
-        if prompt_tokens >= self.context:
-            raise InvalidRequest(
-                f"the prompt has {prompt_tokens} tokens; with at least one new token at most {self.context} fit",
-                param="inputs",
-            )
-        if prompt_tokens + max_new_tokens > self.context:
-            raise InvalidRequest(
-                f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {self.context}",
-                param="max_new_tokens",
-            )
 
     def cancel(self, handle: Sequence) -> None:
         handle.cancelled = True

@@ -1,6 +1,7 @@
 """The engine against PEFT: what a row says never depends on who else is served."""
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -248,6 +249,40 @@ def test_one_broken_row_fails_alone(
     for each in good:
         assert isinstance(each.last, Finished)
         assert each.ids == tiny.oracle.ids(adapters[0], prompt, 30)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_prompts_go_in_together_and_alone_if_that_fails(
+    engine: MakeEngine, tiny: Tiny, adapters: list[str], monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    under_test = engine(rows=6, chunk=200)
+    under_test.load(adapters[0])
+    under_test.load(adapters[2])
+    sizes: list[int] = []
+    together = under_test.runner.prefill_together
+
+    def count(pieces: Any) -> torch.Tensor:
+        sizes.append(len(pieces))
+        logits = together(pieces)
+        if broken:
+            raise RuntimeError("a kernel failed when everything was written")
+        return logits
+
+    monkeypatch.setattr(under_test.runner, "prefill_together", count)
+    held = threading.Event()
+
+    def wait() -> None:
+        held.wait(30)
+
+    hold = under_test.engine._between_steps(wait)
+    work = [(adapter, under_test.prompt(text)) for text in PROMPTS for adapter in (None, adapters[0], adapters[2])]
+    heard = [under_test.submit(prompt, adapter=adapter, max_new_tokens=9) for adapter, prompt in work]
+    held.set()
+    hold.result(30)
+    for (served, prompt), each in zip(work, heard, strict=True):
+        assert isinstance(each.last, Finished)
+        assert each.ids == tiny.oracle.ids(served, prompt, 9)
+    assert max(sizes) > 1
 
 
 def test_a_step_that_fails_outside_of_any_request_does_not_end_the_engine(
