@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError, Unauthenticated
@@ -87,11 +88,22 @@ def install_error_handlers(app: FastAPI) -> None:
             detail = error.detail if error.status_code == 400 else phrase
             problem = InvalidRequest(detail, code=phrase.replace(" ", "_"))
         body = error_body(problem, request.scope["path"])
-        return JSONResponse(body, error.status_code, error.headers)
+        # Starlette names the methods of one route only; a path may have several.
+        headers = {"allow": ", ".join(_methods(request))} if error.status_code == 405 else error.headers
+        return JSONResponse(body, error.status_code, headers)
 
     app.add_exception_handler(TunesmithError, on_tunesmith)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
+
+
+def _methods(request: Request) -> list[str]:
+    scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 class RequestContext:

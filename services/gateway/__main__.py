@@ -6,6 +6,7 @@ import uvicorn
 
 from services.gateway.app import create_app
 from services.gateway.settings import GatewaySettings
+from services.gateway.slow_clients import PatientProtocol
 from shared.catalogue import load_catalogue
 from shared.database import check_schema
 from shared.errors import TunesmithError
@@ -29,6 +30,7 @@ def main() -> None:
         port=settings.port,
         log_config=None,
         server_header=False,
+        http=PatientProtocol,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

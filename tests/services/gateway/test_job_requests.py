@@ -95,6 +95,9 @@ def test_methods_and_paths_that_are_none(gateway: Gateway) -> None:
         assert answer.status_code == status
         assert "error" in answer.json()
         assert answer.headers["x-request-id"]
+    # Every method of the path, not only the first route's.
+    for path, methods in ((PATH, "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/models/a/b", "DELETE, GET")):
+        assert gateway.http.patch(path).headers["allow"] == methods
 
 
 @pytest.mark.parametrize("job", ["ftjob-0", "..%2f..", "a%00b", "%ff", "x" * 3000, "ftjob-'; DROP TABLE jobs"])
