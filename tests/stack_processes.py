@@ -60,10 +60,14 @@ class Running:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.restart()
+        self._start()
 
     def restart(self) -> None:
-        """Start it, again after it has ended."""
+        """End it if it still runs, and start it again."""
+        self.end()
+        self._start()
+
+    def _start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv,
