@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from services.gateway.settings import GatewaySettings
 from services.gateway.uploads import DatasetUpload, safe_filename
 from shared.artifacts import sha256_of
+from shared.database import migrate
 from shared.errors import InvalidRequest, PayloadTooLarge
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, eventually, running_gateway
+from tests.stack_processes import Processes, answers, clean_environment, free_port, wait_until
 
 DATA = as_jsonl(ROWS)
 Settings = Callable[..., GatewaySettings]
@@ -268,10 +271,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(gateway: Gateway, monkeypatch: p
     assert gateway.upload(DATA).is_success
 
 
-def test_a_large_upload_streams_through(settings: Settings) -> None:
-    """200 MB in, and the process does not grow with them."""
-    row = json.dumps({"instruction": "What?", "output": "x" * 60_000}).encode() + b"\n"
-    count = 200_000_000 // len(row)
+def test_a_large_upload_streams_through(tmp_path: Path, redis_server: str) -> None:
+    """1 GB in, through a real process, which does not grow with it."""
+    row = json.dumps({"instruction": "What?", "output": "x" * 250_000}).encode() + b"\n"
+    count = (1 << 30) // len(row)
 
     def body() -> Iterator[bytes]:
         yield PURPOSE
@@ -280,24 +283,39 @@ def test_a_large_upload_streams_through(settings: Settings) -> None:
             yield row
         yield b"\r\n--x--\r\n"
 
-    process = psutil.Process()
-    with running_gateway(settings()) as gateway:
-        gateway.upload(DATA)
-        before, most = process.memory_info().rss, 0
-        done = threading.Event()
+    settings = GatewaySettings.model_validate({"home": tmp_path, "redis_url": redis_server})
+    migrate(settings.sql_url)
+    port = free_port()
+    environment = clean_environment() | {
+        "TUNESMITH_HOME": str(tmp_path),
+        "TUNESMITH_REDIS_URL": redis_server,
+        "TUNESMITH_PORT": str(port),
+    }
+    with Processes(tmp_path) as processes:
+        started = processes.start("gateway", [sys.executable, "-m", "services.gateway"], environment)
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(f"{url}/health/ready"), "the gateway", tell=processes.tails)
+        headers = FORM | {"authorization": f"Bearer {settings.key_path.read_text().strip()}"}
+        with httpx.Client(base_url=url, headers=headers, timeout=120, trust_env=False) as http:
+            small = http.post("/v1/files", content=form(PURPOSE, FILE))
+            assert small.is_success, small.text
+            process = psutil.Process(started.pid)
+            before, most = process.memory_info().rss, 0
+            done = threading.Event()
 
-        def watch() -> None:
-            nonlocal most
-            while not done.wait(0.02):
-                most = max(most, process.memory_info().rss)
+            def watch() -> None:
+                nonlocal most
+                while not done.wait(0.02):
+                    most = max(most, process.memory_info().rss)
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        answer = gateway.http.post("/v1/files", content=body(), headers=FORM, timeout=120)
-        done.set()
-        watcher.join()
-        assert answer.json()["bytes"] == count * len(row)
-        assert most - before < 64 << 20
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            answer = http.post("/v1/files", content=body())
+            done.set()
+            watcher.join()
+            assert answer.json()["bytes"] == count * len(row) > 1_000_000_000
+            assert most - before < 64 << 20
+            assert http.delete(f"/v1/files/{answer.json()['id']}").is_success
 
 
 @examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
