@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
 from services.inference.connection import ClientGone
@@ -19,6 +20,7 @@ from services.inference.operations import health_router, operations_router
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from services.inference.tgi_routes import tgi_router
+from shared.error_bodies import OPENAI_ERRORS, TGI_ERRORS
 from shared.web import RequestContext, install_error_handlers
 
 VERSION = "0.1.0"
@@ -54,10 +56,15 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
     )
     app.state.metrics = metrics
     route_class = guarded(settings.internal_token.get_secret_value(), settings.body_bytes)
-    app.include_router(health_router())
-    app.include_router(tgi_router(route_class))
-    app.include_router(openai_router(route_class))
-    app.include_router(operations_router(route_class, settings, VERSION))
+    app.include_router(health_router(), responses=TGI_ERRORS)
+    # It only documents: the route class has refused whoever has no token before this is asked.
+    token = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="TUNESMITH_INTERNAL_TOKEN"))
+    for router, errors in (
+        (tgi_router(route_class), TGI_ERRORS),
+        (openai_router(route_class), OPENAI_ERRORS),
+        (operations_router(route_class, settings, VERSION), TGI_ERRORS),
+    ):
+        app.include_router(router, responses=errors, dependencies=[token])
     install_error_handlers(app)
     app.add_exception_handler(ClientGone, _nobody_listens)
     return app
