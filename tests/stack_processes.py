@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-import psutil
 import psycopg
 import pytest
 from redis import Redis
@@ -86,23 +85,10 @@ class Running:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def child(self) -> psutil.Process:
-        """Its only child: of a Celery worker, the one that trains."""
-        (child,) = psutil.Process(self.pid).children()
-        return child
-
-    def send(self, signum: int) -> None:
-        self.process.send_signal(signum)
-
     def kill(self) -> None:
         """SIGKILL to the leader alone, as the system's memory killer does, and wait for its end."""
         self.process.kill()
         self.process.wait(PATIENCE_SECONDS)
-
-    def terminate(self) -> int:
-        """SIGTERM, and wait for its end. Returns the exit status."""
-        self.process.terminate()
-        return self.process.wait(PATIENCE_SECONDS)
 
     def end(self) -> None:
         """Stop the whole group whatever it is doing."""
