@@ -141,7 +141,7 @@ class JobSpec(Frozen):
     """What a worker is to do, complete: nothing is looked up elsewhere but the base and the files named here.
 
     `training_file` and `validation_file` are file ids; `training_sha256` is the uploaded file's hash, so that a resumed
-    job can tell that it trains on the same rows.
+    job can tell that it trains on the same rows. `initial_adapter` is the id of the adapter to continue from.
     """
 
     base: str
@@ -157,6 +157,7 @@ class JobSpec(Frozen):
     lora: LoraSpec = LoraSpec()
     base_precision: BasePrecision = "int8"
     compute_dtype: ComputeDtype = "auto"
+    initial_adapter: str | None = None
 
 
 class Preset(Frozen):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from services.gateway.auth import AuthenticatedRoute
+from services.gateway.continuation import resolve
 from services.gateway.dependencies import Project, Using
 from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
 from services.gateway.job_request import JobRequest
@@ -76,7 +77,7 @@ class Rate:
 @router.post("/v1/fine_tuning/estimates")
 def estimate_fine_tuning_job(services: Using, project: Project, body: JobRequest) -> EstimateJson:
     """Steps, supervised tokens, minutes and memory of a job with this body."""
-    resolved = services.resolver.resolve(body, lambda file_id: services.files.get(project, file_id))
+    resolved = resolve(services, project, body)
     spec, tokenizer = resolved.spec, services.tokenizers.get(resolved.spec.base)
 
     def amount(file_id: str) -> Amount:

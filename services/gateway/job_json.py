@@ -68,6 +68,7 @@ class JobJson(BaseModel):
     lora: LoraSpec
     base_precision: BasePrecision
     compute_dtype: ComputeDtype
+    initial_adapter: Annotated[str | None, Field(description="id of the adapter the job continues")]
     suffix: str | None
     started_at: int | None
     attempt: Annotated[int, Field(description="how many times a worker has begun or continued the job")]
@@ -162,6 +163,7 @@ def job_json(job: Job) -> JobJson:
         lora=spec.lora,
         base_precision=spec.base_precision,
         compute_dtype=spec.compute_dtype,
+        initial_adapter=spec.initial_adapter,
         suffix=spec.suffix,
         started_at=job.started_at,
         attempt=job.attempt,

@@ -27,6 +27,20 @@ class Resolved:
     warnings: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter that a job continues: its id, its base and the shape it keeps."""
+
+    adapter: str
+    base: str
+    lora: LoraSpec
+
+
+def no_parent(model: str) -> Parent | None:
+    """For a resolver that knows bases only."""
+    return None
+
+
 class JobResolver:
     """Resolves requests against one catalogue.
 
@@ -38,16 +52,23 @@ class JobResolver:
         self._catalogue = catalogue
         self._facts = facts
 
-    def resolve(self, request: JobRequest, file: Callable[[str], StoredFile]) -> Resolved:
+    def resolve(
+        self,
+        request: JobRequest,
+        file: Callable[[str], StoredFile],
+        parent_of: Callable[[str], Parent | None] = no_parent,
+    ) -> Resolved:
         """The specification of the job that is asked for.
 
         Args:
             file: the caller's file of an id; raises NotFound.
+            parent_of: the adapter that a model's name stands for; None if it is no adapter's.
 
         Raises:
             InvalidRequest: the field at fault is named.
         """
-        base = self._catalogue.get_for_job(request.model)
+        parent = parent_of(request.model)
+        base = self._catalogue.get_for_job(parent.base if parent else request.model)
         if request.base_precision not in base.precisions:
             raise InvalidRequest(
                 f"{base.id} can be trained in {', '.join(base.precisions)}, not in {request.base_precision}",
@@ -56,7 +77,7 @@ class JobResolver:
         training = _file(file, request.training_file, "training_file")
         validation = _file(file, request.validation_file, "validation_file") if request.validation_file else None
         preset = PRESETS[request.preset]
-        lora = _lora(request, preset, base)
+        lora = _lora(request, preset, base, parent)
         hyperparameters = _hyperparameters(request, preset)
         _check_validation(hyperparameters, validation)
         self._check_fit(base, lora, hyperparameters, training, validation)
@@ -74,6 +95,7 @@ class JobResolver:
             lora=lora,
             base_precision=request.base_precision,
             compute_dtype=request.compute_dtype,
+            initial_adapter=parent.adapter if parent else None,
         )
         return Resolved(spec, _warnings(spec, training, validation))
 
@@ -129,7 +151,11 @@ def _file(file: Callable[[str], StoredFile], file_id: str, param: str) -> Stored
         raise InvalidRequest(error.message, param=param, code="file_not_found") from None
 
 
-def _lora(request: JobRequest, preset: Preset, base: Base) -> LoraSpec:
+def _lora(request: JobRequest, preset: Preset, base: Base, parent: Parent | None) -> LoraSpec:
+    if parent:
+        if request.lora:
+            raise InvalidRequest("an adapter is continued in its own shape; leave lora out", param="lora")
+        return parent.lora
     asked: dict[str, Any] = request.lora.model_dump(exclude_none=True) if request.lora else {}
     targets = base.target_modules if request.preset == "reference" else preset.lora.target_modules
     effective = preset.lora.model_dump() | {"target_modules": targets} | asked

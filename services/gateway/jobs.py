@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from services.gateway.answers import Answer, Answered
 from services.gateway.auth import AuthenticatedRoute
+from services.gateway.continuation import resolve
 from services.gateway.dependencies import CURSOR, After, Attempts, JobId, Project, Using
 from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, answered
 from services.gateway.event_stream import EventStream
@@ -42,7 +43,7 @@ def create_fine_tuning_job(services: Using, project: Project, attempts: Attempts
     given = services.answers.find(attempt)
     if given is not None:
         return answered(given, again=True)
-    resolved = services.resolver.resolve(body, lambda file_id: services.files.get(project, file_id))
+    resolved = resolve(services, project, body)
     used = [file for file in (resolved.spec.training_file, resolved.spec.validation_file) if file]
 
     def guard(connection: Connection) -> None:

@@ -58,6 +58,7 @@ class RunContext:
             "seed": spec.seed,
             "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
             "lora": spec.lora.model_dump(mode="json"),
+            "initial adapter": spec.initial_adapter,
             "base weights": self.base.loaded.sha256,
             "base precision": spec.base_precision,
             "compute dtype": str(self.precision.dtype),

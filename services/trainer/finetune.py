@@ -25,6 +25,7 @@ from services.trainer.context import Clock, RunContext
 from services.trainer.dataset import prepare_data
 from services.trainer.evaluate import evaluation_loss
 from services.trainer.forward import training_forward
+from services.trainer.initial import start_from
 from services.trainer.layout import plan_layout
 from services.trainer.lora import lora_attached, parameter_counts, trainable
 from services.trainer.metrics import History, matmul_parameters, reset_peak_memory
@@ -124,6 +125,8 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
         with lora_attached(loaded.model, spec.lora, spec.seed) as model:
             counts = parameter_counts(model)
             tell_about_adapter(run.session, counts)
+            if spec.initial_adapter:
+                start_from(model, spec.initial_adapter, run.base, run.store)
             state = begin(run, model, candidates)
             try:
                 train(run, model, state)
