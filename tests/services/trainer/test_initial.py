@@ -1,5 +1,7 @@
 """Continuing from an adapter: it starts where that one ended, and refuses what does not fit."""
 
+from typing import Any
+
 import pytest
 
 from services.trainer.run import Stopped
@@ -29,7 +31,7 @@ def test_it_starts_where_the_first_job_ended_and_resumes_exactly(tiny: TinyJob) 
 
 def test_what_does_not_fit_is_refused(tiny: TinyJob) -> None:
     first = tiny.finish(tiny.spec())
-    start = {"initial_adapter": first.adapter_id}
+    start: dict[str, Any] = {"initial_adapter": first.adapter_id}
     with pytest.raises(JobFailed, match="another LoRA shape"):
         tiny.run(tiny.spec(lora=LoraSpec(r=4), **start), job="ftjob-two")
     store: LocalArtifactStore = tiny.store
