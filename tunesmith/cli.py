@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from tunesmith.commands import files, jobs, models, stack, talk
+from tunesmith.commands import before, files, jobs, models, stack, talk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(stack.up, stack.down, stack.status),
-    *(files.upload, jobs.train, jobs.wait, talk.generate, talk.chat),
+    *(files.upload, before.preview, before.estimate, jobs.train, jobs.wait, talk.generate, talk.chat),
 )
 for command in COMMANDS:
     app.command()(command)

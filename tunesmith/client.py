@@ -100,6 +100,14 @@ class Client:
     def delete_file(self, file_id: str) -> Json:
         return self._json("DELETE", "/v1/files/" + quote(file_id, safe=""))
 
+    def preview(self, file_id: str, **query: str | int) -> Json:
+        """Rows as a model will be given them; `query` holds at least `model`."""
+        return self._json("GET", f"/v1/files/{quote(file_id, safe='')}/preview", params=query)
+
+    def estimate(self, body: Json) -> Json:
+        """What a job with this body would take; none is created."""
+        return self._json("POST", "/v1/fine_tuning/estimates", json=body)
+
     def create_job(self, body: Json) -> Json:
         return self._json("POST", "/v1/fine_tuning/jobs", json=body)
 

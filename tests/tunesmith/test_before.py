@@ -1,0 +1,49 @@
+"""What `preview` and `estimate` print, against a fake gateway."""
+
+import json
+from typing import Any
+
+from tests.tunesmith.fake_gateway import FakeGateway
+from tests.tunesmith.test_cli import run
+
+PREVIEW = {
+    "object": "list",
+    "model": "tiny",
+    "data": [
+        {
+            "row": 1,
+            "template": "instruction-v1",
+            "tokens": 9,
+            "supervised_tokens": 3,
+            "dropped": False,
+            "pieces": [
+                {"text": "### Instruction:\nHi\x1b[31m\n", "supervised": False},
+                {"text": "Hello<eos>", "supervised": True},
+            ],
+        },
+        {"row": 2, "template": "instruction-v1", "tokens": 0, "supervised_tokens": 0, "dropped": True, "pieces": []},
+    ],
+}
+
+
+def test_preview_marks_what_is_learnt_and_obeys_no_foreign_escape() -> None:
+    with FakeGateway({"GET /v1/files/file-1/preview": (200, PREVIEW)}) as gateway:
+        code, out, err = run(gateway, "preview", "file-1", "--model", "tiny")
+        assert (code, out) == (0, "### Instruction:\nHi [31m\n»Hello<eos>«\n\n")
+        assert err == "row 1: 9 tokens, 3 learnt\nrow 2: 0 tokens, dropped: nothing is left to learn\n"
+        code, out, _ = run(gateway, "preview", "file-1", "--model", "tiny", "--json")
+        assert (code, json.loads(out)) == (0, PREVIEW)
+
+
+def test_estimate_says_what_is_known() -> None:
+    known: dict[str, Any] = {"total_steps": 12, "tokens": 900, "supervised_tokens": 600}
+    known |= {"minutes": 1.25, "peak_memory_mb": 1700.4}
+    answers = [known, known | {"minutes": None, "peak_memory_mb": None}]
+    with FakeGateway({}) as gateway:
+        gateway.answers["POST /v1/fine_tuning/estimates"] = lambda _body: (200, answers.pop(0))
+        code, out, _ = run(gateway, "estimate", "file-1", "--epochs", "2", "--precision", "fp32")
+        assert code == 0
+        assert out == "12 steps, 900 tokens, 600 of them learnt\nabout 1.2 minutes, 1700 MB at the peak\n"
+        assert gateway.bodies[-1][1]["hyperparameters"] == {"n_epochs": 2}
+        assert gateway.bodies[-1][1]["base_precision"] == "fp32"
+        assert "not calibrated" in run(gateway, "estimate", "file-1")[1]

@@ -1,0 +1,67 @@
+"""`preview` and `estimate`: what a job would learn and take, before it is started."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.commands import files
+from tunesmith.commands.options import DEFAULT_BASE, AsJson
+
+Dataset = Annotated[str, typer.Argument(metavar="FILE", help="A dataset to upload, or the id of one (file-…).")]
+Model = Annotated[str, typer.Option(help="Base model.")]
+_LEARNT, _PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def preview(
+    file: Dataset,
+    model: Model = DEFAULT_BASE,
+    rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows.")] = 3,
+    max_length: Annotated[int, typer.Option(min=8)] = 512,
+    json: AsJson = False,
+) -> None:
+    """Show rows as the model will be given them; what is learnt is green, or between »« where there is no colour."""
+    from tunesmith.output import say, session, show_json
+
+    with session(timeout=600) as client:
+        answer = client.preview(files.file_id(client, file), model=model, limit=rows, max_length=max_length)
+    if json:
+        show_json(answer)
+        return
+    for row in answer["data"]:
+        left = "dropped: nothing is left to learn" if row["dropped"] else f"{row['supervised_tokens']} learnt"
+        say(f"row {row['row']}: {row['tokens']} tokens, {left}")
+        print("".join(map(_marked, row["pieces"])))
+
+
+def _marked(piece: dict[str, Any]) -> str:
+    # Lines are kept; anything else a terminal would obey is not.
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in piece["text"])
+    if not piece["supervised"]:
+        return text
+    return f"{_LEARNT}{text}{_PLAIN}" if sys.stdout.isatty() else f"»{text}«"
+
+
+def estimate(
+    file: Dataset,
+    model: Model = DEFAULT_BASE,
+    epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
+    precision: Annotated[str, typer.Option(help="How the base is held: int8, nf4, bf16, fp16, fp32.")] = "int8",
+    preset: Annotated[str, typer.Option(help="reference or recommended.")] = "reference",
+    json: AsJson = False,
+) -> None:
+    """Say what a job would take: steps, tokens, and, once a job of its kind has finished here, minutes and memory."""
+    from tunesmith.output import session, show_json
+
+    with session(timeout=600) as client:
+        body: dict[str, Any] = {"model": model, "training_file": files.file_id(client, file)}
+        body |= {"base_precision": precision, "preset": preset}
+        answer = client.estimate(body | ({"hyperparameters": {"n_epochs": epochs}} if epochs else {}))
+    if json:
+        show_json(answer)
+        return
+    print(f"{answer['total_steps']} steps, {answer['tokens']} tokens, {answer['supervised_tokens']} of them learnt")
+    if answer["minutes"] is None:
+        print("time and memory: not calibrated, no job of this base and precision has finished here yet")
+    else:
+        print(f"about {answer['minutes']:.1f} minutes, {answer['peak_memory_mb']:.0f} MB at the peak")
