@@ -12,10 +12,11 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,6 +93,11 @@ def install_error_handlers(app: FastAPI) -> None:
         headers = {"allow": ", ".join(_methods(request))} if error.status_code == 405 else error.headers
         return JSONResponse(body, error.status_code, headers)
 
+    async def on_gone(request: Request, error: Exception) -> Response:
+        # The client left in the middle of its body. nginx's number for that; only the access log sees it.
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(TunesmithError, on_tunesmith)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)

@@ -103,7 +103,8 @@ async def _tgi(request: Request, services: Services, project: str) -> Response:
     parameters = body.get("parameters")
     named = parameters.get("adapter_id") if isinstance(parameters, dict) else None
     target = await _target(services, project, named, "parameters.adapter_id")
-    if named and isinstance(parameters, dict) and named != target.adapter:
+    # What is no string stays as it is, for inference to refuse; the base must not answer instead.
+    if isinstance(parameters, dict) and isinstance(named, str) and named and named != target.adapter:
         parameters["adapter_id"] = target.adapter
     return await _passed_on(request, services, target, body, named)
 

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from shared.web import error_body
 _REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 _ADAPTER_CODES = frozenset({"model_not_found", "adapter_refused", "adapter_corrupt", "adapter_too_large"})
 _FIELDS = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
+_CHAT_FIELDS = _FIELDS | {"inputs": "messages"}
 # Names that clients send when they mean whatever the server has.
 _WHATEVER = frozenset({"", "dummy", "tgi"})
 
@@ -199,7 +200,7 @@ async def _answer(
             return await _stream(request, serving, ask, dialect, with_usage)
         return await _whole(request, serving, ask, dialect)
     except TunesmithError as error:
-        raise _in_openai_words(error) from error
+        raise _in_openai_words(error, _CHAT_FIELDS if dialect.chat else _FIELDS) from error
 
 
 def _name(request: Request, body: ChatCompletionBody | CompletionBody, base: ServedBase) -> str:
@@ -208,13 +209,13 @@ def _name(request: Request, body: ChatCompletionBody | CompletionBody, base: Ser
     return given if 0 < len(given) <= 256 else body.model or base.id
 
 
-def _in_openai_words(error: TunesmithError) -> TunesmithError:
+def _in_openai_words(error: TunesmithError, fields: Mapping[str, str]) -> TunesmithError:
     """The same error, naming the field of this dialect. A copy: one failed load is reported to many requests."""
     own = copy(error)
     if error.code in _ADAPTER_CODES:
         own.param = "model"
-    elif error.param in _FIELDS:
-        own.param = _FIELDS[error.param]
+    elif error.param is not None:
+        own.param = fields.get(error.param, error.param)
     return own
 
 

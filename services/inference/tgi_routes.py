@@ -32,6 +32,17 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+_LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The same in a list of one; server-sent events of tokens if streamed.",
+        "content": {
+            "application/json": {"schema": {"type": "array", "items": {"type": "object"}}},
+            "text/event-stream": {},
+        },
+    }
+}
+
+
 def tgi_router(route_class: type[APIRoute]) -> APIRouter:
     """The generate routes, served by `request.app.state.serving`."""
     router = APIRouter(route_class=route_class, tags=["generate"])
@@ -44,7 +55,7 @@ def tgi_router(route_class: type[APIRoute]) -> APIRouter:
     async def generate_stream(body: GenerateBody, request: Request) -> Response:
         return await _stream(request, body)
 
-    @router.post("/", operation_id="generate_compat", responses=_RESPONSES)
+    @router.post("/", operation_id="generate_compat", responses=_LIST_RESPONSES)
     async def compat(body: GenerateBody, request: Request) -> Response:
         return await (_stream(request, body) if body.stream else _whole(request, body, as_list=True))
 

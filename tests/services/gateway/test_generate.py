@@ -89,6 +89,15 @@ def test_an_unknown_model_is_404_and_never_the_base(gateway: Gateway, inference:
     assert inference.sent == []
 
 
+@pytest.mark.parametrize("name", [5, True, ["x"], {"id": "x"}, 1.5])
+def test_what_is_no_name_is_left_for_inference_to_refuse(gateway: Gateway, inference: StandIn, name: Any) -> None:
+    """Taken out, the base would answer as if nothing had been asked for."""
+    gateway.http.post("/generate", json={"inputs": "a", "parameters": {"adapter_id": name}})
+    gateway.http.post("/v1/chat/completions", json={"model": name, "messages": []})
+    (_, tgi, _), (_, chat, _) = inference.sent
+    assert (tgi["parameters"]["adapter_id"], chat["model"]) == (name, name)
+
+
 def test_a_deleted_model_is_gone_everywhere(gateway: Gateway, inference: StandIn) -> None:
     final, checkpoint, adapter = trained(gateway)
     folder = gateway.services.artifacts.adapter(adapter)
