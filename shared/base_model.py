@@ -17,7 +17,8 @@ from torch import nn
 
 from shared.artifacts import ArtifactStore, Manifest, sha256_of
 from shared.catalogue import Base
-from shared.errors import ArtifactCorrupt, NotFound, TunesmithError, Unavailable
+from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
+from shared.hub import download
 from shared.jobs import BasePrecision
 from shared.tokens import Tokenizer
 
@@ -66,7 +67,7 @@ def prepare_base(base: Base, store: ArtifactStore) -> Manifest:
     """Bring a base model into the artifact store once; verifies and returns what is there if it is there.
 
     Raises:
-        Unavailable: the hub cannot be reached, or the model is gated and no token is set.
+        Unavailable: the hub cannot be reached or does not give the model.
         TunesmithError: the source is missing on this machine.
     """
     target = store.base(base.id)
@@ -114,7 +115,7 @@ def _write_base(base: Base, folder: Path) -> None:
         _copy_folder(Path(rest), folder)
     else:
         repo, _, revision = rest.partition("@")
-        _download(base, repo, revision, folder)
+        _copy_folder(download(repo, revision), folder)
 
 
 def _convert_gguf(source: Path, file: str, folder: Path) -> None:
@@ -134,21 +135,6 @@ def _copy_folder(source: Path, folder: Path) -> None:
     for name in [*names, "model.safetensors.index.json"]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _download(base: Base, repo: str, revision: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        cached = snapshot_download(
-            repo, revision=revision, allow_patterns=["*.safetensors", "*.json", "chat_template.jinja"]
-        )
-    except GatedRepoError as error:
-        raise Unavailable(f"{repo} is gated: accept its terms on the hub and set HF_TOKEN") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise Unavailable(f"{base.id}: the hub could not be reached for {repo}: {error}") from error
-    _copy_folder(Path(cached), folder)
 
 
 def load_base(

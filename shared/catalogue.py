@@ -95,6 +95,22 @@ def load_catalogue(path: Path | None = None) -> Catalogue:
     """
     path = path or BUILT_IN
     try:
-        return Catalogue(_File.model_validate(tomllib.loads(path.read_text())).base)
-    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise TunesmithError(f"catalogue {path}: {error}", code="catalogue") from error
+    return parse_catalogue(text, str(path))
+
+
+def parse_catalogue(text: str, name: str) -> Catalogue:
+    """The catalogue that a file's text says.
+
+    Args:
+        name: the file, for messages.
+
+    Raises:
+        TunesmithError: malformed; the message names the entry.
+    """
+    try:
+        return Catalogue(_File.model_validate(tomllib.loads(text)).base)
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise TunesmithError(f"catalogue {name}: {error}", code="catalogue") from error

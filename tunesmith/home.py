@@ -19,6 +19,7 @@ class Home:
         self.root = root.absolute()
         self.connection_file = self.root / FILE_NAME
         self.api_key_file = self.root / "api_key"
+        self.catalogue_file = self.root / "catalogue.toml"
         self.logs = self.root / "logs"
         self.redis = self.root / "redis"
         self._lock_file = self.root / "stack.lock"

@@ -53,8 +53,12 @@ class Plan:
 
 
 def environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables every process of the stack gets; what the caller set (database, catalogue, …) goes through."""
-    given = {name: str(Path(environ[name]).absolute()) for name in _PATHS if environ.get(name)}
+    """The variables every process of the stack gets; what the caller set (database, catalogue, …) goes through.
+
+    A `catalogue.toml` in the stack's folder counts where none is set.
+    """
+    own = {"TUNESMITH_CATALOGUE": str(home.catalogue_file)} if home.catalogue_file.is_file() else {}
+    given = own | {name: str(Path(environ[name]).absolute()) for name in _PATHS if environ.get(name)}
     database = environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{home.root / 'tunesmith.db'}"
     paths = [str(CHECKOUT), environ.get("PYTHONPATH", "")]
     return given | {

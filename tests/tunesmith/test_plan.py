@@ -80,3 +80,12 @@ def test_plan_is_json(home: Home) -> None:
     plan = planned(home)
     assert decode(encode(plan)) == plan
     assert json.loads(encode(plan))["ready"].keys() == {"gateway", "inference"}
+
+
+def test_a_catalogue_in_the_stacks_folder_counts_unless_another_is_named(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert "TUNESMITH_CATALOGUE" not in environment(home, {})
+    home.root.mkdir()
+    home.catalogue_file.write_text("")
+    assert environment(home, {})["TUNESMITH_CATALOGUE"] == str(home.catalogue_file)
+    assert environment(home, {"TUNESMITH_CATALOGUE": "/other.toml"})["TUNESMITH_CATALOGUE"] == "/other.toml"

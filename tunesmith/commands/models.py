@@ -1,13 +1,16 @@
 """`models`: what can be trained and served."""
 
-from typing import Annotated
+import os
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
 from tunesmith.commands import options
-from tunesmith.commands.options import AsJson
+from tunesmith.commands.options import DEFAULT_HOME, AsJson, HomeOption
 
 group = options.group("What can be trained and served.")
+T = TypeVar("T")
 
 
 @group.command("list")
@@ -37,3 +40,58 @@ def delete_model(
         show_json(answer)
     else:
         print(answer["id"])
+
+
+@group.command("add")
+def add_model(
+    name: Annotated[str, typer.Argument(metavar="ID", help="What jobs will call it.")],
+    source: Annotated[
+        str, typer.Option(help="hub:REPO[@REVISION], folder:PATH (transformers' form) or package:PACKAGE/FILE.gguf.")
+    ],
+    alias: Annotated[list[str] | None, typer.Option(help="Another name; may be given several times.")] = None,
+    home: HomeOption = DEFAULT_HOME,
+    json: AsJson = False,
+) -> None:
+    """Add a base model to this installation's catalogue, pinned. A running stack knows it from its next start.
+
+    The catalogue is the file TUNESMITH_CATALOGUE names, else catalogue.toml in the stack's folder, which begins as a
+    copy of the built-in list. Private and gated models of the hub need HF_TOKEN.
+    """
+    from tunesmith import catalogue
+    from tunesmith.output import say, show_json
+
+    path, pinned = _done(lambda: catalogue.add(home, os.environ, name, source, alias or []))
+    say(f"{path}: {pinned}")
+    say(f"next: tunesmith models prepare {name}; a running stack knows it after 'tunesmith down' and 'tunesmith up'")
+    if json:
+        show_json({"id": name, "source": pinned, "aliases": alias or [], "catalogue": str(path)})
+    else:
+        print(name)
+
+
+@group.command("prepare")
+def prepare_model(
+    name: Annotated[str, typer.Argument(metavar="ID", help="An id or alias of the catalogue.")],
+    home: HomeOption = DEFAULT_HOME,
+    json: AsJson = False,
+) -> None:
+    """Download or convert a base model now; else the first job on it does. Harmless if it is there."""
+    from tunesmith import catalogue
+    from tunesmith.output import show_json
+
+    prepared = _done(lambda: catalogue.prepare(home, os.environ, name))
+    if json:
+        show_json({"id": prepared, "prepared": True})
+    else:
+        print(prepared)
+
+
+def _done(work: Callable[[], T]) -> T:
+    from tunesmith.catalogue import CatalogueError
+    from tunesmith.output import fail
+    from tunesmith.plan import CannotPlan
+
+    try:
+        return work()
+    except (CatalogueError, CannotPlan) as error:
+        fail(str(error))

