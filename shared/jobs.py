@@ -168,7 +168,7 @@ class Preset(Frozen):
 PRESETS: dict[str, Preset] = {
     # The tutorial's recipe, completed by the defaults HF's Trainer had for what it left unsaid.
     "reference": Preset(hyperparameters=Hyperparameters(), lora=LoraSpec()),
-    # All linear layers learn about twice as much in the same time as q and v alone (README, "Measured").
+    # All linear layers: in an early trial held-out loss fell twice as far in the same time as with q and v alone.
     "recommended": Preset(
         hyperparameters=Hyperparameters(learning_rate=4e-4, warmup_ratio=0.03, scheduler="cosine"),
         lora=LoraSpec(
