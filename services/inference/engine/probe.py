@@ -1,7 +1,7 @@
 """Which way of holding the weights is fastest on this processor, among those that keep the model's quality.
 
-Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: seconds per decode
-step and the loss on a fixed text, each against plain weights. Knows runners and tensors, nothing of settings.
+Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: seconds of prefill
+and decode steps and the loss on a fixed text, each against plain weights. Knows runners and tensors, no settings.
 """
 
 import time
@@ -48,18 +48,20 @@ class Measured:
 
     Attributes:
         step_ms: of one decode step, by rows.
+        prefill_ms: of the tokens of `TEXT`.
         loss: mean negative log likelihood of `TEXT`, nats per token.
         loss_change: relative to plain weights.
     """
 
     precision: PackedPrecision
     step_ms: dict[int, float]
+    prefill_ms: float
     loss: float
     loss_change: float
 
     @property
-    def mean_step_ms(self) -> float:
-        return geometric_mean(self.step_ms.values())
+    def mean_ms(self) -> float:
+        return geometric_mean([*self.step_ms.values(), self.prefill_ms])
 
     @property
     def passes(self) -> bool:
@@ -75,22 +77,25 @@ def measure(model: Any, ids: Sequence[int], precisions: Sequence[PackedPrecision
         runner = LlamaRunner(model, precision=precision, rows=max(_BATCHES), context=context, adapter_slots=1)
         with torch.inference_mode():
             loss = _loss(runner, list(ids)[: runner.context])
+            started = time.perf_counter()
+            _loss(runner, list(ids)[: runner.context])
+            prefill_ms = round((time.perf_counter() - started) * 1e3, 3)
             step_ms = {rows: _step_ms(runner, rows) for rows in _BATCHES}
         plain = results[0].loss if results else loss
-        results.append(Measured(precision, step_ms, loss, loss / plain - 1))
+        results.append(Measured(precision, step_ms, prefill_ms, loss, loss / plain - 1))
         _log.info("precision measured", precision=precision, step_ms=step_ms, loss_change=results[-1].loss_change)
     return results
 
 
 def fastest(results: Sequence[Measured]) -> PackedPrecision:
-    """The fastest precision that passes the gate, by the geometric mean over batch sizes.
+    """The fastest precision that passes the gate, by the geometric mean over prefill and batch sizes.
 
     Args:
         results: the most exact first; a less exact one must be faster by `MARGIN`.
     """
     best, *others = (each for each in results if each.passes)
     for other in others:
-        if other.mean_step_ms < best.mean_step_ms * (1 - MARGIN):
+        if other.mean_ms < best.mean_ms * (1 - MARGIN):
             best = other
     return best.precision
 
