@@ -1,7 +1,7 @@
 """Which way of holding the weights is fastest on this processor, among those that keep the model's quality.
 
 Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: seconds of prefill
-and decode steps and the loss on a fixed text, each against plain weights. Knows runners and tensors, no settings.
+and decode steps, and the loss on a fixed text, against plain weights. Knows runners and tensors, nothing of settings.
 """
 
 import time

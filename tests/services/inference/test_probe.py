@@ -8,7 +8,7 @@ from tests.services.inference.harness import Tiny
 
 
 def measured(precision: str, one: float, eight: float, change: float) -> Measured:
-    return Measured(precision, {1: one, 8: eight}, 3.0, change)  # type: ignore[arg-type]
+    return Measured(precision, {1: one, 8: eight}, one * eight, 3.0, change)  # type: ignore[arg-type]
 
 
 def test_the_fastest_that_passes_the_gate_wins() -> None:
