@@ -7,6 +7,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
+# Several processes share the cores; threads that spin while they wait would slow all of them down.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi bench bench-train bench-serve bench-gpu clean
 
