@@ -11,7 +11,7 @@ import pytest
 
 from shared.jobs import State
 from tests.chaos.stack import COSTS_THE_LEASE, FAULTS, TEARS, TORN_FILES, Stack, newest_state, running_stack
-from tests.site import ENDLESS, LONG, LONGER, SHORT
+from tests.site import ENDLESS, LONGER, SHORT
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_matrix(stack: Stack, fault: str, round_seed: int) -> None:
     site, moment = stack.site, random.Random(f"{fault} {round_seed}")
-    site.uninterrupted(LONG), site.uninterrupted(SHORT)
-    job, *queued = site.create(LONG), site.create(SHORT), site.create(SHORT)
+    site.uninterrupted(LONGER), site.uninterrupted(SHORT)
+    job, *queued = site.create(LONGER), site.create(SHORT), site.create(SHORT)
     site.wait(lambda: site.job(job).state is not State.QUEUED, "the worker")
     delay = moment.uniform(0, 8)
     print(f"{fault}, seed {round_seed}: {delay:.3f} s after the claim")
@@ -37,7 +37,7 @@ def test_matrix(stack: Stack, fault: str, round_seed: int) -> None:
         again = time.monotonic() - started
         print(f"claimed again, or ended before, {again:.1f} s after the fault")
         assert again <= 30
-    story = site.check_ended_once(job, LONG)
+    story = site.check_ended_once(job, LONGER)
     assert story.count("Worker worker-1 was lost") == (fault in COSTS_THE_LEASE and site.job(job).attempt == 2)
     for other in queued:
         site.check_ended_once(other, SHORT)
