@@ -163,3 +163,11 @@ def test_a_bug_is_logged_with_its_trace(app: FastAPI, logs: list[Any]) -> None:
     assert call(app, "GET", "/raise/bug").json() == {"error": "internal error", "error_type": "generation"}
     (entry,) = [entry for entry in logs if entry["event"] == "unexpected error"]
     assert entry["exc_info"] is ERRORS["bug"]
+
+
+def test_a_method_of_any_name_makes_no_series_and_no_log(
+    app: FastAPI, seen: list[tuple[str, str, int]], logs: list[Any]
+) -> None:
+    assert call(app, "SECRET-WORD", "/raise/ours").status_code == 405
+    assert seen == [("other", "/raise/{name}", 405)]
+    assert "SECRET" not in str([entry for entry in logs if entry["event"] == "request"])
