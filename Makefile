@@ -22,7 +22,7 @@ help: ## this list
 # The newest OpenAI client brings httpx2; its older line is tested in an environment of its own.
 .venv-openai2/ready: Makefile
 	$(PYTHON) -m venv .venv-openai2
-	.venv-openai2/bin/pip install --quiet openai==2.54.0 pytest==9.2.0 httpx==0.28.1 && touch $@
+	env -u PYTHONPATH .venv-openai2/bin/pip install --quiet openai==2.54.0 pytest==9.2.0 httpx==0.28.1 && touch $@
 
 # TRL is a peer in one benchmark and nothing else.
 .venv-bench/ready: .venv/ready
