@@ -16,7 +16,7 @@ from services.inference import headers
 from services.inference.connection import EventStream, while_connected
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
 from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText
-from services.inference.schemas import ChatCompletionBody, CompletionBody, plain
+from services.inference.schemas import MIN_DIVISOR, ChatCompletionBody, CompletionBody, plain
 from services.inference.serving import Ask, Run, ServedBase, Serving
 from services.inference.streaming import begin
 from shared.errors import TunesmithError
@@ -38,8 +38,9 @@ def adapter_of(model: str, base: ServedBase) -> str | None:
 def _sampling(body: ChatCompletionBody | CompletionBody) -> Sampling:
     temperature = 1.0 if body.temperature is None else body.temperature
     return Sampling(
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
+        # 0 is greedy, and so is what cannot be told from it.
+        do_sample=temperature >= MIN_DIVISOR,
+        temperature=max(temperature, MIN_DIVISOR),
         top_k=body.top_k,
         top_p=body.top_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,

@@ -13,6 +13,8 @@ from shared.examples import Message
 
 MAX_TEXT = 262_144
 MAX_NEW_TOKENS = 1 << 20
+# Scores are divided by temperature and penalty in fp32: far smaller ones make them infinite.
+MIN_DIVISOR = 1e-6
 
 
 class Body(BaseModel):
@@ -63,10 +65,10 @@ class Parameters(Body):
     adapter_id: Annotated[str, Field(max_length=128)] | None = None
     max_new_tokens: Count | None = 100
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     stop: Annotated[list[StopString], Field(max_length=4)] | None = None
     ignore_eos_token: bool | None = None
@@ -132,7 +134,7 @@ class _OpenAIBody(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
