@@ -219,6 +219,15 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     return manifest
 
 
+def is_published(folder: Path, kind: Kind) -> bool:
+    """Whether a folder has a manifest that can be read; its files are not hashed."""
+    try:
+        read_manifest(folder, kind)
+    except (NotFound, ArtifactCorrupt, OSError):
+        return False
+    return True
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex."""
     with path.open("rb") as file:

@@ -6,7 +6,7 @@ CHECK is `catalogue`, `schema` or `torch`; `tunesmith doctor` asks each in a pro
 import sys
 from collections.abc import Callable
 
-from shared.artifacts import LocalArtifactStore, read_manifest
+from shared.artifacts import LocalArtifactStore, is_published
 from shared.catalogue import load_catalogue
 from shared.database import check_schema
 from shared.errors import TunesmithError
@@ -15,14 +15,9 @@ from shared.settings import Settings
 
 def catalogue(settings: Settings) -> str:
     store = LocalArtifactStore(settings.artifacts_root)
-    states = []
-    for base in load_catalogue(settings.catalogue).bases:
-        try:
-            read_manifest(store.base(base.id), "base")
-            states.append(f"{base.id} (prepared)")
-        except TunesmithError:
-            states.append(f"{base.id} (prepared when first used)")
-    return ", ".join(states)
+    states = {True: "prepared", False: "prepared when first used"}
+    bases = load_catalogue(settings.catalogue).bases
+    return ", ".join(f"{base.id} ({states[is_published(store.base(base.id), 'base')]})" for base in bases)
 
 
 def schema(settings: Settings) -> str:

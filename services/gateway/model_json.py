@@ -9,7 +9,10 @@ from shared.catalogue import Base
 
 
 class ModelJson(BaseModel):
-    """`parent` is the base an adapter was trained on; `state` of a base says whether inference serves it now."""
+    """`parent` is the base an adapter was trained on; `state` of a base says whether inference serves it now.
+
+    `prepared` says of a base whether its weights lie on this installation; else the first job on it brings them.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -18,6 +21,7 @@ class ModelJson(BaseModel):
     kind: Literal["base", "adapter", "checkpoint"]
     parent: str | None
     state: Literal["served", "not_served", "published"]
+    prepared: bool | None = None
     job: str | None = None
     step: int | None = None
     adapter: str | None = None
@@ -34,9 +38,16 @@ class ModelDeletedJson(BaseModel):
     deleted: Literal[True] = True
 
 
-def base_json(base: Base, served: list[str]) -> ModelJson:
-    state: Literal["served", "not_served"] = "served" if base.id in served else "not_served"
-    return ModelJson(id=base.id, created=0, owned_by="tunesmith", kind="base", parent=None, state=state)
+def base_json(base: Base, *, served: bool, prepared: bool) -> ModelJson:
+    return ModelJson(
+        id=base.id,
+        created=0,
+        owned_by="tunesmith",
+        kind="base",
+        parent=None,
+        state="served" if served else "not_served",
+        prepared=prepared,
+    )
 
 
 def adapter_json(adapter: Adapter, project: str) -> ModelJson:

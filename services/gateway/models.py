@@ -7,6 +7,9 @@ from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import ModelId, Project, Using
 from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS
 from services.gateway.model_json import ModelDeletedJson, ModelJson, ModelListJson, adapter_json, base_json
+from services.gateway.services import Services
+from shared.artifacts import is_published
+from shared.catalogue import Base
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["models"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 
@@ -15,9 +18,13 @@ router = APIRouter(route_class=AuthenticatedRoute, tags=["models"], responses=OP
 async def list_models(services: Using, project: Project) -> ModelListJson:
     """The bases, then adapters and checkpoints, newest first."""
     served = await services.replicas.served()
-    adapters = await run_in_threadpool(services.models.adapters, project)
-    bases = [base_json(base, served) for base in services.models.bases]
-    return ModelListJson(data=[*bases, *(adapter_json(adapter, project) for adapter in adapters)])
+
+    def listed() -> ModelListJson:
+        bases = [_base(services, base, served) for base in services.models.bases]
+        adapters = [adapter_json(adapter, project) for adapter in services.models.adapters(project)]
+        return ModelListJson(data=bases + adapters)
+
+    return await run_in_threadpool(listed)
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -25,7 +32,8 @@ async def retrieve_model(services: Using, project: Project, model_id: ModelId) -
     """One model, by any of its names."""
     base = services.models.base(model_id)
     if base is not None:
-        return base_json(base, await services.replicas.served())
+        served = await services.replicas.served()
+        return await run_in_threadpool(_base, services, base, served)
     return adapter_json(await run_in_threadpool(services.models.adapter, project, model_id), project)
 
 
@@ -37,3 +45,8 @@ async def delete_model(services: Using, project: Project, model_id: ModelId) -> 
     await services.replicas.unload(adapter.id)
     await run_in_threadpool(services.artifacts.remove, services.artifacts.adapter(adapter.id))
     return ModelDeletedJson(id=model_id)
+
+
+def _base(services: Services, base: Base, served: list[str]) -> ModelJson:
+    prepared = is_published(services.artifacts.base(base.id), "base")
+    return base_json(base, served=base.id in served, prepared=prepared)

@@ -114,6 +114,7 @@ def test_models(client: OpenAI, server: Server) -> None:
     assert {"tiny", tuned} <= set(listed)
     assert client.models.retrieve(tuned) == listed[tuned]
     assert extra(listed[tuned])["parent"] == "tiny"
+    assert (extra(listed["tiny"])["state"], extra(listed["tiny"])["prepared"]) == ("served", True)
     oldest = [name for name in listed if name.startswith(f"{tuned}:ckpt-step-")][-1]
     answer = client.chat.completions.create(model=oldest, messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
     assert answer.model == oldest

@@ -319,11 +319,20 @@ def test_chat_as_json_and_how_it_ends(gateway: FakeGateway) -> None:
 
 
 def test_models_and_generate(gateway: FakeGateway) -> None:
-    model = {"id": "ft:tiny:1", "object": "model", "parent": "tiny", "state": "ready"}
-    gateway.answers["GET /v1/models"] = (200, {"object": "list", "data": [model]})
+    models = [
+        {"id": "tiny", "object": "model", "parent": None, "state": "served", "prepared": True},
+        {"id": "large", "object": "model", "parent": None, "state": "not_served", "prepared": False},
+        {"id": "ft:tiny:1", "object": "model", "parent": "tiny", "state": "published", "prepared": None},
+    ]
+    gateway.answers["GET /v1/models"] = (200, {"object": "list", "data": models})
     gateway.answers["POST /generate"] = (200, {"generated_text": "A module."})
-    assert run(gateway, "models", "list")[1] == "model      parent  state\nft:tiny:1  tiny    ready\n"
-    assert json.loads(run(gateway, "models", "list", "--json")[1]) == [model]
+    assert run(gateway, "models", "list")[1].splitlines() == [
+        "model      parent  state       prepared",
+        "tiny       -       served      yes",
+        "large      -       not_served  no",
+        "ft:tiny:1  tiny    published   -",
+    ]
+    assert json.loads(run(gateway, "models", "list", "--json")[1]) == models
     gateway.bodies.clear()
     assert run(gateway, "generate", "What is json?", "--adapter", "ft:tiny:1") == (0, "A module.\n", "")
     run(gateway, "generate", "json is", "--raw", "--max-new-tokens", "5", "--temperature", "0.5")

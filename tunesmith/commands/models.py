@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 @group.command("list")
 def list_models(json: AsJson = False) -> None:
-    """Bases, fine-tuned models and checkpoints."""
+    """Bases, fine-tuned models and checkpoints.
+
+    A base that is not prepared is downloaded or converted by the first job on it, or by 'tunesmith models prepare'.
+    """
     from tunesmith.output import session, show_json, show_table
 
     with session() as client:
@@ -23,8 +26,9 @@ def list_models(json: AsJson = False) -> None:
     if json:
         show_json(found)
     else:
-        rows = [(model["id"], model.get("parent"), model.get("state")) for model in found]
-        show_table(("model", "parent", "state"), rows)
+        words = {True: "yes", False: "no"}
+        rows = [(m["id"], m.get("parent"), m.get("state"), words.get(m.get("prepared"))) for m in found]
+        show_table(("model", "parent", "state", "prepared"), rows)
 
 
 @group.command("delete")

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from services.gateway.settings import GatewaySettings
+from shared.artifacts import Manifest
 from shared.jobs import TrainingReport
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.services.gateway.inference_stand_in import StandIn, standing_in
@@ -43,6 +44,10 @@ def trained(gateway: Gateway, report: TrainingReport = REPORT) -> tuple[str, str
     leases.succeed(lease, final, report)
     name = gateway.http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
     return name, f"{name}:ckpt-step-8", final
+
+
+def base_manifest(base: str) -> Manifest:
+    return Manifest(kind="base", id=f"base-{base}", base=base, base_revision="r", base_sha256="0" * 64, files={})
 
 
 @pytest.mark.parametrize("path", ["/generate", "/"])
@@ -116,11 +121,22 @@ def test_a_deleted_model_is_gone_everywhere(gateway: Gateway, inference: StandIn
     assert gateway.http.post("/generate", json={"inputs": "a", "parameters": {"adapter_id": checkpoint}}).is_success
 
 
-def test_bases_say_whether_they_are_served_and_cannot_be_deleted(gateway: Gateway) -> None:
-    states = {model["id"]: model["state"] for model in gateway.http.get("/v1/models").json()["data"]}
-    assert states == {BASE: "served", OTHER_BASE: "not_served"}
+def test_bases_say_whether_they_are_served_and_prepared_and_cannot_be_deleted(gateway: Gateway) -> None:
+    def states() -> dict[str, tuple[str, bool]]:
+        listed = gateway.http.get("/v1/models").json()["data"]
+        return {model["id"]: (model["state"], model["prepared"]) for model in listed}
+
+    assert states() == {BASE: ("served", False), OTHER_BASE: ("not_served", False)}
+    artifacts = gateway.services.artifacts
+    with artifacts.staged() as staged:
+        artifacts.publish(staged, artifacts.base(OTHER_BASE), base_manifest(OTHER_BASE))
+    assert states() == {BASE: ("served", False), OTHER_BASE: ("not_served", True)}
+    (artifacts.base(OTHER_BASE) / "manifest.json").write_text("half")
+    assert states()[OTHER_BASE] == ("not_served", False)
     by_alias = gateway.http.get("/v1/models/HuggingFaceTB%2FSmolLM2-135M-Instruct").json()
-    assert (by_alias["id"], by_alias["kind"]) == (BASE, "base")
+    assert (by_alias["id"], by_alias["kind"], by_alias["prepared"]) == (BASE, "base", False)
+    final, _, _ = trained(gateway)
+    assert gateway.http.get(f"/v1/models/{final}").json()["prepared"] is None
     assert gateway.http.delete(f"/v1/models/{BASE}").json()["error"]["code"] == "base_model"
 
 
