@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -26,7 +26,7 @@ def list_models(json: AsJson = False) -> None:
     if json:
         show_json(found)
     else:
-        words = {True: "yes", False: "no"}
+        words: dict[Any, str] = {True: "yes", False: "no"}
         rows = [(m["id"], m.get("parent"), m.get("state"), words.get(m.get("prepared"))) for m in found]
         show_table(("model", "parent", "state", "prepared"), rows)
 
