@@ -8,12 +8,13 @@ import asyncio
 from typing import ClassVar, Literal
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from services.gateway.unread import AskedProtocol
 
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-class PatientProtocol(H11Protocol):
+class PatientProtocol(AskedProtocol):
     """uvicorn's HTTP/1.1 with a limited patience.
 
     Attributes:
