@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -33,11 +34,12 @@ class Machine:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
         self.environ = kept | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
 
-    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, said: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "tunesmith.cli", *arguments],
             cwd=self.folder,
             env=self.environ | environ,
+            input=said,
             capture_output=True,
             text=True,
             timeout=180,
@@ -108,6 +110,60 @@ def test_nothing_listens_beyond_loopback(machine: Machine) -> None:
     for pid in machine.connection().pids.values():
         listening = [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert {connection.laddr[0] for connection in listening} <= {"127.0.0.1"}
+
+
+def test_the_command_line_talks_to_it_and_the_doctor_finds_nothing(machine: Machine) -> None:
+    options = ("--max-new-tokens", "6")
+    whole = machine.run("generate", "What?", *options)
+    streamed = machine.run("generate", "What?", "--stream", *options)
+    assert (streamed.returncode, streamed.stdout) == (0, whole.stdout)
+    chat = machine.run("chat", "--json", *options, said="Hi\nAnd?\n")
+    assert chat.returncode == 0, chat.stderr
+    assert [json.loads(line)["role"] for line in chat.stdout.splitlines()] == ["user", "assistant"] * 2
+    doctor = machine.run("doctor", "--json")
+    levels = {finding["subject"]: finding["level"] for finding in json.loads(doctor.stdout)}
+    assert doctor.returncode == 0
+    assert levels["stack"] == levels["schema"] == levels["folder"] == "ok"
+
+
+def test_a_model_is_trained_and_asked_by_commands_alone(machine: Machine) -> None:
+    data = machine.folder / "twice.jsonl"
+    rows = [{"instruction": f"Say {n} twice.", "output": f"{n} {n}"} for n in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = next(model for model in listed(machine, "models") if model["id"] == "tiny")
+    assert (base["state"], base["prepared"]) == ("served", True)
+    table = [line.split() for line in machine.run("models", "list").stdout.splitlines()]
+    assert ["tiny", "-", "served", "yes"] in table
+
+    uploaded = machine.run("upload", str(data))
+    assert uploaded.returncode == 0, uploaded.stderr
+    assert "warning: " in uploaded.stderr
+    file = uploaded.stdout.strip()
+    started = machine.run("train", file, "--model", "tiny", "--epochs", "1", "--precision", "fp32", "--suffix", "cli")
+    assert started.returncode == 0, started.stderr
+    job = started.stdout.strip()
+    waited = machine.run("jobs", "wait", job, "--json", "--timeout", "120")
+    assert waited.returncode == 0, waited.stderr
+    ended = json.loads(waited.stdout)
+    assert (ended["id"], ended["status"], ended["training_file"]) == (job, "succeeded", file)
+    assert waited.stderr.splitlines()[-1] == f"succeeded: {ended['fine_tuned_model']}"
+    assert [one["id"] for one in listed(machine, "jobs")] == [job]
+    assert json.loads(machine.run("jobs", "show", job).stdout) == ended
+    assert listed(machine, "jobs", "events", job)[0]["message"] == f"Created fine-tuning job: {job}"
+    assert machine.run("jobs", "watch", job).returncode == 0
+
+    tuned = next(model for model in listed(machine, "models") if model["id"] == ended["fine_tuned_model"])
+    assert (tuned["parent"], tuned["state"], tuned["job"]) == ("tiny", "published", job)
+    said = machine.run("generate", "Say 7 twice.", "--adapter", tuned["id"], "--max-new-tokens", "4", "--json")
+    assert json.loads(said.stdout)["generated_text"] is not None
+
+
+def listed(machine: Machine, noun: str, verb: str = "list", *arguments: str) -> list[dict[str, Any]]:
+    """What a listing command prints as JSON."""
+    done = machine.run(noun, verb, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
 def test_second_up_says_that_it_runs_and_changes_nothing(machine: Machine) -> None:
