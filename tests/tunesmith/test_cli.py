@@ -66,6 +66,27 @@ def test_wait_timeout_unknown_key_unknown_job_and_usage(gateway: FakeGateway) ->
     assert run(gateway, "wait", "ftjob-1", "--timeout", "soon")[0] == 2
 
 
+def test_wait_that_cannot_tell(gateway: FakeGateway, tmp_path: Path) -> None:
+    gateway.answers["GET " + JOB] = error(400, "not now", "invalid_request")
+    summary = tmp_path / "summary.md"
+    unknown = "could not tell what became of the job: not now"
+    assert run(gateway, "wait", "ftjob-1", GITHUB_STEP_SUMMARY=str(summary)) == (1, "", unknown + "\n")
+    assert f"| End | {unknown} |" in summary.read_text()
+
+
+def test_wait_goes_on_through_a_restart_of_the_gateway(gateway: FakeGateway) -> None:
+    answers = [(200, job()), error(503, "starting", "unavailable"), (200, DONE)]
+    gateway.answers["GET " + JOB] = lambda body: answers.pop(0)
+    code, out, err = run(gateway, "wait", "ftjob-1")
+    assert (code, out) == (0, "")
+    assert err.splitlines() == [
+        "running training",
+        "starting; trying again for 300 s",
+        "connected again",
+        "succeeded: ft:tiny:default:x:1",
+    ]
+
+
 def test_interrupted_wait_says_how_to_go_on(gateway: FakeGateway) -> None:
     gateway.answers["GET " + JOB] = (200, job())
     waiting = subprocess.Popen(
