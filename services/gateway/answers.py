@@ -6,8 +6,10 @@ not kept: nothing happened, and the same key may be tried again. Knows no route 
 
 import hashlib
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ HEADER = "Idempotency-Key"
 KEEP_SECONDS = 25 * 3600
 # OpenAI's clients wait 600 s for an answer and try twice more, but send no key of their own.
 FOLD_SECONDS = 1800
-# How long a request waits for its twin on PostgreSQL; on SQLite all writers wait for one another (BUSY_TIMEOUT_MS).
+# How long a request waits for its twin.
 WAIT_MS = 5000
 
 
@@ -43,6 +45,11 @@ class Attempt:
     key: str | None
     fingerprint: str
     retried: bool = False
+
+    @property
+    def name(self) -> str:
+        """Equal for twins: attempts of which one at most may do what is asked for."""
+        return "\n".join((self.api_key, self.path, self.key or self.fingerprint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,8 @@ class Answers:
     def __init__(self, database: Database, now: Callable[[], float] = time.time) -> None:
         self._database = database
         self._now = now
+        self._flying: set[str] = set()
+        self._landed = threading.Condition()
 
     def find(self, attempt: Attempt) -> Answer | None:
         """The answer given before, if there was one.
@@ -81,8 +90,28 @@ class Answers:
         with self._database.read() as connection:
             return self._find(connection, attempt)
 
+    @contextmanager
+    def alone(self, attempt: Attempt) -> Iterator[None]:
+        """Around the transaction: an attempt's twins in this process wait until it has ended.
+
+        Raises:
+            Conflict: a twin is still being answered.
+        """
+        with self._landed:
+            if not self._landed.wait_for(lambda: attempt.name not in self._flying, WAIT_MS / 1000):
+                raise _in_flight()
+            self._flying.add(attempt.name)
+        try:
+            yield
+        finally:
+            with self._landed:
+                self._flying.discard(attempt.name)
+                self._landed.notify_all()
+
     def begin(self, connection: Connection, attempt: Attempt) -> None:
-        """Make sure, in the caller's transaction, that the attempt is the first; twins wait until it has ended.
+        """Make sure, in the caller's transaction, that the attempt is the first; other processes' twins wait for its end.
+
+        On SQLite they wait as all writers do: there is one at a time.
 
         Raises:
             Answered: it has been answered meanwhile.
@@ -138,13 +167,14 @@ def _answer(row: Any) -> Answer | None:
 
 
 def _wait_for_twins(connection: Connection, attempt: Attempt) -> None:
-    name = "\n".join((attempt.api_key, attempt.path, attempt.key or attempt.fingerprint))
-    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
+    number = int.from_bytes(hashlib.blake2b(attempt.name.encode(), digest_size=8).digest(), "big", signed=True)
     connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": f"{WAIT_MS}ms"})
     try:
         # Held until the transaction ends.
         connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": number})
     except OperationalError as error:
-        raise Conflict(
-            "the same request is still being answered; try again", param=HEADER, code="idempotency_in_flight"
-        ) from error
+        raise _in_flight() from error
+
+
+def _in_flight() -> Conflict:
+    return Conflict("the same request is still being answered; try again", param=HEADER, code="idempotency_in_flight")

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -14,7 +15,7 @@ from services.gateway.auth import AuthenticatedRoute, StreamingRoute, check_decl
 from services.gateway.dependencies import After, Attempts, FileId, Project, Using
 from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, answered
 from services.gateway.file_json import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
-from services.gateway.file_store import StoredFile
+from services.gateway.file_store import NewFile, StoredFile
 from services.gateway.services import Services
 from services.gateway.uploads import MAX_FORM_OVERHEAD, DatasetUpload
 from shared.errors import InvalidRequest, Unavailable
@@ -63,12 +64,15 @@ async def _receive(
             new = await run_in_threadpool(upload.finish)
         finally:
             upload.close()
-        attempt = attempts(new.fingerprint())
-        return await run_in_threadpool(
-            services.files.add,
+        return await run_in_threadpool(_add, services, project, new, folder, attempts(new.fingerprint()))
+
+
+def _add(services: Services, project: str, new: NewFile, staged: Path, attempt: Attempt) -> StoredFile:
+    with services.answers.alone(attempt):
+        return services.files.add(
             project,
             new,
-            folder,
+            staged,
             guard=lambda connection: services.answers.begin(connection, attempt),
             seal=lambda connection, file: services.answers.keep(connection, attempt, _answer(file)),
         )

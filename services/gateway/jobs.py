@@ -52,14 +52,15 @@ def create_fine_tuning_job(services: Using, project: Project, attempts: Attempts
         require(connection, project, used)
 
     try:
-        job = services.jobs.create(
-            project,
-            resolved.spec,
-            metadata=body.metadata,
-            warnings=resolved.warnings,
-            guard=guard,
-            seal=lambda connection, job: services.answers.keep(connection, attempt, _answer(job)),
-        )
+        with services.answers.alone(attempt):
+            job = services.jobs.create(
+                project,
+                resolved.spec,
+                metadata=body.metadata,
+                warnings=resolved.warnings,
+                guard=guard,
+                seal=lambda connection, job: services.answers.keep(connection, attempt, _answer(job)),
+            )
     except Answered as twin:
         return answered(twin.answer, again=True)
     services.ringer.ring()

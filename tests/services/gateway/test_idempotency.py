@@ -4,6 +4,7 @@ import json
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -265,10 +266,65 @@ def test_two_hundred_at_once_over_two_gateways_make_one_job(
             assert [job["id"] for job in http.get(urls[1] + PATH).json()["data"]] == [sent[0].json()["id"]]
 
 
-def test_a_twin_that_does_not_end_is_409(
+@pytest.mark.parametrize("path", [PATH, "/v1/files"])
+def test_while_the_first_is_answered_its_twin_is_409(
+    tmp_path: Path, redis_server: str, database_url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The same on both databases: what is in flight is a real request that has not committed yet."""
+    monkeypatch.setattr(answers_module, "WAIT_MS", 100)
+    made = {"home": tmp_path / "home", "redis_url": redis_server, "database_url": database_url}
+    with running_gateway(GatewaySettings.model_validate(made)) as gateway:
+        job = {"json": {"model": BASE, "training_file": gateway.uploaded(ROWS)}}
+        file = {"data": {"purpose": "fine-tune"}, "files": {"file": ("d.jsonl", as_jsonl(ROWS))}}
+        arrived, go_on = threading.Event(), threading.Event()
+        keep = gateway.services.answers.keep
+
+        def keep_later(*arguments: Any) -> None:
+            arrived.set()
+            assert go_on.wait(30)
+            keep(*arguments)
+
+        def send(key: str) -> httpx.Response:
+            sent: dict[str, Any] = job if path == PATH else file
+            return gateway.http.post(path, headers={"idempotency-key": key}, **sent)
+
+        monkeypatch.setattr(gateway.services.answers, "keep", keep_later)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(send, "slow")
+            assert arrived.wait(30)
+            refused = [send("slow") for _ in range(2)]
+            go_on.set()
+            answer = first.result()
+        assert [(twin.status_code, twin.json()["error"]["code"]) for twin in refused] == [
+            (409, "idempotency_in_flight")
+        ] * 2
+        assert answer.is_success
+        assert send("slow").content == answer.content
+        assert send("another").json()["id"] != answer.json()["id"]
+        assert len(gateway.http.get(path).json()["data"]) == (2 if path == PATH else 3)
+
+
+def test_a_twin_waits_for_the_first_and_gets_its_answer(gateway: Gateway, body: dict[str, Any]) -> None:
+    """A first that ends in time: nobody is refused, though both were under way together."""
+    arrived, keep = threading.Barrier(2), gateway.services.answers.keep
+
+    def keep_once_the_twin_waits(*arguments: Any) -> None:
+        arrived.wait(30)
+        time.sleep(0.2)
+        keep(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(gateway.services.answers, "keep", keep_once_the_twin_waits)
+        first = pool.submit(create, gateway, body, idempotency_key="k-7")
+        arrived.wait(30)
+        twin = pool.submit(create, gateway, body, idempotency_key="k-7")
+        assert first.result().content == twin.result().content
+
+
+def test_a_twin_at_another_gateway_is_409(
     tmp_path: Path, redis_server: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On PostgreSQL, where requests wait for their own twins only."""
+    """On PostgreSQL, where gateways of several machines share the database."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
