@@ -109,7 +109,7 @@ class Answers:
                 self._landed.notify_all()
 
     def begin(self, connection: Connection, attempt: Attempt) -> None:
-        """Make sure, in the caller's transaction, that the attempt is the first; other processes' twins wait for its end.
+        """Make sure, in the caller's transaction, that the attempt is the first; twins elsewhere wait for its end.
 
         On SQLite they wait as all writers do: there is one at a time.
 
