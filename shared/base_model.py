@@ -24,6 +24,8 @@ from shared.tokens import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Bases whose weights are no more exact than bf16; fp16's are, so rounding them to bf16 would lose something.
+_COARSE = ("int8", "nf4", "bf16")
 
 
 @dataclass(slots=True)
@@ -51,16 +53,23 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype matrix products run in; `auto` is bf16 from compute capability 8, fp16 below, fp32 on CPU.
+def compute_dtype(name: str, device: torch.device, precision: BasePrecision = "fp32") -> torch.dtype:
+    """The dtype matrix products run in.
 
-    `torch.cuda.is_bf16_supported()` is not asked: a T4 answers True and emulates.
+    `auto` is bf16 from compute capability 8 and fp16 below. On a CPU it is fp32, but bf16 for a base that is held less
+    exactly than that, where the processor multiplies bf16. `torch.cuda.is_bf16_supported()` is not asked: a T4 answers
+    True and emulates.
     """
     if name != "auto":
         return _DTYPES[name]
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if precision in _COARSE and multiplies_bf16() else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16 (AVX512_BF16, AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def prepare_base(base: Base, store: ArtifactStore) -> Manifest:

@@ -1,6 +1,7 @@
 """Puts one worker together from its settings; the only place that chooses implementations."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 
@@ -12,6 +13,7 @@ from shared.artifacts import LocalArtifactStore
 from shared.base_model import choose_device, compute_dtype, quiet_libraries
 from shared.catalogue import load_catalogue
 from shared.database import Database
+from shared.jobs import BasePrecision
 from shared.leases import Leases
 
 
@@ -28,5 +30,10 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> W
         name=settings.worker_name,
         handover=handover,
         renew_seconds=settings.renew_seconds,
-        peak_flops=measure_peak_flops(device, compute_dtype("auto", device)),
+        peak_flops={dtype: measure_peak_flops(device, dtype) for dtype in _dtypes(device)},
     )
+
+
+def _dtypes(device: torch.device) -> set[torch.dtype]:
+    """What jobs with `compute_dtype` auto multiply in here."""
+    return {compute_dtype("auto", device, precision) for precision in get_args(BasePrecision)}

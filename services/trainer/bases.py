@@ -6,6 +6,7 @@ Owns what is done to a base once, before any LoRA is attached, and the fingerpri
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
@@ -101,14 +102,14 @@ class WarmBases:
         return base
 
 
-def _make_trainable(model: nn.Module, *, quantized: bool, dtype: torch.dtype) -> None:
+def _make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:
     if quantized:
         # Once, and before any LoRA: it freezes everything, later also the adapter (huggingface/trl#3926).
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    elif dtype == torch.float32:
+    elif dtype == torch.float32 or model.device.type == "cpu":
         compute_in_fp32(model)
     attend_per_sample(model)
-    fuse(model)
+    fuse(model, dtype)
 
 
 def fingerprint(model: nn.Module) -> str:

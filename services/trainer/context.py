@@ -24,7 +24,7 @@ class RunContext:
     """What stays the same from the first step to the last.
 
     Attributes:
-        peak_flops: what this machine's matrix products reach at best, FLOP/s, if it was measured.
+        peak_flops: what this machine's matrix products of the job's dtype reach at best, FLOP/s, if measured.
         evaluation_seconds: how long the last evaluation took.
         resume_states: committed resume states still on disk, oldest first.
     """

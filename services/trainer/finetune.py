@@ -6,9 +6,10 @@ gone).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 
 from services.trainer.adapter import adapter_manifest, write_adapter
@@ -60,7 +61,7 @@ def finetune(
     session: Session,
     candidates: Sequence[Path] = (),
     *,
-    peak_flops: float | None = None,
+    peak_flops: Mapping[torch.dtype, float] | None = None,
     clock: Clock = time.monotonic,
 ) -> Outcome:
     """Run a job to its end, or to where it is asked to stop.
@@ -74,7 +75,7 @@ def finetune(
     """
     try:
         with out_of_memory_explained():
-            run = prepare(job, bases, store, session, peak_flops, clock)
+            run = prepare(job, bases, store, session, peak_flops or {}, clock)
             return adapt(run, candidates)
     except StopRequested:
         return Stopped(step=0)
@@ -85,7 +86,12 @@ def finetune(
 
 
 def prepare(
-    job: JobRun, bases: WarmBases, store: ArtifactStore, session: Session, peak_flops: float | None, clock: Clock
+    job: JobRun,
+    bases: WarmBases,
+    store: ArtifactStore,
+    session: Session,
+    peak_flops: Mapping[torch.dtype, float],
+    clock: Clock,
 ) -> RunContext:
     """Everything up to the LoRA weights: the rows first, so that a bad file fails before any model is loaded."""
     spec = job.spec
@@ -114,7 +120,7 @@ def prepare(
         clock=clock,
         base_loaded=seconds is not None,
         matmul_weights=matmul_parameters(base.loaded.model),
-        peak_flops=peak_flops,
+        peak_flops=peak_flops.get(precision.dtype),
     )
 
 

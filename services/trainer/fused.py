@@ -137,8 +137,7 @@ class _LoraLinears(Function):
         loras: Sequence[Lora],
         *matrices: Tensor,
     ) -> Tensor:
-        weight = frozen.weight(x.dtype)
-        y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
+        y = frozen.product(x, residual)
         masks = [_kept(x, lora.dropout) for lora in loras]
         inner = []
         for mask, group in _by_input(masks, loras):
@@ -156,7 +155,7 @@ class _LoraLinears(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,), loras = grads, ctx.loras
-        to_x = grad @ ctx.frozen.weight(grad.dtype) if ctx.needs_input_grad[0] else None
+        to_x = ctx.frozen.gradient(grad) if ctx.needs_input_grad[0] else None
         to_matrices: list[Tensor] = []
         if loras:
             x, *rest = ctx.saved_tensors
@@ -226,19 +225,18 @@ class _HeadLoss(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
-        weight = head.weight(hidden.dtype)
         total = torch.zeros((), dtype=hidden.dtype)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         for start in range(0, len(labels), LOSS_ROWS):
             rows = slice(start, start + LOSS_ROWS)
             own = labels[rows, None]
-            logs = torch.log_softmax(hidden[rows] @ weight.T, -1)
+            logs = torch.log_softmax(head.product(hidden[rows]), -1)
             total -= logs.gather(1, own).sum()
             if gradient is not None:
                 soft = logs.exp_()
                 soft.scatter_add_(1, own, torch.full_like(own, -1, dtype=soft.dtype))
-                torch.mm(soft, weight, out=gradient[rows])
+                gradient[rows] = head.gradient(soft)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

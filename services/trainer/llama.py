@@ -19,13 +19,15 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class FusedLayer:
     """One decoder layer: what is frozen, and where its LoRA would be found."""
 
-    def __init__(self, layer: Any, buffer: Buffer) -> None:
+    def __init__(self, layer: Any, buffer: Buffer, brain: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
-        self.query_key_value = FrozenLinears([attention.q_proj, attention.k_proj, attention.v_proj], buffer)
-        self.output = FrozenLinears([attention.o_proj], buffer)
-        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer)
-        self.down = FrozenLinears([mlp.down_proj], buffer)
+        self.query_key_value = FrozenLinears(
+            [attention.q_proj, attention.k_proj, attention.v_proj], buffer, brain=brain
+        )
+        self.output = FrozenLinears([attention.o_proj], buffer, brain=brain)
+        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer, brain=brain)
+        self.down = FrozenLinears([mlp.down_proj], buffer, brain=brain)
 
     def attention_loras(self) -> list[Lora]:
         attention = self.layer.self_attn
@@ -33,23 +35,29 @@ class FusedLayer:
 
 
 class FusedLlama:
-    """A base whose linear layers are ready to be multiplied together; made once, before any LoRA is attached."""
+    """A base whose linear layers are ready to be multiplied together; made once, before any LoRA is attached.
 
-    def __init__(self, model: Any) -> None:
-        buffer = Buffer()
-        self.layers = [FusedLayer(layer, buffer) for layer in model.model.layers]
+    Args:
+        dtype: of the frozen layers' products, fp32 or bf16; everything else is fp32.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        buffer, brain = Buffer(), dtype == torch.bfloat16
+        self.dtype = dtype
+        self.layers = [FusedLayer(layer, buffer, brain) for layer in model.model.layers]
         # Not in the shared buffer: a widened output head is larger than all else together.
-        self.head = FrozenLinears([model.lm_head], Buffer())
+        self.head = FrozenLinears([model.lm_head], Buffer(), brain=brain)
         self._model = model.model
 
     def logits(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after the tokens `rows` of packed ids, positions int64 [tokens]."""
-        hidden = self._hidden(ids, positions, lengths, rows)
-        return hidden @ self.head.weight(hidden.dtype).T
+        with torch.autocast("cpu", enabled=False):
+            return lora_linears(self._hidden(ids, positions, lengths, rows), None, self.head, [])
 
     def loss(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of labels int64 [rows] after the tokens `rows`."""
-        return head_loss(self._hidden(ids, positions, lengths, rows), self.head, labels)
+        with torch.autocast("cpu", enabled=False):
+            return head_loss(self._hidden(ids, positions, lengths, rows), self.head, labels)
 
     def _hidden(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
         model = self._model
@@ -89,20 +97,21 @@ class FusedLlama:
         return torch.cat(attended).flatten(1)
 
 
-def fuse(model: Any) -> None:
+def fuse(model: Any, dtype: torch.dtype) -> None:
     """Let a frozen, LoRA-free model train through the fused pieces where they are known to be the same function."""
     config = model.config
     plain = config.model_type == "llama" and config.hidden_act == "silu" and model.device.type == "cpu"
     if plain and all(_is_plain(module) for name, module in model.named_modules() if name.endswith(_LINEARS)):
-        model.fused = FusedLlama(model)
+        model.fused = FusedLlama(model, dtype)
 
 
 def fused_form(model: Any) -> FusedLlama | None:
     """The fused form of a model, LoRA attached or not; None where transformers' own forward is to be used."""
     fused: FusedLlama | None = getattr(model, "fused", None)
-    if fused is None or torch.is_autocast_enabled("cpu") or hasattr(model.lm_head, "lora_A"):
+    if fused is None or hasattr(model.lm_head, "lora_A"):
         return None
-    return fused
+    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return fused if fused.dtype == wanted else None
 
 
 def _is_plain(module: nn.Module) -> bool:

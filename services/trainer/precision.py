@@ -38,10 +38,10 @@ def choose_precision(spec: JobSpec, device: torch.device) -> Precision:
     Raises:
         JobFailed: fp16 products on a CPU, which has no use for them.
     """
-    dtype = compute_dtype(spec.compute_dtype, device)
+    dtype = compute_dtype(spec.compute_dtype, device, spec.base_precision)
     if dtype == torch.float16 and device.type == "cpu":
         raise JobFailed(
-            "compute_dtype fp16 needs a GPU; use auto (fp32 on a CPU), which trains on fp16 weights too",
+            "compute_dtype fp16 needs a GPU; use auto, which trains on fp16 weights too",
             code="unsupported_precision",
         )
     # accelerate keeps one precision per process; a worker takes jobs of several.

@@ -1,7 +1,8 @@
-"""Base weights held in half precision, computed with in fp32: half the memory at fp32's accuracy.
+"""Base weights held in half precision on a CPU, with everything between the products in fp32.
 
-bitsandbytes does the same for int8 and nf4 while training on a CPU. CPUs without bf16 arithmetic gain nothing from
-multiplying in bf16 (it runs at fp32's rate or below).
+The products are fp32 too, at half the memory of an fp32 base, unless autocast or `frozen` multiplies in bf16: CPUs
+without bf16 arithmetic gain nothing by that (it runs at fp32's rate or below). bitsandbytes does the same for int8 and
+nf4.
 """
 
 from typing import Any

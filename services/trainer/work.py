@@ -1,9 +1,10 @@
 """Claim, train, record: the loop between the job store and the recipe. Knows no Celery; a bell only starts it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
+import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.bases import WarmBases
@@ -26,7 +27,7 @@ class Worker:
         name: what events call this worker.
         handover: true once this worker is to let go of its job and claim no more.
         retry_seconds: pause after a fault of this system; a full disk is not full only for the next second.
-        peak_flops: measured FLOP/s of this device's matrix products, for MFU.
+        peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Worker:
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
         retry_seconds: float = 10.0,
-        peak_flops: float | None = None,
+        peak_flops: Mapping[torch.dtype, float] | None = None,
     ) -> None:
         self._leases = leases
         self._store = store
@@ -48,7 +49,7 @@ class Worker:
         self._handover = handover
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
-        self._peak_flops = peak_flops
+        self._peak_flops = peak_flops or {}
         self._log = get_logger("worker")
 
     def work_off(self) -> int:

@@ -125,7 +125,10 @@ class TinyJob:
         hyper: dict[str, Any] | None = None,
         **values: Any,
     ) -> JobSpec:
-        """A job on `rows`: `reference` on the tiny model, 11 rows by 4 and 2 epochs = 6 steps unless said otherwise."""
+        """A job on `rows`: `reference` on the tiny model, 11 rows by 4 and 2 epochs = 6 steps unless said otherwise.
+
+        It computes in fp32 on every processor, so that what a test expects does not depend on the machine.
+        """
         training = self.put("training", rows if rows is not None else instruction_rows(11))
         files: dict[str, Any] = {
             "training_file": training,
@@ -144,7 +147,7 @@ class TinyJob:
             hyperparameters=Hyperparameters(**settings),
             lora=lora or LoraSpec(),
             **files,
-            **values,
+            **({"compute_dtype": "fp32"} | values),
         )
 
     def run(

@@ -10,13 +10,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from services.trainer.bases import WarmBases, fingerprint
-from services.trainer.dataset import prepare_data
+from services.trainer.dataset import Rows, prepare_data
+from services.trainer.evaluate import evaluation_loss
 from services.trainer.forward import pack, supervised_logits, training_forward
 from services.trainer.run import Finished
 from shared.artifacts import sha256_of
 from shared.base_model import load_base
 from shared.errors import JobFailed, LeaseLost
-from shared.jobs import BasePrecision, Hyperparameters, LoraSpec, Phase
+from shared.jobs import BasePrecision, Hyperparameters, JobSpec, LoraSpec, Phase
 from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore, instruction_rows, weights_of
 
 HELD_OUT = instruction_rows(5, start=40)
@@ -149,13 +150,49 @@ def test_every_precision_trains_warm_as_cold_and_leaves_the_base_alone(tiny: Tin
     cold = tiny.finish(spec, job="ftjob-three", bases=tiny.fresh_bases())
     assert weights_of(first) == weights_of(second) == weights_of(cold)
     assert first.report.eval_loss_after == second.report.eval_loss_after == cold.report.eval_loss_after
+    assert first.report.eval_loss_before == second.report.eval_loss_before == cold.report.eval_loss_before
     base, seconds = tiny.bases.load(spec, torch.float32)
     assert seconds is None
     assert fingerprint(base.loaded.model) == base.fingerprint
 
 
-def test_bf16_products_train_too(tiny: TinyJob) -> None:
-    outcome = tiny.finish(tiny.spec(base_precision="bf16", compute_dtype="bf16", validation=HELD_OUT))
+def test_a_warm_bases_own_loss_is_computed_once_for_the_same_rows(
+    tiny: TinyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations: list[str] = []
+
+    def counted(model: Any, rows: Rows, *rest: Any) -> float:
+        evaluations.append(rows.key)
+        return evaluation_loss(model, rows, *rest)
+
+    monkeypatch.setattr("services.trainer.finetune.evaluation_loss", counted)
+    spec = tiny.spec(validation=HELD_OUT, hyper={"max_steps": 1})
+
+    def before(spec: JobSpec, job: str, bases: WarmBases | None = None) -> tuple[float | None, int]:
+        """The loss before training, and how many evaluations the whole job took."""
+        evaluations.clear()
+        return tiny.finish(spec, job=job, bases=bases).report.eval_loss_before, len(evaluations)
+
+    loss, _ = before(spec, "ftjob-one")
+    shape = spec.model_copy(update={"lora": LoraSpec(r=3, dropout=0, target_modules=("o_proj", "up_proj"))})
+    assert before(shape, "ftjob-two") == (loss, 1)
+    # Computed again, with that shape attached, it is the same to the last bit.
+    assert before(shape, "ftjob-three", tiny.fresh_bases()) == (loss, 2)
+    shorter = spec.model_copy(update={"hyperparameters": Hyperparameters(max_length=40, max_steps=1)})
+    other, taken = before(shorter, "ftjob-four")
+    assert (other != loss, taken) == (True, 2)
+    fp32 = spec.model_copy(update={"base_precision": "fp32"})
+    assert before(fp32, "ftjob-five")[1] == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "nf4", "bf16"])
+def test_bf16_products_train_too(tiny: TinyJob, precision: BasePrecision, fused: bool) -> None:
+    spec = tiny.spec(base_precision=precision, compute_dtype="bf16", validation=HELD_OUT)
+    if not fused:
+        base, _ = tiny.bases.load(spec, torch.bfloat16)
+        base.loaded.model.fused = None
+    outcome = tiny.finish(spec)
     report = outcome.report
     assert report.eval_loss_before is not None
     assert report.eval_loss_after is not None

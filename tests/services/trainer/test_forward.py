@@ -53,7 +53,7 @@ def random_llama_as(form: str) -> LlamaForCausalLM:
     """The same function, computed by our fused pieces or by transformers."""
     model = random_llama()
     if form == "fused":
-        fuse(model)
+        fuse(model, torch.float32)
     elif form == "per sample":
         attend_per_sample(model)
     return model

@@ -131,13 +131,35 @@ def test_the_loss_and_its_gradient_by_pieces(targets: int) -> None:
         torch.testing.assert_close(head_loss(hidden, FrozenLinears([head], Buffer()), labels), ours.detach())
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_products_in_bf16_are_those_of_rounded_numbers(with_residual: bool) -> None:
+    layers = [nn.Linear(64, width, bias=False).requires_grad_(False) for width in (4, 2)]
+    x, grad, residual = torch.randn(5, 64), torch.randn(5, 6), torch.randn(5, 6) if with_residual else None
+    frozen = FrozenLinears(layers, Buffer(), brain=True)
+    weight = torch.cat([layer.weight for layer in layers]).bfloat16().float()
+    plain = x.bfloat16().float() @ weight.T + (residual if residual is not None else 0)
+    ours = frozen.product(x, residual)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(frozen.gradient(grad), grad.bfloat16().float() @ weight, rtol=2**-8, atol=2**-8)
+
+
+def test_a_shared_buffer_is_filled_again_for_each_user_and_only_then() -> None:
+    buffer, layers = Buffer(), [nn.Linear(8, 8, bias=False).half().requires_grad_(False) for _ in range(2)]
+    first, second = (FrozenLinears([layer], buffer) for layer in layers)
+    x = torch.randn(3, 8)
+    for frozen, layer in [(first, layers[0]), (second, layers[1]), (first, layers[0]), (first, layers[0])]:
+        torch.testing.assert_close(frozen.product(x), x @ layer.weight.float().T)
+        torch.testing.assert_close(frozen.gradient(x), x @ layer.weight.float())
+
+
 def test_joined_weights_are_the_layers_own_until_they_move() -> None:
     layers: list[Any] = [linear(6, 4), linear(6, 3)]
     before = torch.cat([layer.weight for layer in layers])
     frozen = FrozenLinears(layers, Buffer())
-    assert torch.equal(frozen.weight(torch.float64), before)
-    assert frozen.weight(torch.float64).data_ptr() == layers[0].weight.data_ptr()
-    assert torch.equal(frozen.weight(torch.float32), before.float())
+    assert torch.equal(frozen._weight(torch.float64), before)
+    assert frozen._weight(torch.float64).data_ptr() == layers[0].weight.data_ptr()
+    assert torch.equal(frozen._weight(torch.float32), before.float())
     for layer in layers:
         layer.to(torch.float32)
-    assert torch.equal(frozen.weight(torch.float32), before.float())
+    assert torch.equal(frozen._weight(torch.float32), before.float())
