@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Several processes share the cores; threads that spin while they wait would slow all of them down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi bench bench-train bench-serve bench-gpu clean
+.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,13 +54,19 @@ fuzz: .venv/ready ## 5,000 schemathesis requests over both OpenAPI documents
 test-gpu: .venv/ready ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: bench-train bench-serve ## every benchmark that needs no GPU
+bench: bench-train bench-serve bench-estimates bench-warm ## every benchmark that needs no GPU
 
 bench-train: .venv-bench/ready ## training beside the tutorial's recipe and TRL
 	$(BIN)/python -m benchmarks.train
 
 bench-serve: .venv/ready ## serving beside HF generate and PEFT
 	$(BIN)/python -m benchmarks.serve
+
+bench-estimates: .venv/ready ## what is said of jobs before and while they run, beside what then happens
+	$(BIN)/python -m benchmarks.estimates
+
+bench-warm: .venv/ready ## from a job's claim to its first step, on a cold and on a warm base
+	$(BIN)/python -m benchmarks.warm_start
 
 bench-gpu: .venv/ready ## training speed on a CUDA device
 	$(BIN)/python -m benchmarks.gpu

@@ -182,7 +182,11 @@ PRESETS: dict[str, Preset] = {
 
 
 class Progress(Frozen):
-    """How far a job is; `queue_position` is filled in by the reader, the rest by the worker."""
+    """How far a job is; `queue_position` is filled in by the reader, the rest by the worker.
+
+    Attributes:
+        eta_seconds: left from `written_at` on, which is epoch seconds by the worker's clock, for people to read.
+    """
 
     step: int = 0
     total_steps: int | None = None
@@ -190,6 +194,7 @@ class Progress(Frozen):
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    written_at: float | None = None
     queue_position: int | None = None
 
 
@@ -208,6 +213,7 @@ class TrainingReport(Frozen):
         trained_tokens: supervised tokens seen, over all epochs.
         tokens_per_second: real (non-pad) tokens per second of training time, evaluation and saving excluded.
         mfu: model FLOP utilisation against a measured sgemm peak; None if the peak was not measured.
+        tokens_at_once: tokens of the largest micro-batch, which the peak of memory depends on.
         peak_memory_mb: peak resident memory of the worker (CPU) or of the allocator (CUDA), in MB of 10^6 bytes.
         quantized_layers: how many linear layers bitsandbytes holds (0 unless int8 or nf4).
         base_mb: bytes of the frozen base as it lies in memory, in MB of 10^6 bytes.
@@ -232,6 +238,7 @@ class TrainingReport(Frozen):
     mfu_formula: str = "4N FLOP per token"
     mfu: float | None = None
     peak_memory_mb: float
+    tokens_at_once: int | None = None
     grad_norm: float
     quantized_layers: int
     base_mb: float

@@ -123,7 +123,7 @@ class Leases:
         if phase is not None:
             values["phase"] = phase
         if progress is not None:
-            values["progress"] = progress.model_dump(mode="json")
+            values["progress"] = progress.model_dump(mode="json") | {"written_at": self._now() / 1e9}
         with self._database.write() as connection:
             self._change(connection, lease, values, news)
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.gateway.peak_memory import ModelShape, model_shape
 from shared.artifacts import ArtifactStore, read_manifest
 from shared.errors import ArtifactCorrupt, NotFound
 
@@ -20,11 +21,13 @@ class BaseFacts:
     Attributes:
         module_names: last parts of the names of all modules inside the layers that have a weight matrix.
         context: most tokens of one sequence; None if the model's configuration does not say.
+        shape: what its memory is computed from; None if it is no Llama.
     """
 
     has_chat_template: bool
     module_names: frozenset[str]
     context: int | None = None
+    shape: ModelShape | None = None
 
 
 class PreparedBases:
@@ -51,8 +54,9 @@ def _read(folder: Path) -> BaseFacts:
     modules = frozenset(name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight"))
     config = json.loads((folder / "tokenizer_config.json").read_bytes())
     has_template = (folder / "chat_template.jinja").is_file() or isinstance(config.get("chat_template"), str)
-    context = json.loads((folder / "config.json").read_bytes()).get("max_position_embeddings")
-    return BaseFacts(has_template, modules, context if isinstance(context, int) else None)
+    model = json.loads((folder / "config.json").read_bytes())
+    context = model.get("max_position_embeddings")
+    return BaseFacts(has_template, modules, context if isinstance(context, int) else None, model_shape(model))
 
 
 def _matrices(file: Path) -> list[str]:

@@ -136,7 +136,6 @@ def job_json(job: Job) -> JobJson:
     effective = EffectiveHyperparameters(
         **spec.hyperparameters.model_dump(), learning_rate_multiplier=spec.hyperparameters.learning_rate / usual
     )
-    eta = job.progress.eta_seconds if job.state.leased else None
     return JobJson(
         id=job.id,
         created_at=job.created_at,
@@ -152,7 +151,7 @@ def job_json(job: Job) -> JobJson:
         training_file=spec.training_file,
         validation_file=spec.validation_file,
         seed=spec.seed,
-        estimated_finish=None if eta is None else int(time.time() + eta),
+        estimated_finish=_estimated_finish(job),
         metadata=job.metadata,
         method=MethodJson(supervised=SupervisedJson(hyperparameters=effective)),
         state=job.state,
@@ -169,6 +168,13 @@ def job_json(job: Job) -> JobJson:
         attempt=job.attempt,
         report=job.report,
     )
+
+
+def _estimated_finish(job: Job) -> int | None:
+    progress = job.progress
+    if not job.state.leased or progress.eta_seconds is None:
+        return None
+    return round((progress.written_at or time.time()) + progress.eta_seconds)
 
 
 def job_list_json(page: Page[Job]) -> JobListJson:

@@ -41,6 +41,7 @@ class Services:
     answers: Answers
     files: FileStore
     jobs: JobStore
+    bases: PreparedBases
     resolver: JobResolver
     tokenizers: Tokenizers
     leases: Leases
@@ -70,6 +71,7 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
         metrics.watch(database, doorbell)
         leases = Leases(database)
         artifacts = LocalArtifactStore(settings.artifacts_root)
+        bases = PreparedBases(artifacts)
         services = Services(
             settings=settings,
             database=database,
@@ -79,7 +81,8 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             answers=Answers(database),
             files=FileStore(database, artifacts),
             jobs=JobStore(database),
-            resolver=JobResolver(catalogue, PreparedBases(artifacts)),
+            bases=bases,
+            resolver=JobResolver(catalogue, bases),
             tokenizers=Tokenizers(artifacts),
             leases=leases,
             doorbell=doorbell,

@@ -5,7 +5,7 @@ Owns what is done to a base once, before any LoRA is attached, and the fingerpri
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 from services.trainer.attention import attend_per_sample
+from services.trainer.heap import give_back_free_memory
 from services.trainer.llama import fuse
 from services.trainer.upcast import compute_in_fp32
 from shared.artifacts import ArtifactStore
@@ -30,11 +31,14 @@ class TrainableBase:
     Attributes:
         fingerprint: hash of every weight as it lies in memory.
         dtype: what its matrix products are meant to run in.
+        untrained_losses: (loss, seconds it took) on held-out rows before any training, by the rows' key and the
+            micro-batches' tokens: every job that begins with LoRA's zero begins with the same.
     """
 
     loaded: LoadedBase
     fingerprint: str
     dtype: torch.dtype
+    untrained_losses: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
 
 
 class WarmBases:
@@ -79,6 +83,7 @@ class WarmBases:
         loaded = load_base(base, self._store, spec.base_precision, self.device, dtype)
         _make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
         loaded.megabytes = memory_megabytes(loaded.model)
+        give_back_free_memory()
         self._warm = TrainableBase(loaded, fingerprint(loaded.model), dtype)
         return self._warm, time.monotonic() - started
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from services.trainer.dataset import Data
 from services.trainer.forward import Packed, pack
 from services.trainer.layout import Layout
 from services.trainer.metrics import History
+from services.trainer.pace import Pace
 from services.trainer.precision import Precision
 from services.trainer.run import Check, JobRun, Session
 from shared.artifacts import ArtifactStore
@@ -26,6 +28,7 @@ class RunContext:
     Attributes:
         peak_flops: what this machine's matrix products of the job's dtype reach at best, FLOP/s, if measured.
         evaluation_seconds: how long the last evaluation took.
+        tokens_at_once: of the largest micro-batch so far, which is what the peak of memory depends on.
         resume_states: committed resume states still on disk, oldest first.
     """
 
@@ -42,6 +45,8 @@ class RunContext:
     matmul_weights: int
     peak_flops: float | None
     evaluation_seconds: float = 0.0
+    tokens_at_once: int = 0
+    pace: Pace = field(default_factory=Pace)
     resume_states: list[Path] = field(default_factory=list)
 
     @property
@@ -71,10 +76,29 @@ class RunContext:
         rows = self.data.training
         return [pack([rows[row] for row in batch], self.device) for batch in self.layout.micro_batches(step)]
 
+    def sample(self) -> Packed:
+        """The shortest row of the first step: enough to tell whether two adapters compute the same."""
+        rows = self.data.training
+        return pack([rows[min(self.layout.rows(0), key=lambda row: int(rows.lengths[row]))]], self.device)
+
     def gives_up(self, history: History) -> bool:
         """Whether the validation loss has not fallen for as many checkpoints as the job has patience for."""
         patience = self.job.spec.hyperparameters.early_stopping_patience
         return patience is not None and history.evaluations_since_best >= patience
+
+    def checkpoints_left(self, step: int) -> int:
+        """How many checkpoints come after `step` steps."""
+        every, epoch = self.job.spec.hyperparameters.checkpoint_steps, self.layout.steps_per_epoch
+        total = self.layout.total_steps
+
+        def multiples(of: int) -> int:
+            return total // of - step // of
+
+        found = multiples(epoch)
+        if every is not None:
+            found += multiples(every) - multiples(lcm(epoch, every))
+        at_the_end = total % epoch == 0 or (every is not None and total % every == 0)
+        return found + (step < total and not at_the_end)
 
     def checkpoint_due(self, steps: int) -> bool:
         """Whether a checkpoint is written after `steps` steps: each epoch, every `checkpoint_steps`, and at the end."""

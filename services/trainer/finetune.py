@@ -23,9 +23,10 @@ from services.trainer.checks import (
     sample_logits,
 )
 from services.trainer.context import Clock, RunContext
-from services.trainer.dataset import prepare_data
+from services.trainer.dataset import Rows, prepare_data
 from services.trainer.evaluate import evaluation_loss
 from services.trainer.forward import training_forward
+from services.trainer.heap import give_back_free_memory
 from services.trainer.initial import start_from
 from services.trainer.layout import plan_layout
 from services.trainer.lora import lora_attached, parameter_counts, trainable
@@ -83,6 +84,8 @@ def finetune(
         if failure.code in SPOILS_THE_BASE:
             bases.discard()
         raise
+    finally:
+        give_back_free_memory()
 
 
 def prepare(
@@ -142,7 +145,7 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
             run.session.phase(Phase.SAVING)
             check_trained(model)
             write_adapter(folder, model, loaded.base)
-            sample = run.packs(0)[0]
+            sample = run.sample()
             expected = sample_logits(model, sample, run.precision)
         check_base_unchanged(run.base)
         check_reload(run.base, folder, sample, expected, run.precision)
@@ -198,6 +201,8 @@ def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
 def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
     """The next optimizer step, whole or not at all."""
     history, hyper = state.history, run.job.spec.hyperparameters
+    packs = run.packs(history.step)
+    run.tokens_at_once = max(run.tokens_at_once, *(packed.tokens for packed in packs))
     started = run.clock()
     try:
         with training_forward(model, dropout=True):
@@ -205,7 +210,7 @@ def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
                 model,
                 state.parameters,
                 state.optimizer,
-                run.packs(history.step),
+                packs,
                 learning_rate=learning_rate(history.step, run.layout.total_steps, hyper),
                 max_grad_norm=hyper.max_grad_norm,
                 precision=run.precision,
@@ -216,7 +221,9 @@ def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
         state.random.restore(run.device)
         raise
     state.random = RandomState.capture(run.device)
-    history.add(result, run.clock() - started)
+    seconds = run.clock() - started
+    history.add(result, seconds)
+    run.pace.add(result.tokens, seconds)
     if history.skipped_in_a_row > MAX_SKIPPED_STEPS:
         raise JobFailed(
             f"{history.skipped_in_a_row} steps in a row overflowed fp16; use compute_dtype fp32 or bf16",
@@ -230,13 +237,26 @@ def evaluate(run: RunContext, model: PeftModel, history: History) -> None:
     if rows is None or history.valid_loss(history.step) is not None:
         return
     run.session.phase(Phase.EVALUATING)
-    started = run.clock()
-    loss = evaluation_loss(model, rows, run.layout.token_budget, run.precision, run.check)
-    run.evaluation_seconds = run.clock() - started
+    loss, run.evaluation_seconds = held_out_loss(run, model, rows, untrained=history.step == 0)
     history.valid_losses.append((history.step, loss))
     if history.step == 0:
         run.session.event(f"Validation loss before training: {loss:.4f}", data={"step": 0, "valid_loss": loss})
     run.session.phase(Phase.TRAINING)
+
+
+def held_out_loss(run: RunContext, model: PeftModel, rows: Rows, *, untrained: bool) -> tuple[float, float]:
+    """(loss, seconds that takes). While LoRA is zero it is the base's own, and no warm base is asked twice."""
+    known, key = run.base.untrained_losses, (rows.key, run.layout.token_budget)
+    # Who continues an adapter begins elsewhere.
+    bases_own = untrained and run.job.spec.initial_adapter is None
+    if bases_own and key in known:
+        return known[key]
+    started = run.clock()
+    loss = evaluation_loss(model, rows, run.layout.token_budget, run.precision, run.check)
+    found = loss, run.clock() - started
+    if bases_own:
+        known[key] = found
+    return found
 
 
 def save(run: RunContext, model: PeftModel, state: TrainingState, metrics: dict[str, float]) -> None:

@@ -63,17 +63,26 @@ def tell_about_adapter(session: Session, counts: tuple[int, int]) -> None:
 
 
 def progress_of(run: RunContext, history: History) -> Progress:
-    layout, rate = run.layout, history.tokens_per_second
-    left = layout.tokens_before(layout.total_steps) - layout.tokens_before(history.step)
-    evaluations = sum(run.checkpoint_due(step) for step in range(history.step + 1, layout.total_steps + 1))
+    layout = run.layout
     return Progress(
         step=history.step,
         total_steps=layout.total_steps,
         epoch=layout.epoch(history.step),
         loss=history.window_loss,
-        tokens_per_second=round(rate, 2),
-        eta_seconds=round(left / rate + evaluations * run.evaluation_seconds, 1) if rate else None,
+        tokens_per_second=round(history.tokens_per_second, 2),
+        eta_seconds=_seconds_left(run, history.step),
     )
+
+
+def _seconds_left(run: RunContext, step: int) -> float | None:
+    """What steps and evaluations are left after `step` steps."""
+    layout = run.layout
+    total = layout.total_steps
+    seconds = run.pace.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
+    if seconds is None:
+        return None
+    evaluations = 0 if run.data.validation is None else run.checkpoints_left(step)
+    return round(seconds + evaluations * run.evaluation_seconds, 1)
 
 
 def metrics_of(run: RunContext, history: History) -> dict[str, float]:
@@ -134,6 +143,7 @@ def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> Tra
         tokens_per_second=round(history.tokens_per_second, 2),
         mfu=utilisation(history.tokens_per_second, run.matmul_weights, run.peak_flops),
         peak_memory_mb=round(peak_memory_mb(run.device), 1),
+        tokens_at_once=run.tokens_at_once,
         grad_norm=history.grad_norm,
         quantized_layers=loaded.quantized_layers,
         base_mb=round(loaded.megabytes, 1),

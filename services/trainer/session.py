@@ -51,6 +51,7 @@ class LeaseSession:
         self._renew_seconds = renew_seconds
         self._clock = clock
         self._claimed = self._moved = self._stepped = clock()
+        self._training_since: float | None = None
         self._progress_written = float("-inf")
         self._progress: Progress | None = None
         self._untold: list[NewEvent] = []
@@ -72,6 +73,8 @@ class LeaseSession:
     def phase(self, phase: Phase) -> None:
         self._moved = self._clock()
         patiently(lambda: self._leases.record(self._lease, phase=phase), give_up=self._handover)
+        if phase is Phase.TRAINING and self._training_since is None:
+            self._training_since = self._clock()
 
     def progress(self, progress: Progress) -> None:
         """Written at most twice a second: steps of a tiny model must not wait for the disk."""
@@ -89,11 +92,16 @@ class LeaseSession:
         self._log.info("event", message=message, level=level, data=data)
 
     def first_step(self, *, base_loaded: bool) -> None:
-        seconds = round(self._clock() - self._claimed, 3)
+        done = round(self._clock() - self._claimed, 3)
+        begun = round((self._training_since or self._claimed) - self._claimed, 3)
         base = "after loading the base model" if base_loaded else "with the base model already warm"
         self.event(
-            f"First optimizer step done {seconds:.1f} s after the claim, {base}",
-            data={"claim_to_first_step_seconds": seconds, "base_loaded": base_loaded},
+            f"First optimizer step begun {begun:.1f} s and done {done:.1f} s after the claim, {base}",
+            data={
+                "claim_to_training_seconds": begun,
+                "claim_to_first_step_seconds": done,
+                "base_loaded": base_loaded,
+            },
         )
 
     def should_stop(self) -> bool:

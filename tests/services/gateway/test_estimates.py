@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.gateway.estimates import Amount, Rate, count, estimate, measured_rate
+from services.gateway.estimates import Amount, Rate, count, estimate, largest_micro_batch, measured_rate
+from services.gateway.peak_memory import PROCESS_MB
 from services.gateway.tokenised import Row, tokenised_rows
+from services.trainer.layout import CPU_TOKEN_BUDGET, plan_layout
 from shared.artifacts import LocalArtifactStore
 from shared.base_model import prepare_base
 from shared.errors import InvalidRequest
@@ -38,7 +43,8 @@ def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tin
 
     first = gateway.http.post(PATH, json=body).json()
     assert first["calibration"] == "not calibrated"
-    assert first["minutes"] is first["peak_memory_mb"] is first["tokens_per_second"] is None
+    assert first["minutes"] is first["tokens_per_second"] is None
+    assert first["peak_memory_mb"] > PROCESS_MB
     tokenizer = Tokenizer(store.base("tiny"))
     data = store.file(file) / "data"
     rows = [row.tokens for row in tokenised_rows(data, tokenizer, Hyperparameters())]
@@ -47,16 +53,20 @@ def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tin
     assert first["supervised_tokens"] == 2 * sum(tokens.supervised_count for tokens in rows if tokens)
     assert gateway.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
-    finish(gateway, {"model": "tiny", "training_file": file}, rate=120.0)
+    at_once = largest_micro_batch([len(tokens.ids) for tokens in rows if tokens], 8)
+    finish(gateway, {"model": "tiny", "training_file": file}, 120.0, at_once)
     second = gateway.http.post(PATH, json=body).json()
     assert second["calibration"] == "calibrated"
-    assert (second["tokens_per_second"], second["peak_memory_mb"]) == (120.0, 900.0)
+    # Rows as those of the finished job, so the same peak; twice the tokens at once need a little more.
+    assert (second["tokens_per_second"], second["peak_memory_mb"]) == (120.0, pytest.approx(900, abs=0.1))
+    wider = body | {"hyperparameters": {"batch_size": 64}}
+    assert gateway.http.post(PATH, json=wider).json()["peak_memory_mb"] > second["peak_memory_mb"]
     assert second["minutes"] == pytest.approx(second["tokens"] / 120 / 60, abs=0.01)
     other = gateway.http.post(PATH, json=body | {"base_precision": "fp32"}).json()
     assert other["calibration"] == "not calibrated"
 
 
-def finish(gateway: Gateway, body: dict[str, Any], rate: float) -> None:
+def finish(gateway: Gateway, body: dict[str, Any], rate: float, tokens_at_once: int | None = None) -> None:
     """A job that ends at once with a report, as a worker would write it."""
     assert gateway.http.post("/v1/fine_tuning/jobs", json=body).status_code == 200
     leases = gateway.services.leases
@@ -73,6 +83,7 @@ def finish(gateway: Gateway, body: dict[str, Any], rate: float) -> None:
         train_loss=1.0,
         tokens_per_second=rate,
         peak_memory_mb=900.0,
+        tokens_at_once=tokens_at_once,
         grad_norm=1.0,
         quantized_layers=14,
         base_mb=1.0,
@@ -105,9 +116,23 @@ def test_time_counts_every_evaluation_and_no_step_that_is_not_made() -> None:
 def test_a_large_file_is_taken_to_be_like_its_beginning() -> None:
     taught = Row(1, "instruction-v1", Tokens([1, 2, 3, 4], [False, False, True, True]))
     sample = [taught, Row(2, "instruction-v1", None), taught, taught]
-    assert count(iter(sample), 4) == Amount(3, 1, 12, 6)
-    assert count(iter(sample), 4_000) == Amount(3_000, 1_000, 12_000, 6_000)
+    assert count(iter(sample), 4) == Amount(3, 1, 12, 6, (4, 4, 4))
+    assert count(iter(sample), 4_000) == Amount(3_000, 1_000, 12_000, 6_000, (4, 4, 4))
     assert count(iter([]), 0) == Amount(0, 0, 0, 0)
+
+
+@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), st.integers(1, 20))
+def test_the_largest_micro_batch_is_near_the_trainers_own(lengths: list[int], batch_size: int) -> None:
+    hyper = Hyperparameters(batch_size=batch_size, n_epochs=3)
+    layout = plan_layout(np.asarray(lengths), hyper, 42, "cpu")
+    batches = [batch for step in range(layout.total_steps) for batch in layout.micro_batches(step)]
+    actual = max(sum(lengths[row] for row in batch) for batch in batches)
+    found = largest_micro_batch(lengths, batch_size)
+    assert max(lengths) <= found <= max(CPU_TOKEN_BUDGET, max(lengths))
+    # No step of any order is larger, and none smaller than its share.
+    assert actual <= max(found, min(CPU_TOKEN_BUDGET, sum(sorted(lengths)[-batch_size:])))
+    if len(set(lengths)) == 1 and sum(lengths[:batch_size]) <= CPU_TOKEN_BUDGET:
+        assert found == actual
 
 
 def test_a_preview_shows_what_is_learnt(gateway_with_tiny: Any) -> None:

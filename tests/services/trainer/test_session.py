@@ -171,9 +171,17 @@ def test_a_database_that_is_away_for_a_while_loses_no_event(
 def test_the_first_step_is_told_with_its_time(store: JobStore, leases: Renewals, lease: Lease) -> None:
     clock = Clock()
     line = session(leases, lease, clock)
-    clock.now += 2.5
+    clock.now += 0.5
+    line.phase(Phase.TRAINING)
+    clock.now += 2
+    # A later phase of training is not the first.
+    line.phase(Phase.TRAINING)
     line.first_step(base_loaded=False)
     newest = store.events("default", lease.job.id, limit=1).items[0]
-    assert newest.data == {"claim_to_first_step_seconds": 2.5, "base_loaded": False}
+    assert newest.data == {
+        "claim_to_training_seconds": 0.5,
+        "claim_to_first_step_seconds": 2.5,
+        "base_loaded": False,
+    }
     assert "warm" in newest.message
     assert store.get("default", lease.job.id).state is State.RUNNING
