@@ -95,7 +95,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, headers)
 
     async def on_gone(request: Request, error: Exception) -> Response:
-        # The client left in the middle of its body. nginx's number for that; only the access log sees it.
+        # The client left before its answer. nginx's number for that; only the access log sees it.
         return Response(status_code=499)
 
     app.add_exception_handler(ClientDisconnect, on_gone)

@@ -150,7 +150,7 @@ class Client:
         return self._json("DELETE", "/v1/models/" + quote(name, safe=""))
 
     def generate(self, body: Json) -> tuple[Json, httpx.Headers]:
-        """`POST /generate`: the answer and its headers (`x-adapter-load-ms` when an adapter was loaded for it)."""
+        """`POST /generate`: the answer and its headers (`x-adapter-load-ms` if it waited for an adapter's load)."""
         response = self._request("POST", "/generate", json=body)
         return _decoded(response), response.headers
 

@@ -14,8 +14,9 @@ from services.gateway.auth import AuthenticatedRoute
 from services.gateway.dependencies import Project, Using
 from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, TGI_ERRORS
 from services.gateway.model_store import Target
-from services.gateway.relay import Relay, while_connected
+from services.gateway.relay import Relay
 from services.gateway.services import Services
+from shared.disconnect import while_connected
 from shared.errors import InvalidRequest, NotFound, Unavailable
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["generate"], dependencies=[NEEDS_KEY])

@@ -29,12 +29,21 @@ class Metrics:
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
             registry=self.registry,
         )
+        self._prefetches = Counter(
+            "tunesmith_gateway_prefetches_total",
+            "New adapters that inference was asked to load before the first request",
+            ("outcome",),
+            registry=self.registry,
+        )
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         # A client can invent methods without end; a label must not follow.
         known = method if method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH") else "other"
         self._requests.labels(known, route, str(status)).inc()
         self._seconds.labels(known, route).observe(seconds)
+
+    def prefetched(self, outcome: str) -> None:
+        self._prefetches.labels(outcome).inc()
 
     def watch(self, database: Database, doorbell: Doorbell) -> None:
         """Add what is known outside this process."""

@@ -1,20 +1,17 @@
 """An answer of inference on its way to the client: bytes as they come, nothing held back, nothing left running."""
 
-import asyncio
 import json
-from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
 
 import httpx
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from shared.disconnect import while_connected
 from shared.errors import Unavailable
 from shared.web import error_body
 
-T = TypeVar("T")
 # RFC 9110 §7.6.1, and what this gateway says itself.
 _NOT_PASSED = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
@@ -51,28 +48,3 @@ class Relay(Response):
             body = json.dumps(error_body(Unavailable("inference broke off the answer"), path))
             await send({"type": "http.response.body", "body": f"data:{body}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves.
-
-    Raises:
-        ClientDisconnect: it left first.
-    """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        for pending in (task, watch):
-            pending.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await pending
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

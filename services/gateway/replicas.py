@@ -69,15 +69,17 @@ class Replicas:
         """
         return (await self._serving(Target(base)))[0].info
 
-    async def send(self, target: Target, path: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
-        """POST to the process that should answer; the response's body is not read yet and must be closed.
+    async def send(
+        self, target: Target, path: str, body: bytes, headers: Mapping[str, str], *, method: str = "POST"
+    ) -> httpx.Response:
+        """Ask the process that should answer; the response's body is not read yet and must be closed.
 
         Raises:
             Unavailable: code `base_not_served`, or nobody could be reached.
         """
         for replica in await self._serving(target):
             request = self._client.build_request(
-                "POST", replica.url + path, content=body, headers={**headers, **self._headers}
+                method, replica.url + path, content=body, headers={**headers, **self._headers}
             )
             try:
                 response = await self._client.send(request, stream=True)
@@ -96,6 +98,22 @@ class Replicas:
                 raise Unavailable("inference refuses this gateway", code="inference_misconfigured")
             return response
         raise Unavailable(f"no inference process for {target.base} can be reached")
+
+    async def load(self, target: Target, *, gently: float) -> int:
+        """Have the process that would answer for an adapter load it now.
+
+        Args:
+            gently: seconds; what was used there within this time is not evicted for it.
+
+        Returns:
+            The status of its answer: 200 if the adapter is loaded, 429 if there is no room.
+
+        Raises:
+            Unavailable: as `send`.
+        """
+        response = await self.send(target, f"/adapters/{target.adapter}?gently={gently:g}", b"", {}, method="PUT")
+        await response.aclose()
+        return response.status_code
 
     async def unload(self, adapter: str) -> None:
         """Take an adapter out of every process's memory; who is away has none."""

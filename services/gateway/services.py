@@ -13,6 +13,7 @@ from services.gateway.job_resolution import JobResolver
 from services.gateway.keys import Keys, read_or_make_secret
 from services.gateway.metrics import Metrics
 from services.gateway.model_store import ModelStore
+from services.gateway.prefetcher import Prefetcher
 from services.gateway.pulse import Pulse
 from services.gateway.reaper import Reaper
 from services.gateway.replicas import Replicas
@@ -98,6 +99,10 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
         for thread in (services.ringer, reaper, Sweeper(database, artifacts, services.answers.forget)):
             thread.start()
             stack.callback(thread.stop)
+        if settings.inference_urls:
+            prefetcher = Prefetcher(database, services.replicas, metrics.prefetched)
+            prefetcher.start()
+            stack.push_async_callback(prefetcher.stop)
         yield services
 
 

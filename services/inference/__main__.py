@@ -1,7 +1,9 @@
 """Process entry: `python -m services.inference`. One process serves one base; SIGTERM drains and ends it."""
 
 import os
+import signal
 import sys
+from types import FrameType
 
 import uvicorn
 from pydantic import ValidationError
@@ -56,8 +58,15 @@ def main() -> int:
             timeout_graceful_shutdown=settings.drain_seconds,
         )
     )
+    # uvicorn drains on the signal and then raises it once more, for whoever handled it before.
+    signal.signal(signal.SIGTERM, _told_to_stop)
     server.run()
     return 0 if server.started else 1
+
+
+def _told_to_stop(signal_number: int, frame: FrameType | None) -> None:
+    """Having been told to stop is no failure."""
+    sys.exit(0)
 
 
 if __name__ == "__main__":

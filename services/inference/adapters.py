@@ -7,6 +7,7 @@ finishes on what it began with whatever is unloaded and loaded meanwhile.
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -41,12 +42,14 @@ class Entry:
         references: requests that use it or wait for it.
         nbytes: 0 until it has been read.
         load_ms: from the start of the load to residency.
-        used: order of last use, for LRU.
+        used_at: seconds on the registry's clock when it was asked for last.
+        gently: what was used within so many seconds is not evicted for it; 0 for a request, which waits.
     """
 
     id: str
     uid: str
-    used: int
+    used_at: float
+    gently: float = math.inf
     state: State = "loading"
     references: int = 0
     pinned: bool = False
@@ -74,6 +77,7 @@ class AdapterRegistry:
         budget: bytes that resident adapters may take together.
         slots: adapters that the engine can hold.
         patience: seconds a load waits for room when everything resident is in use, before 429.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -86,22 +90,26 @@ class AdapterRegistry:
         budget: int,
         slots: int,
         patience: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._engine, self._read, self._pool = store, engine, read, pool
-        self._budget, self._slots, self._patience = budget, slots, patience
+        self._budget, self._slots, self._patience, self._clock = budget, slots, patience, clock
         self._entries: dict[str, Entry] = {}
         self._draining: set[Entry] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Semaphore(4)
         self._room = asyncio.Lock()
         self._freed = asyncio.Event()
-        self._clock = itertools.count(1)
+        self._numbers = itertools.count(1)
         self.counters = Counters()
 
     # ------------------------------------------------------------------ requests
 
-    async def acquire(self, adapter_id: str) -> tuple[Entry, float | None]:
+    async def acquire(self, adapter_id: str, *, gently: float = 0.0) -> tuple[Entry, float | None]:
         """The adapter, resident and held until `release`; loads it if need be, once for all who ask.
+
+        Args:
+            gently: see `load`; who asks without it in mid-load lifts it for all.
 
         Returns:
             The entry, and the milliseconds this request waited for a load (None if it was resident).
@@ -112,6 +120,7 @@ class AdapterRegistry:
             Overloaded: no room, since everything resident is in use.
         """
         entry = self._present(adapter_id)
+        entry.gently = min(entry.gently, gently)
         if entry.state == "resident":
             return self._hold(entry), None
         started = time.perf_counter()
@@ -126,6 +135,7 @@ class AdapterRegistry:
     def release(self, entry: Entry) -> None:
         """The request is done with the adapter."""
         entry.references -= 1
+        entry.used_at = self._clock()
         if entry.references == 0:
             if entry.state == "draining" and entry.loaded.done():
                 self._spawn(self._free(entry))
@@ -133,9 +143,13 @@ class AdapterRegistry:
 
     # ------------------------------------------------------------------ administration
 
-    async def load(self, adapter_id: str) -> Entry:
-        """Make an adapter resident. Raises as `acquire`."""
-        entry, _ = await self.acquire(adapter_id)
+    async def load(self, adapter_id: str, *, gently: float = 0.0) -> Entry:
+        """Make an adapter resident. Raises as `acquire`.
+
+        Args:
+            gently: seconds; what was used within this time is not evicted to make room, and nothing is waited for.
+        """
+        entry, _ = await self.acquire(adapter_id, gently=gently)
         self.release(entry)
         return entry
 
@@ -172,7 +186,7 @@ class AdapterRegistry:
 
     def _hold(self, entry: Entry) -> Entry:
         entry.references += 1
-        entry.used = next(self._clock)
+        entry.used_at = self._clock()
         return entry
 
     def _present(self, adapter_id: str) -> Entry:
@@ -187,8 +201,8 @@ class AdapterRegistry:
             self.unload(adapter_id)
             raise _unknown(adapter_id)
         if entry is None:
-            number = next(self._clock)
-            entry = self._entries[adapter_id] = Entry(adapter_id, f"{adapter_id}@{number}", used=number)
+            uid = f"{adapter_id}@{next(self._numbers)}"
+            entry = self._entries[adapter_id] = Entry(adapter_id, uid, used_at=self._clock())
             self._spawn(self._load(entry, folder))
         return entry
 
@@ -244,20 +258,23 @@ class AdapterRegistry:
             async with asyncio.timeout(self._patience), self._room:
                 while not self._fits(weights.nbytes):
                     self._freed.clear()
-                    self._evict_one()
+                    if not self._evict_one(entry.gently) and entry.gently:
+                        raise Overloaded("no room without evicting what was used a short while ago", retry_after=5)
                     await self._freed.wait()
                 entry.nbytes, entry.rank = weights.nbytes, weights.rank
         except TimeoutError:
             raise Overloaded("all adapter slots are in use; try again later", retry_after=5) from None
 
-    def _evict_one(self) -> None:
-        """Begin to free the least recently used adapter that nobody uses, if there is one."""
+    def _evict_one(self, gently: float) -> bool:
+        """Begin to free the least recently used adapter that nobody uses or has used within `gently` seconds."""
         idle = [e for e in self._entries.values() if e.state == "resident" and not e.references and not e.pinned]
-        if idle:
-            victim = min(idle, key=lambda entry: entry.used)
-            del self._entries[victim.id]
-            self._retire(victim)
-            self.counters.evictions += 1
+        victim = min(idle, key=lambda entry: entry.used_at, default=None)
+        if victim is None or (gently and self._clock() - victim.used_at < gently):
+            return False
+        del self._entries[victim.id]
+        self._retire(victim)
+        self.counters.evictions += 1
+        return True
 
     def _fits(self, nbytes: int) -> bool:
         held = [entry for entry in self.entries() if entry.nbytes]

@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
-from services.inference.connection import ClientGone
 from services.inference.guard import guarded
 from services.inference.metrics import Metrics
 from services.inference.openai_routes import openai_router
@@ -66,13 +65,7 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
     ):
         app.include_router(router, responses=errors, dependencies=[token])
     install_error_handlers(app)
-    app.add_exception_handler(ClientGone, _nobody_listens)
     return app
-
-
-async def _nobody_listens(request: Request, error: Exception) -> Response:
-    # nginx's number for a client that left; only the access log sees it.
-    return Response(status_code=499)
 
 
 def openapi_document() -> dict[str, Any]:

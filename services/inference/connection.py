@@ -1,52 +1,17 @@
-"""The client's end of a request: work that stops when it leaves, and event streams that do.
-
-Nothing here knows models. Pure ASGI: the disconnect is read from `receive`, for streams and plain answers alike.
-"""
+"""Server-sent events to a client that may read slowly or leave. Nothing here knows models."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-T = TypeVar("T")
+from shared.disconnect import give_up, while_connected
+
 KEEP_ALIVE_SECONDS = 15.0
-
-
-class ClientGone(Exception):
-    """The client closed the connection; nobody reads the answer."""
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves.
-
-    Raises:
-        ClientGone: it left first.
-    """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        await _end(task)
-        await _end(watch)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(task: "asyncio.Future[Any]") -> None:
-    if not task.done():
-        task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
 
 
 class EventStream(Response):
@@ -75,7 +40,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            with suppress(ClientGone, OSError):
+            with suppress(ClientDisconnect, OSError):
                 await while_connected(receive, self._pump(send))
         finally:
             await self._close()
@@ -94,5 +59,5 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
                 upcoming = asyncio.ensure_future(anext(self._events, None))
         finally:
-            await _end(upcoming)
+            await give_up(upcoming)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

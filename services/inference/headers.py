@@ -4,7 +4,7 @@ from services.inference.serving import Run, ServedBase
 
 
 def early(run: Run, base: ServedBase) -> dict[str, str]:
-    """What is known before the first token: who serves, and what the adapter's load cost this request."""
+    """What is known before the first token: who serves, and of the adapter what its load took and cost this request."""
     headers = {
         "x-model-id": base.id,
         "x-precision": base.precision,
@@ -12,6 +12,7 @@ def early(run: Run, base: ServedBase) -> dict[str, str]:
     }
     if run.adapter_id is not None:
         headers["x-adapter-id"] = run.adapter_id
+        headers["x-adapter-loaded-in-ms"] = f"{run.adapter_loaded_in_ms:.1f}"
     if run.adapter_load_ms is not None:
         headers["x-adapter-load-ms"] = f"{run.adapter_load_ms:.1f}"
     return headers

@@ -1,8 +1,8 @@
 """Routes about the server itself: adapters by id, `/info`, health and metrics."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -148,10 +148,15 @@ def operations_router(route_class: type[APIRoute], settings: InferenceSettings, 
         )
 
     @router.put("/adapters/{adapter_id}", operation_id="load_adapter")
-    async def load_adapter(adapter_id: str, request: Request) -> AdapterView:
-        """Make an adapter resident; at once if it is."""
+    async def load_adapter(
+        adapter_id: str, request: Request, gently: Annotated[float, Query(ge=0, le=86_400)] = 0
+    ) -> AdapterView:
+        """Make an adapter resident; at once if it is.
+
+        With `gently`, what was used within so many seconds is not evicted for it: 429 if there is no other room.
+        """
         serving: Serving = request.app.state.serving
-        return _view(await serving.adapters.load(adapter_id))
+        return _view(await serving.adapters.load(adapter_id, gently=gently))
 
     @router.delete("/adapters/{adapter_id}", operation_id="unload_adapter")
     async def unload_adapter(adapter_id: str, request: Request) -> Unloaded:

@@ -6,9 +6,10 @@ the event loop. Knows no HTTP and no torch.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from services.inference.adapters import AdapterRegistry, Entry
@@ -85,19 +86,30 @@ class Times:
 class Run:
     """One request being generated.
 
+    Args:
+        ended: called on the event loop as soon as the engine is done with the request, however slowly it is read.
+
     Attributes:
         prompt_text: the formatted prompt; empty if the request gave ids.
-        adapter_load_ms: how long the request waited for its adapter to be loaded; None if it was resident.
+        adapter_loaded_in_ms: what the load of its adapter took, whoever waited for it.
+        adapter_load_ms: how long the request itself waited for the load; None if the adapter was resident.
         finish: why it ended; None while it goes on, and if it failed.
         over: the engine's last word on it has been heard.
     """
 
     def __init__(
-        self, request: GenerationRequest, prompt_text: str, adapter: Entry | None, load_ms: float | None, times: Times
+        self,
+        request: GenerationRequest,
+        prompt_text: str,
+        adapter: Entry | None,
+        load_ms: float | None,
+        times: Times,
+        ended: Callable[[], None] | None = None,
     ) -> None:
         self.request = request
         self.prompt_text = prompt_text
         self.adapter_id = adapter.id if adapter else None
+        self.adapter_loaded_in_ms = adapter.load_ms if adapter else 0.0
         self.adapter_load_ms = load_ms
         self.times = times
         self.started: Started | None = None
@@ -105,15 +117,22 @@ class Run:
         self.finish: FinishReason | None = None
         self.over = False
         self._loop = asyncio.get_running_loop()
+        self._ended = ended
+        # As long as its reader is slow: no longer than the context allows tokens.
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def sink(self, event: Event) -> None:
         """Called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._hear, event)
         except RuntimeError:
             # The event loop is gone: the process is ending and nobody can be told.
             return
+
+    def _hear(self, event: Event) -> None:
+        self._events.put_nowait(event)
+        if self._ended and isinstance(event, Finished | Failed | Cancelled):
+            self._ended()
 
     async def tokens(self) -> AsyncIterator[Token]:
         """The tokens as they come.
@@ -122,7 +141,8 @@ class Run:
             TunesmithError: the engine failed on this request.
         """
         while not self.over:
-            event = await self._next()
+            event = await self._events.get()
+            self.over = isinstance(event, Finished | Failed | Cancelled)
             if isinstance(event, Token):
                 self.generated += 1
                 self.finish = event.finish
@@ -136,16 +156,6 @@ class Run:
                 raise event.error
             elif isinstance(event, Cancelled):
                 raise TunesmithError("the request was cancelled", code="cancelled")
-
-    async def ended(self) -> None:
-        """Wait for the engine's last word on this request, tokens ignored."""
-        while not self.over:
-            await self._next()
-
-    async def _next(self) -> Event:
-        event = await self._events.get()
-        self.over = isinstance(event, Finished | Failed | Cancelled)
-        return event
 
 
 class Observer(Protocol):
@@ -168,7 +178,6 @@ class Serving:
     ) -> None:
         self.base, self.tokenizer, self.engine, self.adapters = base, tokenizer, engine, adapters
         self._admission = admission
-        self._leaving: set[asyncio.Task[None]] = set()
         self._observer: Observer | None = None
 
     def observe(self, observer: "Observer") -> None:
@@ -205,7 +214,9 @@ class Serving:
                 adapter, load_ms = await self.adapters.acquire(ask.adapter_id)
             text, ids = await ids_of(ask.source, self.tokenizer, adapter.template if adapter else None)
             request = self._complete(ask, ids, adapter.uid if adapter else None)
-            run = Run(request, text, adapter, load_ms, times)
+            # An adapter may be evicted again once the engine is done with it, which after a cancel is one step later.
+            release = partial(self.adapters.release, adapter) if adapter else None
+            run = Run(request, text, adapter, load_ms, times, release)
             times.submitted = time.perf_counter()
             handle = self.engine.submit(request, run.sink, place)
             handed_over = True
@@ -219,7 +230,6 @@ class Serving:
         finally:
             if not run.over:
                 self.engine.cancel(handle)
-            self._release_when_ended(run, adapter)
 
     def _complete(self, ask: Ask, ids: list[int], uid: str | None) -> GenerationRequest:
         if ask.truncate is not None:
@@ -228,22 +238,6 @@ class Serving:
         if new_tokens is None:
             new_tokens = max(1, min(ask.default_new_tokens, self.engine.context - len(ids)))
         return replace(ask.request, prompt=ids, adapter=uid, max_new_tokens=new_tokens)
-
-    def _release_when_ended(self, run: Run, adapter: Entry | None) -> None:
-        """Give the adapter back when the engine is done with it, which after a cancel is one step later."""
-        if adapter is None:
-            return
-        if run.over:
-            self.adapters.release(adapter)
-            return
-
-        async def wait() -> None:
-            await run.ended()
-            self.adapters.release(adapter)
-
-        task = asyncio.get_running_loop().create_task(wait())
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
 
     async def ready(self, patience: float) -> None:
         """Generate a real token, or know of one not older than `patience` seconds.

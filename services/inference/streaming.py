@@ -5,9 +5,9 @@ from contextlib import AsyncExitStack
 
 from starlette.types import Receive
 
-from services.inference.connection import while_connected
 from services.inference.engine.interface import Token
 from services.inference.serving import Ask, Run, Serving
+from shared.disconnect import while_connected
 
 
 class Begun:
@@ -29,7 +29,7 @@ async def begin(receive: Receive, serving: Serving, ask: Ask) -> Begun:
     """Start a run and wait for its first token, or for the client to leave.
 
     Raises:
-        ClientGone: the client left.
+        ClientDisconnect: the client left.
         TunesmithError: the request was refused, or failed before its first token.
     """
     stack = AsyncExitStack()

@@ -15,12 +15,13 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from services.inference import headers
-from services.inference.connection import EventStream, while_connected
+from services.inference.connection import EventStream
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
 from services.inference.prompts import ChatSource, InstructionSource, PromptSource, RawText
 from services.inference.schemas import GenerateBody, Parameters, plain
 from services.inference.serving import Ask, Run, Serving
 from services.inference.streaming import begin
+from shared.disconnect import while_connected
 from shared.errors import InvalidRequest, TunesmithError
 from shared.web import error_body
 

@@ -58,7 +58,7 @@ def asked(headers: dict[str, str], adapter: str | None) -> tuple[list[Json], flo
 
 
 def test_answers_name_their_split_and_the_first_one_the_load() -> None:
-    answers, milliseconds, bodies = asked({"x-adapter-load-ms": "41.5"}, "ft:x")
+    answers, milliseconds, bodies = asked({"x-adapter-loaded-in-ms": "41.5"}, "ft:x")
     assert milliseconds == 41.5
     assert answers == [
         {"question": "What?", "split": "training", "answer": "It [does]."},

@@ -20,7 +20,8 @@ class StandIn:
     """What was sent, and how to answer.
 
     Attributes:
-        sent: (method and path, body or None, headers) of every request but `/info`.
+        sent: (method and path, body or None, headers) of every request but `/info` and loads of adapters.
+        loaded: (adapter id, query) of every load asked for; `load_statuses` are the answers to the next ones, then 200.
         unfinished: a stream waits after its first event while it is set.
         broken: a stream breaks after its first event.
         slow: no answer before the client is gone.
@@ -35,6 +36,8 @@ class StandIn:
     broken: bool = False
     slow: bool = False
     sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    loaded: list[tuple[str, str]] = field(default_factory=list)
+    load_statuses: list[int] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
 
@@ -46,6 +49,11 @@ class StandIn:
             if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                 return JSONResponse({"error": "no"}, 401)
             return JSONResponse({"base": self.base, "revision": "r", "precision": "fp32", "slots": 4})
+
+        @app.put("/adapters/{adapter_id}")
+        async def load(adapter_id: str, request: Request) -> Response:
+            self.loaded.append((adapter_id, request.url.query))
+            return JSONResponse({"id": adapter_id}, self.load_statuses.pop(0) if self.load_statuses else 200)
 
         @app.delete("/adapters/{adapter_id}")
         async def unload(adapter_id: str, request: Request) -> dict[str, Any]:

@@ -1,21 +1,17 @@
-"""Residency over HTTP and under the registry: loads, evictions, pins, refusals, and who finishes on what."""
+"""Residency over HTTP: loads, evictions, pins, refusals, and who finishes on what."""
 
-import asyncio
 import json
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from services.inference.adapters import AdapterRegistry, Checked
-from services.inference.engine.interface import GenerationRequest, Sink, Stats
 from shared.artifacts import MANIFEST, new_id
-from shared.errors import InvalidRequest, NotFound, Overloaded
 from tests.services.inference.adapters_on_disk import publish
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running
@@ -125,6 +121,19 @@ def test_requests_in_flight_finish_on_what_they_began_with(small: Server) -> Non
     assert resident(small) == {adapter}
 
 
+def test_a_gentle_load_over_http(tiny: Tiny, adapters: list[str]) -> None:
+    with running(tiny, adapter_slots=1) as server:
+        assert server.http.put(f"/adapters/{adapters[0]}?gently=60").json()["state"] == "resident"
+        refused = server.http.put(f"/adapters/{adapters[1]}?gently=60")
+        assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
+        assert resident(server) == {adapters[0]}
+        for wrong in ("-1", "nan", "inf", "x", "1e9"):
+            assert server.http.put(f"/adapters/{adapters[1]}?gently={wrong}").status_code == 422
+        assert server.http.put(f"/adapters/{adapters[1]}").status_code == 200
+        assert resident(server) == {adapters[1]}
+        assert "tunesmith_adapter_loads_total 2.0" in server.http.get("/metrics").text
+
+
 # ---------------------------------------------------------------------- refused
 
 
@@ -227,133 +236,3 @@ def test_an_adapter_above_the_limits_is_refused(tiny: Tiny) -> None:
     with running(tiny, adapter_bytes=20_000, max_rank=32) as server:
         for adapter, status in [(large, 422), (small, 200), (large, 422)]:
             assert server.http.put(f"/adapters/{adapter}").status_code == status
-
-
-# ---------------------------------------------------------------------- the registry by itself
-
-
-class SlowEngine:
-    """Stands for an engine whose loads end when the test says so; only `load` and `unload` are asked for here."""
-
-    context = 100
-
-    def __init__(self) -> None:
-        self.loads: list[tuple[str, Future[None]]] = []
-        self.unloaded: list[str] = []
-
-    def load(self, uid: str, weights: Any) -> "Future[None]":
-        done: Future[None] = Future()
-        self.loads.append((uid, done))
-        return done
-
-    def unload(self, uid: str) -> "Future[None]":
-        self.unloaded.append(uid)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def submit(self, request: GenerationRequest, sink: Sink, place: Any = None) -> Any:
-        raise NotImplementedError
-
-    def cancel(self, handle: Any) -> None:
-        raise NotImplementedError
-
-    def stats(self) -> Stats:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class Weights:
-    rank = 8
-    nbytes = 10
-
-
-def registry(tiny: Tiny, engine: SlowEngine, **limits: Any) -> AdapterRegistry:
-    def read(folder: Path) -> Checked:
-        return Checked(tiny.store.verify(folder, "adapter"), Weights(), None)
-
-    pool = ThreadPoolExecutor(1)
-    return AdapterRegistry(tiny.store, engine, read, pool, **{"budget": 100, "slots": 2, "patience": 0.2} | limits)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 -- what is waited for happens in a thread
-            await asyncio.sleep(0.005)
-
-
-def test_one_load_for_all_who_ask_and_a_quitter_does_not_end_it(tiny: Tiny, adapters: list[str]) -> None:
-    async def scenario() -> None:
-        engine = SlowEngine()
-        held = registry(tiny, engine)
-        tasks = [asyncio.create_task(held.acquire(adapters[0])) for _ in range(3)]
-        await until(lambda: engine.loads)
-        tasks[0].cancel()
-        await asyncio.sleep(0)
-        assert [entry.state for entry in held.entries()] == ["loading"]
-        engine.loads[0][1].set_result(None)
-        (entry, waited), (same, _) = await asyncio.gather(*tasks[1:])
-        assert entry is same
-        assert waited is not None
-        assert (len(engine.loads), entry.references, entry.state) == (1, 2, "resident")
-        assert (await held.acquire(adapters[0]))[1] is None
-
-    asyncio.run(scenario())
-
-
-def test_unloading_in_mid_load_frees_the_slot_once(tiny: Tiny, adapters: list[str]) -> None:
-    async def scenario() -> None:
-        engine = SlowEngine()
-        held = registry(tiny, engine)
-        task = asyncio.create_task(held.acquire(adapters[0]))
-        await until(lambda: engine.loads)
-        assert held.unload(adapters[0])
-        task.cancel()
-        await asyncio.sleep(0.02)
-        assert engine.unloaded == []
-        engine.loads[0][1].set_result(None)
-        await until(lambda: engine.unloaded)
-        assert engine.unloaded == [engine.loads[0][0]]
-        assert held.entries() == []
-
-    asyncio.run(scenario())
-
-
-def test_a_full_house_waits_for_a_release_and_else_says_so(tiny: Tiny, adapters: list[str]) -> None:
-    async def scenario() -> None:
-        engine = SlowEngine()
-        held = registry(tiny, engine, slots=1)
-        first = asyncio.create_task(held.acquire(adapters[0]))
-        await until(lambda: engine.loads)
-        engine.loads[0][1].set_result(None)
-        entry, _ = await first
-        with pytest.raises(Overloaded):
-            await held.acquire(adapters[1])
-        second = asyncio.create_task(held.acquire(adapters[1]))
-        await asyncio.sleep(0.02)
-        held.release(entry)
-        await until(lambda: len(engine.loads) == 2)
-        engine.loads[1][1].set_result(None)
-        await second
-        assert engine.unloaded == [entry.uid]
-        assert held.counters.evictions == 1
-
-    asyncio.run(scenario())
-
-
-def test_an_engine_that_fails_to_load_is_an_error_for_those_who_wait(tiny: Tiny, adapters: list[str]) -> None:
-    async def scenario() -> None:
-        engine = SlowEngine()
-        held = registry(tiny, engine)
-        task = asyncio.create_task(held.acquire(adapters[0]))
-        await until(lambda: engine.loads)
-        engine.loads[0][1].set_exception(InvalidRequest("no"))
-        with pytest.raises(InvalidRequest):
-            await task
-        assert (held.entries(), held.used_bytes, held.counters.failed_loads) == ([], 0, 1)
-        with pytest.raises(NotFound):
-            await held.acquire("adapter-none")
-
-    asyncio.run(scenario())

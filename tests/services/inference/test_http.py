@@ -126,11 +126,13 @@ def test_details_and_headers(server: Server, adapters: list[str]) -> None:
     headers = answer.headers
     assert headers["x-adapter-id"] == adapter
     assert float(headers["x-adapter-load-ms"]) > 0
+    assert float(headers["x-adapter-loaded-in-ms"]) > 0
     assert (headers["x-prompt-tokens"], headers["x-generated-tokens"]) == (str(len(prompt)), "5")
     assert headers["x-precision"] == "fp32"
     assert headers["x-request-id"].startswith("req-")
     again = server.generate(inputs=PROMPT, parameters=parameters)
     assert "x-adapter-load-ms" not in again.headers
+    assert again.headers["x-adapter-loaded-in-ms"] == headers["x-adapter-loaded-in-ms"]
     assert again.json()["generated_text"] == body["generated_text"]
 
 
