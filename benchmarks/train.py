@@ -2,7 +2,8 @@
 
 `python -m benchmarks.train` prints a table and writes `benchmarks/results/train.json`. Peers take turns, a few steps
 at a time, and the median round counts; while one runs, the others wait. Every adapter's held-out loss is computed by
-one judge: the fp32 base and our evaluation. `--parity` runs one whole epoch of TRL and ours instead and compares that.
+one judge: the fp32 base and our evaluation. `--parity` runs one whole epoch of TRL and ours instead and compares that;
+`--memory` measures peaks by sequence length (`benchmarks.train_memory`).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import train_memory
 from benchmarks.train_peers import CPU, Report, Round, Task, run_peer
 from examples.stdlib_docstrings import build_dataset, write_rows
 from services.trainer.bases import WarmBases
@@ -85,7 +87,11 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--parity", action="store_true", help="one epoch of TRL (padded) and ours, compared by loss")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step by sequence length")
     arguments = parser.parse_args()
+    if arguments.memory:
+        measure_memory(arguments.peers, arguments.threads)
+        return
     rounds, steps, peers = arguments.rounds, arguments.steps, arguments.peers
     if arguments.parity:
         rounds, steps, peers = 1, 38, ["trl_padded", "ours_fp32"]
@@ -97,10 +103,49 @@ def main() -> None:
         verdict = judge(runs, task, data, base)
     results = summary(runs, task, data, peak, verdict)
     print(table(results))
-    RESULTS.mkdir(exist_ok=True)
-    name = "train-parity.json" if arguments.parity else "train.json"
-    (RESULTS / name).write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {RESULTS / name}")
+    path = RESULTS / "train.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    # Each way of running keeps what the other has found.
+    if arguments.parity:
+        known["parity"] = parity(results)
+        print(known["parity"])
+    else:
+        known = results | {key: known[key] for key in ("parity",) if key in known}
+    write(path, known)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def measure_memory(peers: Sequence[str], threads: int) -> None:
+    def peak_of(name: str, task: Task) -> float:
+        ((peer,), _) = take_turns([name], task, 1)
+        assert peer.report is not None
+        return peer.report.peak_memory_mb
+
+    chosen = [peer for peer in train_memory.PEERS if peer in peers]
+    path = RESULTS / "memory.json"
+    results = train_memory.measure(peak_of, chosen, threads)
+    results |= {"machine": machine(threads), "versions": library_versions()}
+    print(train_memory.table(results))
+    write(path, results)
+
+
+def parity(results: dict[str, Any]) -> dict[str, Any]:
+    """Whether the same order of the same rows teaches the same, whoever trains."""
+    losses = {name: peer["held_out_loss"] for name, peer in results["peers"].items()}
+    return {
+        "steps": results["steps"],
+        "held_out_loss_before": round(results["held_out_loss_before"], 4),
+        "held_out_loss": losses,
+        "difference": round(abs(losses["ours_fp32"] / losses["trl_padded"] - 1), 5),
+        "tokens_per_second": {name: peer["tokens_per_second"] for name, peer in results["peers"].items()},
+        "machine": results["machine"],
+        "versions": results["versions"],
+    }
 
 
 def lay_out(root: Path, max_steps: int, steps_per_round: int, threads: int) -> tuple[Task, Data, Base]:
@@ -196,7 +241,7 @@ def summary(peers: Sequence[Peer], task: Task, data: Data, peak: float, verdict:
         "sgemm_gflops": round(peak / 1e9, 1),
         "lora": task.spec.lora.model_dump(mode="json"),
         "hyperparameters": task.spec.hyperparameters.model_dump(mode="json"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": task.threads, "system": platform.platform()},
+        "machine": machine(task.threads),
         "versions": library_versions(),
     }
 
@@ -230,6 +275,10 @@ def _ratios(name: str, rates: dict[str, float]) -> dict[str, float]:
     if precision != "fp32":
         against["vs_fp32"] = "ours_fp32"
     return {key: round(rates[name] / rates[peer], 2) for key, peer in against.items() if peer in rates}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
 
 
 def _cpu() -> str:

@@ -148,8 +148,30 @@ def _tokens_of_steps(task: Task) -> list[int]:
     return [sum(lengths[start : start + size]) for start in range(0, len(lengths), size)]
 
 
-class GateSession:
-    """Our recipe's line to the outside, here to the gate; without one it stops before the first step."""
+class SilentSession:
+    """Our recipe's line to an outside that does not listen and never asks it to stop."""
+
+    def phase(self, phase: Phase) -> None: ...
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def event(
+        self, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
+    ) -> None: ...
+
+    def first_step(self, *, base_loaded: bool) -> None: ...
+
+    def should_stop(self) -> bool:
+        return False
+
+    def reserve_adapter(self) -> str:
+        return new_id("adapter")
+
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None: ...
+
+
+class GateSession(SilentSession):
+    """The same with a gate; without one it stops before the first step."""
 
     def __init__(self, gate: Gate | None, tokens_of_steps: list[int]) -> None:
         self._gate = gate
@@ -168,19 +190,8 @@ class GateSession:
         self._gate.computed(tokens, tokens)
         self._gate.step_done()
 
-    def event(
-        self, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
-    ) -> None: ...
-
-    def first_step(self, *, base_loaded: bool) -> None: ...
-
     def should_stop(self) -> bool:
         return self._gate is None and self.training_since > 0
-
-    def reserve_adapter(self) -> str:
-        return new_id("adapter")
-
-    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None: ...
 
 
 def _counting(trainer_class: Any, gate: Gate) -> Any:

@@ -213,7 +213,7 @@ class TrainingReport(Frozen):
         trained_tokens: supervised tokens seen, over all epochs.
         tokens_per_second: real (non-pad) tokens per second of training time, evaluation and saving excluded.
         mfu: model FLOP utilisation against a measured sgemm peak; None if the peak was not measured.
-        tokens_at_once: tokens of the largest micro-batch, which the peak of memory depends on.
+        tokens_at_once: tokens of the largest micro-batch of the last claim, which its peak of memory depends on.
         peak_memory_mb: peak resident memory of the worker (CPU) or of the allocator (CUDA), in MB of 10^6 bytes.
         quantized_layers: how many linear layers bitsandbytes holds (0 unless int8 or nf4).
         base_mb: bytes of the frozen base as it lies in memory, in MB of 10^6 bytes.
