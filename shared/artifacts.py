@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,8 @@ from shared.errors import ArtifactCorrupt, NotFound
 from shared.jobs import Frozen
 
 MANIFEST = "manifest.json"
+# The manifest's own hash, a field beside the manifest's.
+SEAL = "sha256"
 ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
 _ID = re.compile(ID_PATTERN)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -166,7 +168,7 @@ class LocalArtifactStore:
         for name in entries:
             _fsync(staged / name)
         complete = Manifest.model_validate(manifest.model_dump() | {"files": entries})
-        (staged / MANIFEST).write_text(complete.model_dump_json(indent=2, exclude_none=True) + "\n")
+        (staged / MANIFEST).write_text(_sealed(complete), encoding="utf-8")
         self.place(staged, target)
         return complete
 
@@ -203,7 +205,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
 
     Raises:
         NotFound: there is no such folder.
-        ArtifactCorrupt: the manifest is missing, malformed or of another kind.
+        ArtifactCorrupt: the manifest is missing, malformed, damaged or of another kind.
     """
     path = folder / MANIFEST
     if not folder.is_dir() or folder.is_symlink():
@@ -211,7 +213,10 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 20:
         raise ArtifactCorrupt(f"{folder.name}: no manifest")
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+        fields = json.loads(path.read_bytes())
+        if not isinstance(fields, dict) or fields.pop(SEAL, None) != _seal(fields):
+            raise ValueError(f"its {SEAL} is not that of its fields")
+        manifest = Manifest.model_validate(fields)
     except (ValueError, RecursionError, ValidationError) as error:
         raise ArtifactCorrupt(f"{folder.name}: unreadable manifest: {error}") from error
     if manifest.kind != kind:
@@ -232,6 +237,20 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(manifest: Manifest) -> str:
+    """A manifest as it is written."""
+    fields = manifest.model_dump(mode="json", exclude_none=True)
+    return json.dumps(fields | {SEAL: _seal(fields)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields as JSON in one form, so that a damaged disk cannot change what a folder belongs to.
+
+    It keeps nobody from writing another manifest: who can write in the folder is trusted.
+    """
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _checked(artifact_id: str) -> str:

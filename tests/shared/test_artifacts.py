@@ -1,5 +1,6 @@
 """A folder is trusted only while its manifest verifies, and appears whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shared.artifacts
-from shared.artifacts import MANIFEST, LocalArtifactStore, Manifest, new_id, read_manifest, sha256_of
+from shared.artifacts import MANIFEST, SEAL, LocalArtifactStore, Manifest, new_id, read_manifest, sha256_of
 from shared.errors import ArtifactCorrupt, NotFound
 
 CONTENT = {"a.bin": bytes(range(200)), "b.json": b'{"x": 1}', "empty": b""}
@@ -78,6 +79,63 @@ def test_any_changed_byte_is_refused(
     store.verify(folder, "adapter")
 
 
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose manifest uses every field."""
+    store = LocalArtifactStore(tmp_path_factory.mktemp("sealed"))
+    target = store.adapter("adapter-1")
+    with store.staged() as folder:
+        (folder / "a.bin").write_bytes(b"content")
+        everything = {"job": "ftjob-1", "step": 120, "precision": "int8", "template": "chat-ä", "data_sha256": "1" * 64}
+        store.publish(folder, target, manifest(**everything, versions={"torch": "2.13.0+cpu", "peft": "0.21.2"}))
+    return target
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_no_bit_of_a_manifest_can_flip_unseen(sealed: Path, data: st.DataObject) -> None:
+    listing = sealed / MANIFEST
+    written = listing.read_bytes()
+    place = data.draw(st.integers(0, 8 * len(written) - 1))
+    damaged = bytearray(written)
+    damaged[place // 8] ^= 1 << place % 8
+    try:
+        listing.write_bytes(damaged)
+        with pytest.raises(ArtifactCorrupt):
+            read_manifest(sealed, "adapter")
+    finally:
+        listing.write_bytes(written)
+    assert read_manifest(sealed, "adapter").step == 120
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base": "another"}, {"base_revision": "s"}, {"step": 8}, {"template": None}, {"versions": {}}, {SEAL: "0" * 64},
+     {SEAL: None}, {SEAL: 5}],
+)  # fmt: skip
+def test_a_changed_field_is_noticed(sealed: Path, change: dict[str, object]) -> None:
+    listing = sealed / MANIFEST
+    written = listing.read_text()
+    fields = {name: value for name, value in (json.loads(written) | change).items() if value is not None}
+    try:
+        listing.write_text(json.dumps(fields))
+        with pytest.raises(ArtifactCorrupt, match=SEAL):
+            read_manifest(sealed, "adapter")
+    finally:
+        listing.write_text(written)
+    # How it is laid out says nothing.
+    listing.write_text(json.dumps(json.loads(written), separators=(",", ":")))
+    assert read_manifest(sealed, "adapter").template == "chat-ä"
+    listing.write_text(written)
+
+
+def resealed(fields: dict[str, object]) -> str:
+    """A manifest whose own hash is right whatever it says."""
+    rest = {name: value for name, value in fields.items() if name != SEAL}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps(rest | {SEAL: digest})
+
+
 @pytest.mark.parametrize(
     "defect",
     ["stray", "stray folder", "missing", "symlink", "symlinked folder", "folder for file", "fifo", "no manifest",
@@ -113,12 +171,12 @@ def test_folders_that_are_refused(store: LocalArtifactStore, folder: Path, defec
     elif defect == "huge manifest":
         listing.write_text(listing.read_text() + " " * (1 << 20))
     elif defect == "other kind":
-        listing.write_text(json.dumps(fields | {"kind": "checkpoint"}))
+        listing.write_text(resealed(fields | {"kind": "checkpoint"}))
     elif defect == "unknown key":
-        listing.write_text(json.dumps(fields | {"surprise": 1}))
+        listing.write_text(resealed(fields | {"surprise": 1}))
     else:
         entry = fields["files"].pop("a.bin")
-        listing.write_text(json.dumps(fields | {"files": fields["files"] | {"../a.bin": entry}}))
+        listing.write_text(resealed(fields | {"files": fields["files"] | {"../a.bin": entry}}))
     with pytest.raises((ArtifactCorrupt, NotFound)):
         store.verify(folder, "adapter")
 

@@ -155,6 +155,8 @@ def spoilt(tiny: Tiny, how: str) -> str:
         (folder / "adapter_config.json").unlink()
     elif how == "no manifest":
         (folder / MANIFEST).unlink()
+    elif how == "flipped manifest":
+        (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"step": 7', '"step": 5'))
     elif how == "manifest of nonsense":
         (folder / MANIFEST).write_text("[" * 100_000)
     elif how == "symlink":
@@ -203,7 +205,8 @@ def republished(tiny: Tiny, good: Path, how: str) -> str:
 
 
 DEFECTS = [
-    "flipped bit", "flipped config", "truncated", "stray file", "missing file", "no manifest", "manifest of nonsense",
+    "flipped bit", "flipped config", "truncated", "stray file", "missing file", "no manifest", "flipped manifest",
+    "manifest of nonsense",
     "symlink", "another's folder", "missing layer", "NaN", "wrong rank", "foreign base", "other weights",
     "unknown template", "lying header", "DoRA",
 ]  # fmt: skip
