@@ -128,7 +128,10 @@ def measure_memory(peers: Sequence[str], threads: int) -> None:
 
     chosen = [peer for peer in train_memory.PEERS if peer in peers]
     path = RESULTS / "memory.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
     results = train_memory.measure(peak_of, chosen, threads)
+    for key in ("peak_mb", "mb_per_1000_tokens_of_a_step"):
+        results[key] = known.get(key, {}) | results[key]
     results |= {"machine": machine(threads), "versions": library_versions()}
     print(train_memory.table(results))
     write(path, results)

@@ -32,18 +32,18 @@ def measure(peak_of: PeakOf, peers: Sequence[str], threads: int) -> Json:
     Args:
         peak_of: runs a peer on a task in a process of its own.
     """
-    peaks: dict[str, dict[int, int]] = {peer: {} for peer in peers}
+    peaks: dict[str, dict[str, int]] = {peer: {} for peer in peers}
     with TemporaryDirectory(prefix="bench-memory-") as folder:
         for task, length in lay_out(Path(folder), threads):
             for peer in peers:
-                peaks[peer][length] = round(peak_of(peer, task))
-                print(f"{peer}, {length} tokens: {peaks[peer][length]} MB", flush=True)
+                peaks[peer][str(length)] = round(peak_of(peer, task))
+                print(f"{peer}, {length} tokens: {peaks[peer][str(length)]} MB", flush=True)
     tokens = ROWS * (LENGTHS[-1] - LENGTHS[0])
     return {
         "rows_a_step": ROWS,
         "peak_mb": peaks,
         "mb_per_1000_tokens_of_a_step": {
-            peer: round(1000 * (by_length[LENGTHS[-1]] - by_length[LENGTHS[0]]) / tokens)
+            peer: round(1000 * (by_length[str(LENGTHS[-1])] - by_length[str(LENGTHS[0])]) / tokens)
             for peer, by_length in peaks.items()
         },
     }
@@ -87,5 +87,5 @@ def table(results: Json) -> str:
     ]
     for peer, peaks in results["peak_mb"].items():
         slope = results["mb_per_1000_tokens_of_a_step"][peer]
-        lines.append(f"{peer:28}" + "".join(f"{peaks[length]:8}" for length in LENGTHS) + f"{slope:10}")
+        lines.append(f"{peer:28}" + "".join(f"{peaks[str(length)]:8}" for length in LENGTHS) + f"{slope:10}")
     return "\n".join(lines)

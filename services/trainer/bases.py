@@ -13,7 +13,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 from services.trainer.attention import attend_per_sample
-from services.trainer.heap import give_back_free_memory
+from services.trainer.heap import give_back_free_memory, keep_few_kernels
 from services.trainer.llama import fuse
 from services.trainer.upcast import compute_in_fp32
 from shared.artifacts import ArtifactStore
@@ -49,6 +49,7 @@ class WarmBases:
         self._catalogue = catalogue
         self._store = store
         self._warm: TrainableBase | None = None
+        keep_few_kernels()
 
     def tokenizer(self, spec: JobSpec) -> Tokenizer:
         """The base's tokenizer, without loading the model; prepares the base on this installation's first use.
