@@ -11,6 +11,8 @@ from pydantic import Field, ValidationError
 from shared.errors import InvalidRequest, NotFound, TunesmithError
 from shared.jobs import BasePrecision, Frozen, ModuleName
 
+# What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
+NO_MODEL_IN_PARTICULAR = frozenset({"", "dummy", "tgi"})
 BUILT_IN = Path(__file__).with_name("catalogue.toml")
 _SOURCES = (
     re.compile(r"hub:(?P<repo>\w[\w.-]*/\w[\w.-]*)@(?P<revision>[0-9a-f]{40})"),

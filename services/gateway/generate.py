@@ -16,6 +16,7 @@ from services.gateway.documented import NEEDS_KEY, OPENAI_ERRORS, TGI_ERRORS
 from services.gateway.model_store import Target
 from services.gateway.relay import Relay
 from services.gateway.services import Services
+from shared.catalogue import NO_MODEL_IN_PARTICULAR
 from shared.disconnect import while_connected
 from shared.errors import InvalidRequest, NotFound, Unavailable
 
@@ -113,6 +114,8 @@ async def _tgi(request: Request, services: Services, project: str) -> Response:
 async def _openai(request: Request, services: Services, project: str) -> Response:
     body = _object(await request.body())
     named = body.get("model")
+    if isinstance(named, str) and named in NO_MODEL_IN_PARTICULAR:
+        named = body["model"] = ""
     target = await _target(services, project, named, "model")
     if isinstance(named, str) and named:
         body["model"] = target.adapter or target.base

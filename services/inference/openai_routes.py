@@ -19,6 +19,7 @@ from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText
 from services.inference.schemas import MIN_DIVISOR, ChatCompletionBody, CompletionBody, plain
 from services.inference.serving import Ask, Run, ServedBase, Serving
 from services.inference.streaming import begin
+from shared.catalogue import NO_MODEL_IN_PARTICULAR
 from shared.disconnect import while_connected
 from shared.errors import TunesmithError
 from shared.web import error_body
@@ -27,13 +28,11 @@ _REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 _ADAPTER_CODES = frozenset({"model_not_found", "adapter_refused", "adapter_corrupt", "adapter_too_large"})
 _FIELDS = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
 _CHAT_FIELDS = _FIELDS | {"inputs": "messages"}
-# Names that clients send when they mean whatever the server has.
-_WHATEVER = frozenset({"", "dummy", "tgi"})
 
 
 def adapter_of(model: str, base: ServedBase) -> str | None:
     """The adapter id that a `model` field names; None for the base."""
-    return None if model in _WHATEVER or model == base.id or model in base.aliases else model
+    return None if model in NO_MODEL_IN_PARTICULAR or model == base.id or model in base.aliases else model
 
 
 def _sampling(body: ChatCompletionBody | CompletionBody) -> Sampling:

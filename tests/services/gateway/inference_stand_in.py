@@ -24,6 +24,7 @@ class StandIn:
         loaded: (adapter id, query) of every load asked for; `load_statuses` are the answers to the next ones, then 200.
         unfinished: a stream waits after its first event while it is set.
         broken: a stream breaks after its first event.
+        flooding: a stream goes on in chunks of 64 KiB, `flooded` counts those that have been taken off its hands.
         slow: no answer before the client is gone.
         started, closed: paths of slow or unfinished requests, when they began and when their client was gone.
     """
@@ -34,6 +35,8 @@ class StandIn:
     status: int = 200
     unfinished: bool = False
     broken: bool = False
+    flooding: bool = False
+    flooded: int = 0
     slow: bool = False
     sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     loaded: list[tuple[str, str]] = field(default_factory=list)
@@ -101,6 +104,10 @@ class StandIn:
         try:
             while self.unfinished:  # noqa: ASYNC110 (set by the test's thread)
                 await asyncio.sleep(0.01)
+            while self.flooding:
+                yield b"data:" + b"x" * (64 << 10) + b"\n\n"
+                self.flooded += 1
+                await asyncio.sleep(0)
             if self.broken:
                 raise OSError("the process died")
             yield b'data:{"token":{"text":"last"}}\n\n'

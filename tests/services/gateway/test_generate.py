@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_an_unknown_model_is_404_and_never_the_base(gateway: Gateway, inference:
     assert openai.json()["error"]["code"] == "model_not_found"
     assert openai.json()["error"]["param"] == "model"
     assert inference.sent == []
+
+
+@pytest.mark.parametrize("name", ["", "dummy", "tgi"])
+def test_what_clients_send_for_no_model_in_particular_is_the_default(
+    gateway: Gateway, inference: StandIn, name: str
+) -> None:
+    """huggingface_hub's chat completions say `dummy`; in `adapter_id` such a word is a name like any other."""
+    body = {"model": name, "messages": [{"role": "user", "content": "a"}]}
+    assert gateway.http.post("/v1/chat/completions", json=body).is_success
+    [(_, sent, passed)] = inference.sent
+    assert (sent["model"], passed.get("x-model-name")) == ("", None)
+    answer = gateway.http.post("/generate", json={"inputs": "a", "parameters": {"adapter_id": name or None}})
+    assert answer.status_code == (404 if name else 200)
 
 
 @pytest.mark.parametrize("name", [5, True, ["x"], {"id": "x"}, 1.5])
@@ -186,6 +200,23 @@ def test_when_the_client_goes_the_stream_behind_it_is_closed(gateway: Gateway, i
     inference.unfinished = True
     with gateway.http.stream("POST", "/generate_stream", json={"inputs": "a"}) as answer:
         next(answer.iter_lines())
+    eventually(lambda: inference.closed == ["/generate_stream"])
+
+
+def test_a_client_that_does_not_read_fills_no_memory_and_holds_nobody_up(gateway: Gateway, inference: StandIn) -> None:
+    """What the sockets between the two take is all that inference can say; it waits, and others are served."""
+    inference.flooding = True
+    with gateway.http.stream("POST", "/generate_stream", json={"inputs": "a"}) as answer:
+        chunks = answer.iter_raw()
+        next(chunks)
+        taken = -1
+        while taken != inference.flooded:
+            taken = inference.flooded
+            time.sleep(1)
+        assert 0 < taken * (64 << 10) < 64 << 20
+        assert gateway.http.post("/generate", json={"inputs": "a"}).is_success
+        assert inference.closed == []
+    # It leaves without having read a word of the rest.
     eventually(lambda: inference.closed == ["/generate_stream"])
 
 

@@ -52,8 +52,12 @@ class Server:
 
 
 @contextmanager
-def running(tiny: Tiny, **settings: Any) -> Iterator[Server]:
-    """Serve the tiny base until the block ends."""
+def running(tiny: Tiny, *, send_buffer: int = 0, **settings: Any) -> Iterator[Server]:
+    """Serve the tiny base until the block ends.
+
+    Args:
+        send_buffer: bytes of an answer that the system takes before they are read, about; its own choice if 0.
+    """
     chosen = InferenceSettings(**{"slots": 4, "context": 256, "prefill_chunk": 32} | settings)
     built: list[Serving] = []
 
@@ -64,6 +68,9 @@ def running(tiny: Tiny, **settings: Any) -> Iterator[Server]:
     # With the protocol named asyncio sets TCP_NODELAY, as it does for sockets it makes itself; without, every answer
     # waits 40 ms for a delayed acknowledgement.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        if send_buffer:
+            # Connections inherit it.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(create_app(chosen, build), log_config=None, access_log=False))

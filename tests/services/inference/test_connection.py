@@ -1,22 +1,26 @@
 """Clients that leave, full queues, slow loads: slots come back, and everybody gets an answer."""
 
 import asyncio
+import gc
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
 from starlette.types import Message
 
 from services.inference.connection import EventStream
+from services.inference.serving import Run
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running
 
+T = TypeVar("T")
 LONG: dict[str, Any] = {"max_new_tokens": 240, "ignore_eos_token": True}
 
 
@@ -27,10 +31,18 @@ def narrow(tiny: Tiny) -> Iterator[Server]:
         yield server
 
 
-def connect(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
-    """Send a request and return the open connection."""
+def connect(server: Server, path: str, body: dict[str, Any], *, window: int = 0) -> socket.socket:
+    """Send a request and return the open connection.
+
+    Args:
+        window: bytes that the server may send unread, about; the system's choice if 0.
+    """
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)))
+    connection = socket.socket()
+    if window:
+        # Before connecting: the window is agreed on then.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    connection.connect((host, int(port)))
     content = json.dumps(body).encode()
     connection.sendall(
         f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -67,6 +79,49 @@ def test_a_client_that_leaves_frees_its_row(narrow: Server, adapters: list[str],
         narrow.wait_until_idle()
     assert engine.stats().tokens - before < 3 * 240
     assert narrow.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
+
+
+def bodies(adapter: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """A long request on every route, plain and streamed: name → (path, body)."""
+    tgi = {"inputs": "a", "parameters": LONG | {"adapter_id": adapter}}
+    openai = {"model": adapter, "max_tokens": 200, "ignore_eos": True}
+    chat = openai | {"messages": [{"role": "user", "content": "a"}]}
+    return {
+        "generate": ("/generate", tgi),
+        "generate, streamed": ("/generate_stream", tgi),
+        "compat": ("/", tgi),
+        "completion": ("/v1/completions", openai | {"prompt": "a"}),
+        "completion, streamed": ("/v1/completions", openai | {"prompt": "a", "stream": True}),
+        "chat": ("/v1/chat/completions", chat),
+        "chat, streamed": ("/v1/chat/completions", chat | {"stream": True}),
+    }
+
+
+@pytest.mark.parametrize("kind", bodies(""))
+def test_the_row_is_free_one_step_after_its_client_has_left(
+    narrow: Server, adapters: list[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The engine's steps are let through one by one, so that it can be told how many came after the leaving."""
+    engine: Any = narrow.serving.engine
+    decode, steps = engine._runner.decode, threading.Semaphore(0)
+
+    def one_by_one(*arguments: Any) -> Any:
+        assert steps.acquire(timeout=30)
+        return decode(*arguments)
+
+    monkeypatch.setattr(engine._runner, "decode", one_by_one)
+    before = engine.stats().tokens
+    leaving = connect(narrow, *bodies(adapters[0])[kind])
+    # The prompt gives the first token; then three steps.
+    wait(lambda: engine.stats().tokens == before + 1)
+    steps.release(3)
+    wait(lambda: engine.stats().tokens == before + 4)
+    leaving.close()
+    wait(lambda: engine._cancelling)
+    # The step that had begun ends; the next one begins without the row.
+    steps.release()
+    narrow.wait_until_idle()
+    assert engine.stats().tokens == before + 5
 
 
 def test_a_full_queue_answers_429_at_once(narrow: Server) -> None:
@@ -122,14 +177,80 @@ def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny
         assert server.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
 
 
-def test_a_slow_reader_holds_up_nobody(narrow: Server) -> None:
-    slow = connect(narrow, "/generate_stream", {"inputs": "a", "parameters": LONG})
-    assert narrow.generate(inputs="a", parameters={"max_new_tokens": 1}).status_code == 200
-    received = b""
-    while b"0\r\n\r\n" not in received[-7:]:
-        received += slow.recv(65536)
-    assert received.count(b"data:") == 240
-    slow.close()
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/chat/completions"])
+def test_a_reader_that_does_not_read_holds_nothing_but_its_own_answer(
+    tiny: Tiny, adapters: list[str], path: str
+) -> None:
+    """Its row, its place and its adapter are free as soon as the engine is done; later it gets every byte."""
+    if path == "/generate_stream":
+        own = {"adapter_id": adapters[0], "top_n_tokens": 5}
+        body: dict[str, Any] = {"inputs": "a", "parameters": LONG | own}
+    else:
+        messages = [{"role": "user", "content": "a"}]
+        body = {"model": adapters[0], "messages": messages, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body |= {"logprobs": True, "top_logprobs": 5, "temperature": 0}
+    with running(tiny, send_buffer=2048, slots=1, adapter_slots=1) as server:
+        whole = server.http.post(path, json=body).text
+        assert len(whole) > 100_000
+
+        def answered() -> bool:
+            return f'route="{path}",status="200"}} 2.0' in server.http.get("/metrics").text
+
+        stuck = connect(server, path, body, window=2048)
+        wait(lambda: server.serving.adapters.counters.loads and server.serving.engine.stats().running)
+        server.wait_until_idle()
+        # The only row and the only adapter slot serve the next ones, while most of the answer is still to be sent.
+        for adapter in (adapters[1], None):
+            assert server.generate(inputs="b", parameters={"adapter_id": adapter, "max_new_tokens": 3}).is_success
+        assert {entry.id for entry in server.serving.adapters.entries()} == {adapters[1]}
+        assert not answered()
+        received = b""
+        while b"0\r\n\r\n" not in received[-7:]:
+            received += stuck.recv(65536)
+        stuck.close()
+        assert said(unchunked(received)) == said(whole)
+        wait(answered)
+
+
+def test_many_readers_that_do_not_read_take_bounded_memory_and_leave_none_taken(tiny: Tiny) -> None:
+    with running(tiny, send_buffer=2048, slots=8, queue_requests=300) as server:
+        engine = server.serving.engine
+        body = {"inputs": "a", "parameters": LONG | {"top_n_tokens": 5}}
+        stuck = [connect(server, "/generate_stream", body, window=2048) for _ in range(60)]
+        wait(lambda: engine.stats().tokens >= 60 * LONG["max_new_tokens"])
+        server.wait_until_idle()
+        assert server.generate(inputs="a", parameters={"max_new_tokens": 1}).is_success
+        runs = alive(Run)
+        assert len(runs) == 60
+        # What waits to be read is the rest of one answer each.
+        unread = [run._events.qsize() for run in runs]
+        assert 0 < max(unread) <= LONG["max_new_tokens"] + 2
+        del runs
+        for connection in stuck:
+            connection.close()
+        wait(lambda: not alive(Run))
+
+
+def alive(kind: type[T]) -> list[T]:
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is kind]
+
+
+def unchunked(response: bytes) -> str:
+    """The body of an HTTP/1.1 response in chunks."""
+    head, _, rest = response.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    body = b""
+    while (size := int(rest.partition(b"\r\n")[0], 16)) > 0:
+        rest = rest.partition(b"\r\n")[2]
+        body, rest = body + rest[:size], rest[size + 2 :]
+    return body.decode()
+
+
+def said(stream: str) -> list[Any]:
+    """What the events say of tokens; an OpenAI answer's id and time are its own."""
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.split("\n\n") if line[6:].startswith("{")]
+    return [event.get("choices") or event for event in events]
 
 
 def test_a_request_before_its_load_ends_can_be_left(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
