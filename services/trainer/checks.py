@@ -1,6 +1,6 @@
 """What must be true of a finished run before anybody may use its adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,33 @@ from torch import Tensor
 from services.trainer.bases import TrainableBase, fingerprint
 from services.trainer.forward import Packed, supervised_logits, training_forward
 from services.trainer.lora import lora_loaded, trainable
+from services.trainer.memory import Shortage
 from services.trainer.precision import Precision
 from shared.errors import JobFailed
 
 
 @contextmanager
-def out_of_memory_explained() -> Iterator[None]:
+def out_of_memory_explained(foreseen: Callable[[], Shortage | None] = lambda: None) -> Iterator[None]:
     """Turn the many faces of out-of-memory into one.
 
+    Args:
+        foreseen: what was known of it before it happened.
+
     Raises:
-        JobFailed: `out_of_memory`, with what to change.
+        JobFailed: `out_of_memory`, with what to change, in numbers if they are known.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
+        known = foreseen()
+        fields = list(known.smaller) if known else []
         raise JobFailed(
-            "out of memory; lower max_length, use base_precision int8 or nf4, or fewer target modules",
+            f"out of memory; {known.advice}"
+            if known
+            else "out of memory; lower max_length, use base_precision int8 or nf4, or fewer target modules",
+            param=f"hyperparameters.{fields[0]}" if fields else None,
             code="out_of_memory",
         ) from error
 

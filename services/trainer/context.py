@@ -12,6 +12,7 @@ from services.trainer.checkpoint import Identity
 from services.trainer.dataset import Data
 from services.trainer.forward import Packed, pack
 from services.trainer.layout import Layout
+from services.trainer.memory import FreeMemory, Shortage
 from services.trainer.metrics import History
 from services.trainer.pace import Pace
 from services.trainer.precision import Precision
@@ -28,6 +29,8 @@ class RunContext:
     Attributes:
         peak_flops: what this machine's matrix products of the job's dtype reach at best, FLOP/s, if measured.
         evaluation_seconds: how long the last evaluation took.
+        free_memory: bytes that can still be had on a device.
+        shortage: of memory, as foreseen before the first step.
         tokens_at_once: of the largest micro-batch so far, which is what the peak of memory depends on.
         resume_states: committed resume states still on disk, oldest first.
     """
@@ -44,6 +47,8 @@ class RunContext:
     base_loaded: bool
     matmul_weights: int
     peak_flops: float | None
+    free_memory: FreeMemory
+    shortage: Shortage | None = None
     evaluation_seconds: float = 0.0
     tokens_at_once: int = 0
     pace: Pace = field(default_factory=Pace)

@@ -30,6 +30,7 @@ from services.trainer.heap import give_back_free_memory
 from services.trainer.initial import start_from
 from services.trainer.layout import plan_layout
 from services.trainer.lora import lora_attached, parameter_counts, trainable
+from services.trainer.memory import FreeMemory, free_bytes, measure_need, shortage
 from services.trainer.metrics import History, matmul_parameters, reset_peak_memory
 from services.trainer.precision import choose_precision
 from services.trainer.reports import (
@@ -40,6 +41,7 @@ from services.trainer.reports import (
     tell_about_base,
     tell_about_early_stop,
     tell_about_rows,
+    tell_about_shortage,
     tell_metrics,
 )
 from services.trainer.rng import RandomState
@@ -64,19 +66,22 @@ def finetune(
     *,
     peak_flops: Mapping[torch.dtype, float] | None = None,
     clock: Clock = time.monotonic,
+    free_memory: FreeMemory = free_bytes,
 ) -> Outcome:
     """Run a job to its end, or to where it is asked to stop.
 
     Args:
         candidates: committed resume states of earlier claims, newest first.
+        free_memory: bytes that can still be had on a device.
 
     Raises:
         JobFailed: trying again would not help; the message says what to change.
         LeaseLost: from the session; nothing more was written.
     """
+    run: RunContext | None = None
     try:
-        with out_of_memory_explained():
-            run = prepare(job, bases, store, session, peak_flops or {}, clock)
+        with out_of_memory_explained(lambda: run.shortage if run else None):
+            run = prepare(job, bases, store, session, peak_flops or {}, clock, free_memory)
             return adapt(run, candidates)
     except StopRequested:
         return Stopped(step=0)
@@ -95,6 +100,7 @@ def prepare(
     session: Session,
     peak_flops: Mapping[torch.dtype, float],
     clock: Clock,
+    free_memory: FreeMemory,
 ) -> RunContext:
     """Everything up to the LoRA weights: the rows first, so that a bad file fails before any model is loaded."""
     spec = job.spec
@@ -124,6 +130,7 @@ def prepare(
         base_loaded=seconds is not None,
         matmul_weights=matmul_parameters(base.loaded.model),
         peak_flops=peak_flops.get(precision.dtype),
+        free_memory=free_memory,
     )
 
 
@@ -134,6 +141,7 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
         with lora_attached(loaded.model, spec.lora, spec.seed) as model:
             counts = parameter_counts(model)
             tell_about_adapter(run.session, counts)
+            look_at_memory(run, model)
             if spec.initial_adapter:
                 start_from(model, spec.initial_adapter, run.base, run.store)
             state = begin(run, model, candidates)
@@ -152,6 +160,17 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
         adapter_id = run.session.reserve_adapter()
         manifest = publish_adapter(run, folder, adapter_id, state.history.step)
     return Finished(adapter_id, manifest, report_on(run, state.history, counts))
+
+
+def look_at_memory(run: RunContext, model: PeftModel) -> None:
+    """Say beforehand if the largest micro-batch will hardly fit, and what would. It is tried all the same."""
+    rows, hyper = run.data.training, run.job.spec.hyperparameters
+    longest = int(rows.lengths.argmax())
+    share = max(rows.targets[longest] / rows.lengths[longest], rows.targets.sum() / rows.lengths.sum())
+    need = measure_need(model, trainable(model), rows[longest][0], float(share), run.precision)
+    run.shortage = shortage(need, run.free_memory(run.device), rows.lengths, hyper, run.layout.token_budget)
+    if run.shortage:
+        tell_about_shortage(run.session, run.shortage)
 
 
 def begin(run: RunContext, model: PeftModel, candidates: Sequence[Path]) -> TrainingState:

@@ -95,6 +95,13 @@ def plan_layout(lengths: NDArray[np.int64], hyper: Hyperparameters, seed: int, d
     return Layout(lengths, hyper.batch_size, hyper.n_epochs, hyper.max_steps, seed, budget)
 
 
+def most_tokens(lengths: NDArray[np.int64], batch_size: int, token_budget: int) -> int:
+    """No micro-batch of any step has more tokens, however the rows are drawn. Linear in the rows' number."""
+    batch = min(batch_size, len(lengths))
+    longest = np.partition(lengths, len(lengths) - batch)[len(lengths) - batch :]
+    return max(int(longest.max()), min(token_budget, int(longest.sum())))
+
+
 def pack_rows(rows: list[int], lengths: NDArray[np.int64], token_budget: int) -> list[MicroBatch]:
     """First-fit decreasing (Johnson 1973) of rows into micro-batches of at most `token_budget` tokens.
 

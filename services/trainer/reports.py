@@ -4,6 +4,7 @@ from services.trainer.bases import TrainableBase
 from services.trainer.context import RunContext
 from services.trainer.dataset import Rows
 from services.trainer.layout import Layout
+from services.trainer.memory import Shortage
 from services.trainer.metrics import History, peak_memory_mb, utilisation
 from services.trainer.run import Session
 from services.trainer.schedule import learning_rate
@@ -59,6 +60,18 @@ def tell_about_adapter(session: Session, counts: tuple[int, int]) -> None:
     log.info("adapter attached", trainable_params=trained, total_params=total)
     session.event(
         f"Training {trained:,} of {total:,} parameters", data={"trainable_params": trained, "total_params": total}
+    )
+
+
+def tell_about_shortage(session: Session, shortage: Shortage) -> None:
+    needed, free = shortage.needed / 1e6, shortage.free / 1e6
+    data = {"tokens": shortage.tokens, "needed_mb": round(needed, 1), "free_mb": round(free, 1), **shortage.smaller}
+    log.warning("memory is short", **data)
+    session.event(
+        f"Training on {shortage.tokens:,} tokens at once needs about {needed:,.0f} MB beside the base, {free:,.0f} MB "
+        f"are free: {shortage.advice}. It is tried all the same",
+        level="warn",
+        data=data,
     )
 
 

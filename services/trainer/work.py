@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.bases import WarmBases
 from services.trainer.finetune import finetune
+from services.trainer.memory import FreeMemory, free_bytes
 from services.trainer.patience import patiently
 from services.trainer.run import Finished, JobRun, Outcome
 from services.trainer.session import LeaseSession
@@ -28,6 +29,7 @@ class Worker:
         handover: true once this worker is to let go of its job and claim no more.
         retry_seconds: pause after a fault of this system; a full disk is not full only for the next second.
         peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
+        free_memory: bytes that can still be had on a device.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Worker:
         renew_seconds: float = 5.0,
         retry_seconds: float = 10.0,
         peak_flops: Mapping[torch.dtype, float] | None = None,
+        free_memory: FreeMemory = free_bytes,
     ) -> None:
         self._leases = leases
         self._store = store
@@ -50,6 +53,7 @@ class Worker:
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
         self._peak_flops = peak_flops or {}
+        self._free_memory = free_memory
         self._log = get_logger("worker")
 
     def work_off(self) -> int:
@@ -82,7 +86,15 @@ class Worker:
         run = JobRun(job_id=lease.job.id, lease_token=lease.token, spec=lease.job.spec)
         session = LeaseSession(self._leases, lease, handover=self._handover, renew_seconds=self._renew_seconds)
         with session:
-            outcome = finetune(run, self._bases, self._store, session, resume, peak_flops=self._peak_flops)
+            outcome = finetune(
+                run,
+                self._bases,
+                self._store,
+                session,
+                resume,
+                peak_flops=self._peak_flops,
+                free_memory=self._free_memory,
+            )
             session.flush()
         return outcome
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from services.trainer.bases import WarmBases
+from services.trainer.memory import FreeMemory, free_bytes
 from services.trainer.work import Worker
 from shared.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.catalogue import Catalogue
 from shared.database import Database, migrate
-from shared.job_store import Job, JobStore
+from shared.job_store import Event, Job, JobStore
 from shared.jobs import Hyperparameters, JobSpec, State
 from shared.leases import Leases
 from tests.tiny import prepared_tiny
@@ -36,7 +37,10 @@ class Place:
         self.bases = WarmBases(self.catalogue, self.artifacts, torch.device("cpu"))
 
     def worker(
-        self, handover: Callable[[], bool] = lambda: False, artifacts: LocalArtifactStore | None = None
+        self,
+        handover: Callable[[], bool] = lambda: False,
+        artifacts: LocalArtifactStore | None = None,
+        free_memory: FreeMemory = free_bytes,
     ) -> Worker:
         return Worker(
             self.leases,
@@ -46,6 +50,7 @@ class Place:
             handover=handover,
             renew_seconds=0.05,
             retry_seconds=0,
+            free_memory=free_memory,
         )
 
     def job(self, rows: list[dict[str, str]], **hyperparameters: object) -> Job:
@@ -77,8 +82,11 @@ class Place:
         assert data is not None
         return data
 
+    def events(self, job: Job) -> list[Event]:
+        return self.jobs.events("default", job.id, after=0, limit=200).items
+
     def story(self, job: Job) -> list[str]:
-        return [event.message for event in self.jobs.events("default", job.id, after=0, limit=200).items]
+        return [event.message for event in self.events(job)]
 
 
 @pytest.fixture
@@ -126,6 +134,29 @@ def test_the_second_job_finds_the_base_warm(place: Place) -> None:
     assert place.worker().work_off() == 2
     assert [place.first_step(job)["base_loaded"] for job in (first, second)] == [True, False]
     assert place.adapter_sha(first) == place.adapter_sha(second)
+
+
+def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_goes_on(place: Place) -> None:
+    rows = [{"instruction": f"What is {n}?", "output": "It is a long story. " * 100} for n in range(6)]
+    worker = place.worker(free_memory=lambda device: 2_000_000)
+    job = place.job(rows, n_epochs=1)
+    assert worker.work_off() == 1
+    assert place.state(job) is State.SUCCEEDED
+    (warning,) = [event for event in place.events(job) if "are free" in event.message]
+    assert warning.level == "warn"
+    data = warning.data
+    assert data is not None
+    length, batch = data["max_length"], data["batch_size"]
+    assert warning.message == (
+        f"Training on 1,024 tokens at once needs about {data['needed_mb']:.0f} MB beside the base, 2 MB are free: "
+        f"max_length {length} (now 512) with batch_size {batch} (now 4) would fit. It is tried all the same"
+    )
+    assert 64 <= length < 512
+    # A job with the numbers it named has room.
+    again = place.job(rows, n_epochs=1, max_length=length, batch_size=batch)
+    assert worker.work_off() == 1
+    assert place.state(again) is State.SUCCEEDED
+    assert not any("are free" in event.message for event in place.events(again))
 
 
 def test_a_bad_job_fails_with_a_sentence_and_the_next_one_works(place: Place) -> None:
