@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import serve_gateway, serve_peers
+from benchmarks import serve_http, serve_peers
 from benchmarks.serve_engine import EngineBench, percentile
 from benchmarks.serve_workload import Workload, make_workload
 from services.inference.precision import ServingPrecision
@@ -52,7 +52,14 @@ def main() -> None:
         result = measure(work, options.precisions, options.rounds, options.load_seconds) | about
         write(result, options.out)
         if options.http:
-            result["gateway"] = serve_gateway.measure(options.base, options.http, home)
+            result |= serve_http.measure(
+                home,
+                options.base,
+                result["precision"],
+                work.adapters[:SWAPPED],
+                requests=options.http,
+                seconds=options.http_seconds,
+            )
             result["gateway_overhead_ms"] = result["gateway"]["overhead_ms"]["whole"]
             write(result, options.out)
     show(result)
@@ -70,7 +77,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", default=["auto", "fp32"], help="the first gives the headline ratios")
     parser.add_argument("--load-seconds", type=float, default=18, help="how long streams run beside hot loads")
-    parser.add_argument("--http", type=int, default=60, help="requests for the gateway's overhead; 0 leaves it out")
+    parser.add_argument("--http", type=int, default=60, help="requests for the gateway's overhead; 0 leaves HTTP out")
+    parser.add_argument("--http-seconds", type=float, default=20, help="how long each stretch of load over HTTP takes")
     parser.add_argument("--out", type=Path, default=RESULT)
     return parser.parse_args()
 
@@ -213,6 +221,8 @@ def show(result: Json) -> None:
     for name, value in result["tokens_per_second"].items():
         speeds.add_row(name, f"{value:.0f}")
     console.print(speeds)
+    if "http" in result:
+        console.print(_http_table(result["http"]))
     musts = Table(title="must")
     for column in ("figure", "measured", "must", ""):
         musts.add_column(column)
@@ -231,6 +241,22 @@ def show(result: Json) -> None:
         good = value >= bound if sign == "≥" else value <= bound
         musts.add_row(name, f"{value:g}", f"{sign} {bound:g}", "yes" if good else "NO")
     console.print(musts)
+
+
+def _http_table(http: Json) -> Table:
+    closed = http["closed_loop"]
+    table = Table(
+        title=f"HTTP, open loop at {http['rate']:g} requests/s of {http['new_tokens']} tokens over {http['adapters']} "
+        f"adapters ({closed['clients']} clients in a closed loop: {closed['requests_per_second']:g})"
+    )
+    columns = ("", "first token ms, p50", "p99", "between tokens ms, p50", "p99", "answered", "refused", "broken")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for name in ("direct", "gateway"):
+        seen = http[name]
+        times = (seen[kind].get(share, float("nan")) for kind in ("ttft_ms", "itl_ms") for share in ("p50", "p99"))
+        table.add_row(name, *(f"{time:.1f}" for time in times), *(str(seen[k]) for k in columns[-3:]))
+    return table
 
 
 if __name__ == "__main__":

@@ -1,74 +1,58 @@
 """What the gateway adds: the same request over HTTP, to inference directly and through the gateway, in turn."""
 
 import time
-from pathlib import Path
-from statistics import median
+from itertools import pairwise
+from statistics import mean, median
 from typing import Any
 
 import httpx
 
-from tunesmith import stack
-
 _WARM = 5
+_BODY = {"inputs": "def f(x):", "parameters": {"max_new_tokens": 8, "ignore_eos_token": True}}
+Times = dict[str, list[float]]
 
 
-def measure(base: str, requests: int, home: Path) -> dict[str, Any]:
-    """Start a whole stack in a home folder, whose artifacts may hold the prepared base, and compare one by one.
+def compare(doors: dict[str, tuple[str, str]], requests: int) -> dict[str, Any]:
+    """One request after the other, by `direct` and `gateway` in turn.
+
+    Args:
+        doors: name → URL and bearer token.
 
     Returns:
-        Median milliseconds of a whole request and of the first streamed token, direct and through the gateway, and of
-        the difference between neighbours.
+        Median milliseconds of a whole request, of the first streamed token and between two tokens, by each door, and
+        of the difference between neighbours.
     """
-    connection = stack.up(home, port=0, base=base).connection
-    try:
-        inference = connection.as_json()["pids"]["inference"]
-        with (
-            httpx.Client(base_url=connection.inference_url, headers=_bearer(_token(inference)), timeout=60) as direct,
-            httpx.Client(base_url=connection.url, headers=_bearer(connection.api_key), timeout=60) as gateway,
-        ):
-            return _compare(direct, gateway, requests)
-    finally:
-        stack.down(home)
-
-
-def _token(pid: int) -> str:
-    """The secret between gateway and inference, made anew at each start: read from our own child's environment."""
-    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-        name, _, value = entry.partition(b"=")
-        if name == b"TUNESMITH_INTERNAL_TOKEN":
-            return value.decode()
-    return ""
-
-
-def _bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _compare(direct: httpx.Client, gateway: httpx.Client, requests: int) -> dict[str, Any]:
-    whole: dict[str, list[float]] = {"direct": [], "gateway": []}
-    first: dict[str, list[float]] = {"direct": [], "gateway": []}
+    clients = {
+        name: httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False)
+        for name, (url, token) in doors.items()
+    }
+    whole, first, between = ({name: list[float]() for name in doors} for _ in range(3))
     for number in range(_WARM + requests):
-        for name, client in (("direct", direct), ("gateway", gateway)):
-            asked, streamed = _whole_ms(client), _first_ms(client)
+        for name, client in clients.items():
+            asked = _whole_ms(client)
+            began, gap = _streamed_ms(client)
             if number >= _WARM:
                 whole[name].append(asked)
-                first[name].append(streamed)
+                first[name].append(began)
+                between[name].append(gap)
+    for client in clients.values():
+        client.close()
     return {
-        "whole_ms": {name: round(median(values), 2) for name, values in whole.items()},
-        "first_token_ms": {name: round(median(values), 2) for name, values in first.items()},
-        "overhead_ms": {
-            "whole": round(median(_differences(whole)), 2),
-            "first_token": round(median(_differences(first)), 2),
-        },
+        "whole_ms": _medians(whole),
+        "first_token_ms": _medians(first),
+        "inter_token_ms": _medians(between),
+        "overhead_ms": {"whole": _added(whole), "first_token": _added(first), "inter_token": _added(between)},
         "requests": requests,
     }
 
 
-def _differences(times: dict[str, list[float]]) -> list[float]:
-    return [gateway - direct for gateway, direct in zip(times["gateway"], times["direct"], strict=True)]
+def _medians(times: Times) -> dict[str, float]:
+    return {name: round(median(values), 2) for name, values in times.items()}
 
 
-_BODY = {"inputs": "def f(x):", "parameters": {"max_new_tokens": 4, "ignore_eos_token": True}}
+def _added(times: Times) -> float:
+    pairs = zip(times["gateway"], times["direct"], strict=True)
+    return round(median(gateway - direct for gateway, direct in pairs), 2)
 
 
 def _whole_ms(client: httpx.Client) -> float:
@@ -77,14 +61,11 @@ def _whole_ms(client: httpx.Client) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _first_ms(client: httpx.Client) -> float:
-    started = time.perf_counter()
+def _streamed_ms(client: httpx.Client) -> tuple[float, float]:
+    """Until the first token, and between two tokens on average."""
+    moments = [time.perf_counter()]
     with client.stream("POST", "/generate_stream", json=_BODY) as response:
         response.raise_for_status()
-        lines = response.iter_lines()
-        while not next(lines).startswith("data:"):
-            continue
-        elapsed = time.perf_counter() - started
-        for _ in lines:
-            continue
-    return elapsed * 1e3
+        moments += [time.perf_counter() for line in response.iter_lines() if line.startswith("data:")]
+    gaps = [(after - before) * 1e3 for before, after in pairwise(moments)]
+    return gaps[0], mean(gaps[1:])

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from sqlalchemy import and_, select
+from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
 from services.gateway.model_store import Target
@@ -67,13 +67,12 @@ class Prefetcher:
     def published(self) -> list[Target]:
         """The final adapters of the jobs that have ended since the last call; none at the first. Asks SQL."""
         with self._database.read() as connection:
-            waiting = connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(_UNFINISHED)))
-            unfinished = frozenset(waiting)
+            unfinished = frozenset(connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(_UNFINISHED))))
             ended = self._unfinished - unfinished
             found = (
                 select(adapters.c.base, adapters.c.id)
                 .join(jobs, jobs.c.adapter == adapters.c.id)
-                .where(and_(jobs.c.id.in_(ended), jobs.c.state == State.SUCCEEDED, adapters.c.state == "published"))
+                .where(jobs.c.id.in_(ended), jobs.c.state == State.SUCCEEDED, adapters.c.state == "published")
             )
             targets = [Target(*row) for row in connection.execute(found)] if ended else []
         # Only now: whatever fails above is looked at again.

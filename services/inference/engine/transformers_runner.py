@@ -15,7 +15,9 @@ from services.inference.engine.runner import Piece
 from shared.errors import TunesmithError
 
 # Decoders whose every layer attends to all earlier tokens; others would need more than a mask.
-SUPPORTED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+SUPPORTED = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3", "stablelm", "starcoder2"}
+)
 
 
 class TransformersRunner:
