@@ -1,8 +1,9 @@
 """`python -m benchmarks.fuzz`: requests that schemathesis makes from both OpenAPI documents, against real processes.
 
 Half are valid by the document, half are not. Valid ones are steered: ids are those of things that exist, models are
-served, generation is short; otherwise nearly everything would end at 404. Every answer is checked against the document,
-and a request that breaks its schema must be refused. Writes benchmarks/results/fuzz.json.
+served, generation is short; otherwise nearly everything would end at 404. More follow in chains, by ids that earlier
+answers gave. Every answer is checked against the document, and a request that breaks its schema must be refused. Writes
+benchmarks/results/fuzz.json.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from benchmarks.fuzz_chains import Chains
 from services.openapi import DOCUMENTS, rendered
 from shared.artifacts import read_manifest
 from tests.services.inference.adapters_on_disk import write_adapter
@@ -41,6 +44,7 @@ from tests.tiny_stack import TOKEN, TinyStack, tiny_stack
 
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 REQUESTS = 5000
+CHAINED = 1000
 MAX_VIOLATIONS = 50
 AnyCase = Case[Any]
 MAX_NEW_TOKENS = 3
@@ -60,11 +64,20 @@ class Things:
     """What exists on the stack, made as a case needs it."""
 
     def __init__(self, stack: TinyStack, http: httpx.Client) -> None:
-        self._http = http
+        self._http, self._stack = http, stack
         base = read_manifest(stack.artifacts.base("tiny"), "base")
         self.adapter = write_adapter(stack.artifacts, stack.folder / "tiny-model", base, seed=1)
         self.file = self.new_file()
         self.job = self.new_job()
+
+    def renew(self) -> None:
+        """A file for a chain; the one before may have deleted its own."""
+        self.file = self.new_file()
+
+    def load(self) -> None:
+        """An adapter for a chain at inference."""
+        url = f"{self._stack.inference_url}/adapters/{self.adapter}"
+        httpx.put(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60).raise_for_status()
 
     def new_file(self) -> str:
         form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("data.jsonl", ROWS)}}
@@ -76,8 +89,8 @@ class Things:
         made: str = self._http.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
         return made
 
-    def steer(self, case: AnyCase, chance: random.Random) -> None:
-        """Let a valid case name what exists, most of the time."""
+    def steer(self, case: AnyCase, chance: random.Random, *, chained: bool = False) -> None:
+        """Let a valid case name what exists, most of the time. A chain's ids come from the answers before."""
         if chance.random() < 0.2:
             return
         path_parameters: Any = case.path_parameters
@@ -90,7 +103,7 @@ class Things:
             "model_id": lambda: "tiny",
             "adapter_id": lambda: self.adapter,
         }
-        for name in path_parameters or {}:
+        for name in () if chained else path_parameters or {}:
             path_parameters[name] = ids[name]()
         if query and "model" in query:
             query["model"] = "tiny"
@@ -153,6 +166,20 @@ def wrong_elsewhere(case: AnyCase) -> bool:
     return any(info.mode is GenerationMode.NEGATIVE for where, info in components if where.value != "header")
 
 
+def document(name: str, *modes: str) -> Any:
+    """schemathesis' view of one of our API documents, generating requests of some modes, of both unless said."""
+    # Parameters that are not known are passed over, so that clients written for more go on working.
+    generation: dict[str, Any] = {"allow-extra-parameters": False} | ({"mode": modes[0]} if modes else {})
+    config = SchemathesisConfig.from_dict({"generation": generation})
+    return schemathesis.openapi.from_dict(json.loads(rendered(name)), config=config)
+
+
+def call(url: str, bearer: dict[str, str]) -> dict[str, Any]:
+    """How a case is sent."""
+    # A stream of a job's events ends with the job: nobody trains here.
+    return {"base_url": url, "headers": bearer | {"Accept": "application/json"}, "timeout": 60}
+
+
 class Fuzz:
     """One run against one stack; `report` is what is written."""
 
@@ -168,12 +195,8 @@ class Fuzz:
     def run(self, requests: int, seconds: float = float("inf")) -> None:
         """About `requests` requests, spread evenly over operations and modes; fewer if `seconds` have passed."""
         self._deadline = time.monotonic() + seconds
-        # Parameters that are not known are passed over, so that clients written for more go on working.
-        config = SchemathesisConfig.from_dict({"generation": {"allow-extra-parameters": False}})
         operations: list[tuple[str, Any]] = [
-            (name, found.ok())  # type: ignore[union-attr]
-            for name in DOCUMENTS
-            for found in schemathesis.openapi.from_dict(json.loads(rendered(name)), config=config).get_all_operations()
+            (name, found.ok()) for name in DOCUMENTS for found in document(name).get_all_operations()
         ]
         each = -(-requests // (2 * len(operations)))
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
@@ -187,14 +210,44 @@ class Fuzz:
                 if operation.body or operation.path_parameters or operation.query:
                     self._operation(name, operation, GenerationMode.POSITIVE, 10)
 
+    def chains(self, requests: int, seconds: float = float("inf")) -> None:
+        """About `requests` requests more, most of them by ids of earlier answers; fewer if `seconds` have passed."""
+        for name, begin, share in (
+            ("gateway.json", self._things.renew, 0.8),
+            ("inference.json", self._things.load, 0.2),
+        ):
+            chains = Chains(
+                document(name, "positive"),
+                begin,
+                self._steer_chained,
+                partial(self._judge_chained, name),
+                call(*self._door(name)),
+            )
+            chains.run(partial(self._has_sent, self.sent + share * requests), share * seconds, self._seed)
+
+    def _has_sent(self, requests: float) -> bool:
+        return self.sent >= requests
+
+    def _steer_chained(self, case: AnyCase) -> None:
+        self._things.steer(case, self._chance, chained=True)
+        shorten(case)
+
+    def _judge_chained(self, document: str, case: AnyCase, answer: Any, check: Callable[[Any], None]) -> None:
+        label = f"{document.removesuffix('.json')} {case.operation.label}"
+        self._judge(label, case, answer, lambda: check(CHECKS))
+
     @property
     def sent(self) -> int:
         return sum(sum(counts.values()) for counts in self.statuses.values())
 
-    def _operation(self, document: str, operation: Any, mode: GenerationMode, examples: int) -> None:
+    def _door(self, document: str) -> tuple[str, dict[str, str]]:
+        """Where a document's operations are, and the key to them."""
         inner = document == "inference.json"
         url = self._stack.inference_url if inner else self._stack.url
-        bearer = {"Authorization": f"Bearer {TOKEN if inner else self._stack.key}"}
+        return url, {"Authorization": f"Bearer {TOKEN if inner else self._stack.key}"}
+
+    def _operation(self, document: str, operation: Any, mode: GenerationMode, examples: int) -> None:
+        url, bearer = self._door(document)
         label = f"{document.removesuffix('.json')} {operation.label}"
 
         @seed(self._seed)
@@ -224,16 +277,17 @@ class Fuzz:
                 CHECKS if wrong_elsewhere(case) else [check for check in CHECKS if check != negative_data_rejection]
             )
         shorten(case)
-        # A stream of a job's events ends with the job: nobody trains here.
-        headers = bearer | {"Accept": "application/json"}
-        answer = case.call(base_url=url, headers=headers, timeout=60)
+        answer = case.call(**call(url, bearer))
+        self._judge(label, case, answer, lambda: case.validate_response(answer, checks=checks))
+
+    def _judge(self, label: str, case: AnyCase, answer: Any, check: Callable[[], None]) -> None:
         self.statuses[label][answer.status_code] += 1
         told = {"operation": label, "status": answer.status_code, "request": case.as_curl_command()[:600]}
         told["answer"] = answer.text[:300]
         if answer.status_code >= 500:
             self.server_errors.append(told)
         try:
-            case.validate_response(answer, checks=checks)
+            check()
         except (Failure, FailureGroup) as failure:
             whys = failure.exceptions if isinstance(failure, FailureGroup) else [failure]
             self.violations += [told | {"why": f"{type(why).__name__}: {why}"[:500]} for why in whys]
@@ -257,6 +311,7 @@ class Fuzz:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--chained", type=int, default=CHAINED, help="requests more that follow from others' answers")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     given_arguments = parser.parse_args(arguments)
@@ -267,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         fuzz = Fuzz(stack, http, given_arguments.seed)
         fuzz.run(given_arguments.requests)
+        fuzz.chains(given_arguments.chained)
     report = {"command": "make fuzz", "seed": given_arguments.seed} | fuzz.report()
     given_arguments.output.parent.mkdir(parents=True, exist_ok=True)
     given_arguments.output.write_text(json.dumps(report, indent=2) + "\n")

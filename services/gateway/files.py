@@ -26,6 +26,7 @@ uploads = APIRouter(route_class=StreamingRoute, tags=["files"], responses=OPENAI
 _FORM = {
     "type": "object",
     "required": ["purpose", "file"],
+    "additionalProperties": False,
     "properties": {
         "purpose": {"type": "string", "enum": ["fine-tune"]},
         "file": {"type": "string", "contentMediaType": "application/octet-stream"},
