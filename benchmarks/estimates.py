@@ -53,8 +53,8 @@ def chapters(count: int) -> list[Row]:
 
 
 SETTINGS = {
-    "int8, recommended": Setting("int8", "recommended", {"batch_size": 4}, lambda: docstrings(160)),
-    "fp32, reference": Setting("fp32", "reference", {"batch_size": 4}, lambda: docstrings(160)),
+    "int8, recommended": Setting("int8", "recommended", {"batch_size": 2}, lambda: docstrings(160)),
+    "fp32, reference": Setting("fp32", "reference", {"batch_size": 2}, lambda: docstrings(160)),
     "int8, reference, long rows": Setting(
         "int8", "reference", {"batch_size": 1, "max_length": 1536}, lambda: chapters(24)
     ),

@@ -32,6 +32,7 @@ from services.trainer.layout import plan_layout
 from services.trainer.lora import lora_attached, parameter_counts, trainable
 from services.trainer.memory import FreeMemory, free_bytes, measure_need, shortage
 from services.trainer.metrics import History, matmul_parameters, reset_peak_memory
+from services.trainer.pace import Pace
 from services.trainer.precision import choose_precision
 from services.trainer.reports import (
     metrics_of,
@@ -128,6 +129,7 @@ def prepare(
         check=check,
         clock=clock,
         base_loaded=seconds is not None,
+        pace=Pace(cold=seconds is not None),
         matmul_weights=matmul_parameters(base.loaded.model),
         peak_flops=peak_flops.get(precision.dtype),
         free_memory=free_memory,

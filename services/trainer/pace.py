@@ -11,8 +11,13 @@ STEP_TOKENS = 32
 
 @dataclass(slots=True)
 class Pace:
-    """Steps of one claim: a resumed job may have begun on another machine."""
+    """Steps of one claim: a resumed job may have begun on another machine.
 
+    Attributes:
+        cold: the base has just been loaded; its first step, which compiles kernels, counts only until there is another.
+    """
+
+    cold: bool = False
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -23,6 +28,8 @@ class Pace:
         Args:
             tokens: real tokens of it.
         """
+        if self.cold and self.steps == 1:
+            self.cold, self.steps, self.tokens, self.seconds = False, 0, 0, 0.0
         self.steps += 1
         self.tokens += tokens
         self.seconds += seconds
