@@ -20,6 +20,8 @@ from services.trainer.run import Check, JobRun, Session
 from shared.artifacts import ArtifactStore
 
 Clock = Callable[[], float]
+# Logits of a whole row of a large vocabulary would be the run's peak of memory.
+SAMPLE_TARGETS = 32
 
 
 @dataclass(slots=True)
@@ -82,9 +84,10 @@ class RunContext:
         return [pack([rows[row] for row in batch], self.device) for batch in self.layout.micro_batches(step)]
 
     def sample(self) -> Packed:
-        """The shortest row of the first step: enough to tell whether two adapters compute the same."""
+        """A few targets of the first step's shortest row: enough to tell whether two adapters compute the same."""
         rows = self.data.training
-        return pack([rows[min(self.layout.rows(0), key=lambda row: int(rows.lengths[row]))]], self.device)
+        ids, supervised = rows[min(self.layout.rows(0), key=lambda row: int(rows.lengths[row]))]
+        return pack([(ids, supervised & (supervised.cumsum() <= SAMPLE_TARGETS))], self.device)
 
     def gives_up(self, history: History) -> bool:
         """Whether the validation loss has not fallen for as many checkpoints as the job has patience for."""
