@@ -7,6 +7,7 @@ autograd's gradient of the plain formula in tests.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -99,6 +100,58 @@ def rotate_and_split(joined: Tensor, cos: Tensor, sin: Tensor, rotated_heads: in
     """
     split: tuple[Tensor, Tensor] = _RotateAndSplit.apply(joined, cos, sin, rotated_heads)  # type: ignore[no-untyped-call]
     return split
+
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _AttendPerSample(Function):
+    """Causal attention of each sample by itself, its gradients written where they belong: no slices to put together."""
+
+    @staticmethod
+    def forward(ctx: Any, rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
+        attended = rotated.new_empty(len(rotated), queries, rotated.shape[-1])
+        ctx.spans = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+        ctx.queries, log_sums = queries, []
+        for span in ctx.spans:
+            sample, log_sum = _attention(*_heads_first(rotated[span], values[span], queries), 0.0, True)
+            attended[span] = sample[0].transpose(0, 1)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(rotated, values, attended, *log_sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rotated, values, attended, *log_sums = ctx.saved_tensors
+        to_rotated, to_values = torch.empty_like(rotated), torch.empty_like(values)
+        for span, log_sum in zip(ctx.spans, log_sums, strict=True):
+            grad, said = (t[span].transpose(0, 1)[None] for t in (grads[0], attended))
+            inputs = _heads_first(rotated[span], values[span], ctx.queries)
+            found = _attention_backward(grad, *inputs, said, log_sum, 0.0, True)
+            for into, part in zip(_heads_first(to_rotated[span], to_values[span], ctx.queries), found, strict=True):
+                into.copy_(part)
+        return to_rotated, to_values, None, None
+
+
+def _heads_first(rotated: Tensor, values: Tensor, queries: int) -> list[Tensor]:
+    """Views of queries, keys and values as [1, heads, tokens, dimension]."""
+    return [t.transpose(0, 1)[None] for t in (rotated[:, :queries], rotated[:, queries:], values)]
+
+
+def attend_per_sample(rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
+    """Causal attention within each of the samples that lie one behind the other.
+
+    Args:
+        rotated: [tokens, query then key heads, dimension].
+        values: [tokens, key heads, dimension].
+        queries: query heads; a key head serves several of them (Ainslie et al. 2023).
+
+    Returns:
+        [tokens, queries, dimension].
+    """
+    attended: Tensor = _AttendPerSample.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
+    return attended
 
 
 class _SwiGlu(Function):

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from services.trainer.frozen import Buffer, FrozenLinears
-from services.trainer.fused import Lora, head_loss, lora_linears, norm_branch, rotate_and_split, swiglu
+from services.trainer.fused import (
+    Lora,
+    attend_per_sample,
+    head_loss,
+    lora_linears,
+    norm_branch,
+    rotate_and_split,
+    swiglu,
+)
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -88,13 +95,7 @@ class FusedLlama:
         """Causal attention of each sample by itself: [tokens, heads x dimension]."""
         queries, keys = self._model.config.num_attention_heads, self._model.config.num_key_value_heads
         rotated, values = rotate_and_split(joined, cos, sin, queries + keys)
-        attended = []
-        for both, own in zip(torch.split(rotated, lengths), torch.split(values, lengths), strict=True):
-            query, key, value = (t.transpose(0, 1)[None] for t in (both[:, :queries], both[:, queries:], own))
-            grouped = queries != keys
-            sample = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-            attended.append(sample[0].transpose(0, 1))
-        return torch.cat(attended).flatten(1)
+        return attend_per_sample(rotated, values, lengths, queries).flatten(1)
 
 
 def fuse(model: Any, dtype: torch.dtype) -> None:

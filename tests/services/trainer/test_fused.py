@@ -10,7 +10,15 @@ from torch.nn import functional
 
 from services.trainer import fused
 from services.trainer.frozen import Buffer, FrozenLinears
-from services.trainer.fused import Lora, head_loss, lora_linears, norm_branch, rotate_and_split, swiglu
+from services.trainer.fused import (
+    Lora,
+    attend_per_sample,
+    head_loss,
+    lora_linears,
+    norm_branch,
+    rotate_and_split,
+    swiglu,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +62,19 @@ def test_rotation_and_split() -> None:
     a, b = heads[:, :rotated].chunk(2, -1)
     plain = torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), heads[:, rotated:]], 1)
     same_gradients(torch.cat(parts, 1), plain, [joined])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (6, 2)])
+def test_attention_of_each_sample_by_itself(queries: int, keys: int) -> None:
+    lengths, half = [5, 1, 9], 4
+    rotated, values = wide(sum(lengths), queries + keys, 2 * half), wide(sum(lengths), keys, 2 * half)
+    plain = []
+    for both, own in zip(torch.split(rotated, lengths), torch.split(values, lengths), strict=True):
+        key, value = (t.repeat_interleave(queries // keys, 1) for t in (both[:, queries:], own))
+        scores = torch.einsum("ihd,jhd->hij", both[:, :queries], key) / (2 * half) ** 0.5
+        hidden = torch.ones(len(both), len(both)).triu(1).bool()
+        plain.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value))
+    same_gradients(attend_per_sample(rotated, values, lengths, queries), torch.cat(plain), [rotated, values])
 
 
 def test_swiglu() -> None:
