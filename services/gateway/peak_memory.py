@@ -107,11 +107,11 @@ def kept_bytes(shape: ModelShape, lora: LoraSpec) -> int:
     """Bytes that one token leaves in one layer for the backward pass.
 
     Two residual streams, queries, keys, values and what was attended, gate and up; and the inputs of those products
-    that have LoRA, whose inner values and dropout masks (a byte a number) come on top.
+    that have LoRA (o_proj's is kept anyway), whose inner values and dropout masks (a byte a number) come on top.
     """
     adapted = _adapted(shape, lora)
     floats = 2 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.intermediate
-    inputs = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    inputs = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
     for names in inputs:
         floats += next((adapted[name][0] for name in names if name in adapted), 0)
     floats += lora.r * len(adapted)
