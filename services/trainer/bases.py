@@ -91,6 +91,7 @@ class WarmBases:
     def discard(self) -> None:
         """Forget the warm base, so that the next job loads it afresh."""
         self._warm = None
+        give_back_free_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -31,6 +34,20 @@ def test_a_fresh_load_has_the_same_fingerprint(tiny: TinyJob) -> None:
     first, _ = tiny.bases.load(spec, torch.float32)
     second, _ = tiny.fresh_bases().load(spec, torch.float32)
     assert first.fingerprint == second.fingerprint
+
+
+def test_a_base_that_is_discarded_is_gone_at_once(tiny: TinyJob) -> None:
+    """The next one is loaded then, and both may not fit: no reference cycle may keep it."""
+    gc.disable()
+    try:
+        tiny.finish(tiny.spec())
+        base, _ = tiny.bases.load(tiny.spec(), torch.float32)
+        model, weight = weakref.ref(base.loaded.model), weakref.ref(base.loaded.model.lm_head.weight)
+        del base
+        tiny.bases.discard()
+        assert model() is weight() is None
+    finally:
+        gc.enable()
 
 
 def test_the_canonical_name_is_the_hubs_where_the_base_comes_from_there() -> None:
