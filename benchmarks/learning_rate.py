@@ -37,7 +37,10 @@ def main() -> None:
     with TemporaryDirectory(prefix="bench-rate-") as folder:
         found = sweep(Path(folder), arguments.preset, arguments.precision, arguments.rates)
     losses = known.get("held_out_loss", {}) | found.pop("held_out_loss")
-    known |= found | {"held_out_loss": dict(sorted(losses.items())), "versions": library_versions()}
+    known |= found | {
+        "held_out_loss": dict(sorted(losses.items(), key=lambda found: float(found[0].split(", ")[-1]))),
+        "versions": library_versions(),
+    }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(known, indent=2) + "\n")
     print(json.dumps(known["held_out_loss"], indent=2))
