@@ -168,8 +168,8 @@ class Preset(Frozen):
 PRESETS: dict[str, Preset] = {
     # The tutorial's recipe, completed by the defaults HF's Trainer had for what it left unsaid.
     "reference": Preset(hyperparameters=Hyperparameters(), lora=LoraSpec()),
-    # All linear layers: held-out loss falls twice as far in the same time as with q and v alone. The learning rate is the
-    # best of a sweep, see docs/training-notes.md.
+    # All linear layers: held-out loss falls twice as far in the same time as with q and v alone. The learning rate
+    # comes from a sweep, see docs/training-notes.md.
     "recommended": Preset(
         hyperparameters=Hyperparameters(learning_rate=8e-4, warmup_ratio=0.03, scheduler="cosine"),
         lora=LoraSpec(

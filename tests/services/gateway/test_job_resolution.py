@@ -78,7 +78,7 @@ def test_auto_and_null_are_unsaid() -> None:
 def test_the_multiplier_is_the_presets() -> None:
     assert resolve(hyperparameters={"learning_rate_multiplier": 0.5}).hyperparameters.learning_rate == 1e-4
     spec = resolve(preset="recommended", hyperparameters={"learning_rate_multiplier": 0.5})
-    assert spec.hyperparameters.learning_rate == 2e-4
+    assert spec.hyperparameters.learning_rate == 4e-4
     assert resolve(hyperparameters={"learning_rate": 3e-4}).hyperparameters.learning_rate == 3e-4
 
 
