@@ -6,8 +6,9 @@ reported. Writes `benchmarks/results/serve.json` and prints a table with what ea
 
 import os
 
-# As the inference process does, before torch is imported.
+# As the inference process does, before torch is imported; HF's and PEFT's threads wait in the same way.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import json
@@ -208,6 +209,7 @@ def machine() -> Json:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "load_average": os.getloadavg()[0],
     }
 

@@ -6,10 +6,15 @@ one judge: the fp32 base and our evaluation. `--parity` runs one whole epoch of 
 `--memory` measures peaks by sequence length (`benchmarks.train_memory`).
 """
 
+import os
+
+# As the training worker does, before torch is imported; the peers' processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import tempfile

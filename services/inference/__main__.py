@@ -15,6 +15,7 @@ from shared.artifacts import LocalArtifactStore
 from shared.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.logs import configure_logging, get_logger
+from shared.openmp import spin_briefly
 
 
 def main() -> int:
@@ -24,9 +25,7 @@ def main() -> int:
     except ValidationError as error:
         print(f"settings: {error}", file=sys.stderr)
         return 2
-    # Before torch is imported. Threads that spin at each of a step's hundreds of barriers are fast on an idle machine;
-    # where a trainer wants the same cores every barrier waits for the scheduler, and a step takes seconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly(os.environ)
     configure_logging("inference", settings.log_level)
     log = get_logger("inference")
 

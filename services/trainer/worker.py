@@ -5,6 +5,7 @@ replacement child is up before its supervisor loses patience.
 """
 
 import mmap
+import os
 from typing import Any
 
 from celery.signals import setup_logging, worker_shutting_down
@@ -12,6 +13,7 @@ from celery.signals import setup_logging, worker_shutting_down
 from services.trainer.settings import TrainerSettings
 from shared.doorbell import RING, celery_app
 from shared.logs import configure_logging
+from shared.openmp import spin_briefly
 
 settings = TrainerSettings()
 app = celery_app(settings.redis_url)
@@ -38,6 +40,8 @@ def ring() -> None:
     """Work off every queued job, then wait for the next ring."""
     global _worker
     if _worker is None:
+        spin_briefly(os.environ)
+        os.nice(settings.nice)
         from services.trainer.assembly import make_worker
 
         _worker = make_worker(settings, handover=lambda: bool(_handover[0]))

@@ -20,6 +20,7 @@ from services.inference.engine.lora import LoraWeights
 from services.inference.engine.runner import ModelRunner, Piece
 from services.inference.engine.sampling import choose
 from services.inference.engine.sequence import Sequence
+from services.inference.engine.threads import StepThreads
 from shared.errors import InvalidRequest, TunesmithError, Unavailable
 from shared.logs import get_logger
 from shared.tokens import Tokenizer
@@ -51,6 +52,7 @@ class BatchEngine:
         self._prefilling: Sequence | None = None
         self._joining: list[Sequence] = []
         self._slots: dict[str, tuple[int, int]] = {}
+        self._threads = StepThreads(torch.get_num_threads() if runner.device.type == "cpu" else 1)
         self._steps = self._tokens = 0
         self._last_token_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -210,7 +212,8 @@ class BatchEngine:
             return spent
         pieces = [Piece(first + i, each.prompt, 0, each.slot, each.rank) for i, each in enumerate(joined)]
         try:
-            logits = self._runner.prefill_together(pieces)
+            with self._threads.step("prefill", spent):
+                logits = self._runner.prefill_together(pieces)
         except Exception as error:
             _log.warning("prompts together failed; trying them one by one", exc_info=error)
             for piece in pieces:
@@ -239,9 +242,10 @@ class BatchEngine:
 
     def _prefill_piece(self, sequence: Sequence, piece: list[int]) -> None:
         wanted = sequence.request.prompt_logprobs
-        logits = self._runner.prefill(
-            len(self._rows), piece, sequence.prefilled, sequence.slot, sequence.rank, all_logits=wanted
-        )
+        with self._threads.step("prefill", len(piece)):
+            logits = self._runner.prefill(
+                len(self._rows), piece, sequence.prefilled, sequence.slot, sequence.rank, all_logits=wanted
+            )
         start = sequence.prefilled
         sequence.prefilled += len(piece)
         if wanted:
@@ -285,13 +289,14 @@ class BatchEngine:
                 self._advance([sequence], logits)
 
     def _logits(self, first: int, rows: Many[Sequence]) -> torch.Tensor:
-        return self._runner.decode(
-            first,
-            [row.output[-1] for row in rows],
-            [row.cached for row in rows],
-            [row.slot for row in rows],
-            [row.rank for row in rows],
-        )
+        with self._threads.step("decode", len(rows)):
+            return self._runner.decode(
+                first,
+                [row.output[-1] for row in rows],
+                [row.cached for row in rows],
+                [row.slot for row in rows],
+                [row.rank for row in rows],
+            )
 
     def _advance(self, rows: Many[Sequence], logits: torch.Tensor) -> None:
         """Choose a token for each row and let it out; rows that end leave the batch."""

@@ -10,7 +10,7 @@ from services.inference.engine.cache import lazy_zeros
 
 
 class KeyValues:
-    """[layers, rows, 2 x heads, capacity, head_dim]; keys are the first half of the heads, values the second."""
+    """[layers, 2, rows, heads, capacity, head_dim], keys, then values: rows and heads of either are one dimension."""
 
     def __init__(
         self,
@@ -23,14 +23,14 @@ class KeyValues:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._all = lazy_zeros((layers, rows, 2 * heads, capacity, head_dim), dtype, device)
+        self._all = lazy_zeros((layers, 2, rows, heads, capacity, head_dim), dtype, device)
         self.layers = list(self._all.unbind(0))
         self.heads = heads
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another row."""
-        self._all[:, target, :, :length] = self._all[:, source, :, :length]
+        self._all[:, :, target, :, :length] = self._all[:, :, source, :, :length]
 
     def clear(self, row: int, length: int) -> None:
         """Zero a row's first `length` positions; see `RowCache.clear`."""
-        self._all[:, row, :, :length] = 0
+        self._all[:, :, row, :, :length] = 0

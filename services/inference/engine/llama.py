@@ -83,7 +83,7 @@ class LlamaRunner:
         self.rows = rows
         self.context = min(context, int(config.max_position_embeddings))
         self.vocabulary = int(config.vocab_size)
-        self._heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._inner = config.intermediate_size
         self._embedding = Embedding(weight, precision)
@@ -134,15 +134,15 @@ class LlamaRunner:
         for layer, store in zip(self._layers, self.cache.layers, strict=True):
             h = layer.attention_norm(x)
             qkv = batch.add_lora(next(product), layer.qkv(h), h).view(len(h), -1, self._head_dim)
-            queries_keys = qkv[:, : self._heads + self.groups]
+            queries_keys = qkv[:, : self.heads + self.groups]
             if layer.query_norm and layer.key_norm:
-                queries_keys[:, : self._heads] = layer.query_norm(queries_keys[:, : self._heads])
-                queries_keys[:, self._heads :] = layer.key_norm(queries_keys[:, self._heads :])
+                queries_keys[:, : self.heads] = layer.query_norm(queries_keys[:, : self.heads])
+                queries_keys[:, self.heads :] = layer.key_norm(queries_keys[:, self.heads :])
             turned = queries_keys.roll(self._head_dim // 2, -1)
             queries_keys.mul_(cos).addcmul_(turned, sin)
-            # Indices on both sides of a slice put the heads last: [tokens, 2 x groups, head_dim].
-            store[batch.rows, :, batch.positions] = qkv[:, self._heads :]
-            attended = batch.attend(qkv[:, : self._heads].view(len(h), self.groups, -1, self._head_dim), store)
+            # Indices on both sides of a slice come first: [tokens, 2, groups, head_dim].
+            store[:, batch.rows, :, batch.positions] = qkv[:, self.heads :].view(len(h), 2, self.groups, -1)
+            attended = batch.attend(qkv[:, : self.heads].view(len(h), self.groups, -1, self._head_dim), store)
             x = x + batch.add_lora(next(product), layer.out(attended), attended)
             h = layer.mlp_norm(x)
             gate_up = batch.add_lora(next(product), layer.gate_up(h), h)
@@ -172,7 +172,9 @@ class _Rows:
         self.positions = torch.tensor(positions, device=runner.device)
         self.rows = torch.arange(first, first + len(ids), device=runner.device)
         self._cached, self._length = slice(first, first + len(ids)), max(positions) + 1
-        self._mask = _mask(self.positions, self._length, runner.dtype)[:, None, None]
+        mask = _mask(self.positions, self._length, runner.dtype)[:, None, None]
+        self._mask = mask.expand(-1, runner.groups, runner.heads // runner.groups, -1)
+        self._flat_mask = self._mask.flatten(0, 1)
         self._deltas = runner.lora.choose(slots)
 
     def add_lora(self, product: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -181,9 +183,15 @@ class _Rows:
 
     def attend(self, queries: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
         """[rows, groups, queries per group, head_dim] → [rows, hidden]: a group's queries read one key head."""
-        keys, values = store[self._cached, :, : self._length].chunk(2, dim=1)
-        mask = self._mask.expand(-1, 1, queries.shape[2], -1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(len(queries), -1)
+        keys, values = store[:, self._cached, :, : self._length]
+        if store.device.type != "cpu":
+            said = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask)
+            return said.reshape(len(queries), -1)
+        # For a token or a few, torch's flash kernel takes twice as long on several cores as these three.
+        asked, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+        scale: float = queries.shape[-1] ** -0.5
+        scores = torch.baddbmm(self._flat_mask, asked, keys.transpose(1, 2), alpha=scale)
+        return torch.bmm(scores.softmax(-1), values).view(len(queries), -1)
 
 
 class _Pieces:
@@ -216,7 +224,7 @@ class _Pieces:
         attended = torch.empty_like(queries)
         for piece, span, mask in zip(self._pieces, self.spans, self._masks, strict=True):
             new, groups, repeat, head_dim = queries[span].shape
-            keys, values = store[piece.row, :, : mask.shape[1]].chunk(2, dim=0)
+            keys, values = store[:, piece.row, :, : mask.shape[1]]
             # A group's queries of all tokens read one key head: [groups, repeat x new, head_dim].
             asked = queries[span].permute(1, 2, 0, 3).reshape(1, groups, repeat * new, head_dim)
             said = F.scaled_dot_product_attention(asked, keys[None], values[None], attn_mask=mask.repeat(repeat, 1))
