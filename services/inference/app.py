@@ -5,6 +5,7 @@ What is served is built when the application starts (`build`), so that the OpenA
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,7 +36,10 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        serving = await asyncio.to_thread(build)
+        # A thread of its own, which ends: libgomp lets threads spin only while a process has no more of them than
+        # cores, and those that helped to load would count for ever.
+        with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
+            serving = await asyncio.get_running_loop().run_in_executor(pool, build)
         serving.observe(metrics)
         metrics.watch(serving)
         app.state.serving = serving

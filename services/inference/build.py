@@ -60,7 +60,8 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactSto
     def read(folder: Path) -> Checked:
         return read_checked(folder, loaded, store, settings, modules, dtype)
 
-    pool = ThreadPoolExecutor(2, thread_name_prefix="adapter-reader")
+    # Readers compute on one thread each: helpers of theirs would take the cores from the engine's.
+    pool = ThreadPoolExecutor(2, "adapter-reader", initializer=torch.set_num_threads, initargs=(1,))
     adapters = AdapterRegistry(store, engine, read, pool, budget=settings.adapter_bytes, slots=settings.adapter_slots)
     base = ServedBase(
         id=loaded.base.id,
