@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -39,7 +40,7 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
         # A thread of its own, which ends: libgomp lets threads spin only while a process has no more of them than
         # cores, and those that helped to load would count for ever.
         with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
-            serving = await asyncio.get_running_loop().run_in_executor(pool, build)
+            serving = await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, build)
         serving.observe(metrics)
         metrics.watch(serving)
         app.state.serving = serving
