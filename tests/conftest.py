@@ -1,5 +1,6 @@
-"""Servers that several folders of tests use; each is started once, at first need."""
+"""Servers that several folders of tests use; each is started once, at first need. And signals as they are expected."""
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,12 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.tiny_stack import TinyStack
+
+
+def pytest_configure() -> None:
+    """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
