@@ -4,6 +4,7 @@ Owns names on disk, atomic publication and verification. Does not know SQL (whic
 in them). Nothing a client wrote ever becomes a path: ids are made here and matched by a full regex.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -146,10 +147,15 @@ class LocalArtifactStore:
             _fsync(file)
         _fsync(staged)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # rename(2) replaces an empty folder silently, and a full one never.
+        # rename(2) replaces an empty folder silently, and a full one never: it may have come since the look.
         if target.exists():
             raise FileExistsError(target)
-        os.rename(staged, target)
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(target) from error
+            raise
         _fsync(target.parent)
         _fsync(target.parent.parent)
 

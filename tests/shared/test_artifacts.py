@@ -229,6 +229,16 @@ def test_the_manifest_comes_last_and_everything_is_synced(
     assert synced[-2:] == ["adapters", store.root.name]
 
 
+def test_what_came_since_the_look_is_not_overwritten_either(
+    store: LocalArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = store.verify(folder, "adapter")
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError):
+        patch.setattr(Path, "exists", lambda self: False)
+        publish(store, folder)
+    assert store.verify(folder, "adapter") == before
+
+
 def test_nothing_is_overwritten(store: LocalArtifactStore, folder: Path) -> None:
     before = store.verify(folder, "adapter")
     with pytest.raises(FileExistsError):
