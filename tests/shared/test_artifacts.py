@@ -233,9 +233,10 @@ def test_what_came_since_the_look_is_not_overwritten_either(
     store: LocalArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = store.verify(folder, "adapter")
-    with monkeypatch.context() as patch, pytest.raises(FileExistsError):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "exists", lambda self: False)
-        publish(store, folder)
+        with pytest.raises(FileExistsError):
+            publish(store, folder)
     assert store.verify(folder, "adapter") == before
 
 
