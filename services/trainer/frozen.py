@@ -32,23 +32,23 @@ class FrozenLinears:
     """Frozen layers without bias and with one input.
 
     Args:
-        brain: multiply in bf16 and go on in the input's dtype; int8 weights lose nothing by it, their scales stay out.
+        in_bf16: multiply in bf16, go on in the input's dtype; int8 weights lose nothing by it, their scales stay out.
 
     Attributes:
         slices: which output columns are each layer's.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], buffer: Buffer, *, brain: bool = False) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], buffer: Buffer, *, in_bf16: bool = False) -> None:
         self._layers = list(layers)
         self._buffer = buffer
-        self._brain = brain
-        self._joined = _join(self._layers, torch.bfloat16 if brain else torch.float32)
+        self._in_bf16 = in_bf16
+        self._joined = _join(self._layers, torch.bfloat16 if in_bf16 else torch.float32)
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
 
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x W^T (+ residual)`: [tokens, inputs] → [tokens, outputs], of x's dtype."""
-        if not self._brain:
+        if not self._in_bf16:
             return multiply(x, self._weight(x.dtype), residual)
         y, scales = multiply(x.bfloat16(), self._weight(torch.bfloat16)), self._scales()
         if scales is None:
@@ -57,7 +57,7 @@ class FrozenLinears:
 
     def gradient(self, grad: Tensor) -> Tensor:
         """`grad W`, the gradient of `product` by x: [tokens, outputs] → [tokens, inputs], of grad's dtype."""
-        if not self._brain:
+        if not self._in_bf16:
             return multiply(grad, self._weight(grad.dtype).T)
         scales = self._scales()
         scaled = grad.bfloat16() if scales is None else torch.mul(grad, scales, out=grad.new_empty(0).bfloat16())
@@ -75,7 +75,7 @@ class FrozenLinears:
         rows, filled = self._buffer.take(self, self.slices[-1].stop, self._layers[0].in_features, dtype)
         if not filled:
             for layer, part in zip(self._layers, self.slices, strict=True):
-                widen(layer, rows[part], scaled=not self._brain)
+                widen(layer, rows[part], scaled=not self._in_bf16)
         return rows
 
     def _scales(self) -> Tensor | None:

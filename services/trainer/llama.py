@@ -26,15 +26,15 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class FusedLayer:
     """One decoder layer: what is frozen, and where its LoRA would be found."""
 
-    def __init__(self, layer: Any, buffer: Buffer, brain: bool) -> None:
+    def __init__(self, layer: Any, buffer: Buffer, in_bf16: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
         self.query_key_value = FrozenLinears(
-            [attention.q_proj, attention.k_proj, attention.v_proj], buffer, brain=brain
+            [attention.q_proj, attention.k_proj, attention.v_proj], buffer, in_bf16=in_bf16
         )
-        self.output = FrozenLinears([attention.o_proj], buffer, brain=brain)
-        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer, brain=brain)
-        self.down = FrozenLinears([mlp.down_proj], buffer, brain=brain)
+        self.output = FrozenLinears([attention.o_proj], buffer, in_bf16=in_bf16)
+        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer, in_bf16=in_bf16)
+        self.down = FrozenLinears([mlp.down_proj], buffer, in_bf16=in_bf16)
 
     def attention_loras(self) -> list[Lora]:
         attention = self.layer.self_attn
@@ -49,11 +49,11 @@ class FusedLlama:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        buffer, brain = Buffer(), dtype == torch.bfloat16
+        buffer, in_bf16 = Buffer(), dtype == torch.bfloat16
         self.dtype = dtype
-        self.layers = [FusedLayer(layer, buffer, brain) for layer in model.model.layers]
+        self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
         # Not in the shared buffer: a widened output head is larger than all else together.
-        self.head = FrozenLinears([model.lm_head], Buffer(), brain=brain)
+        self.head = FrozenLinears([model.lm_head], Buffer(), in_bf16=in_bf16)
         self._model = model.model
 
     def logits(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_the_loss_and_its_gradient_by_pieces(targets: int) -> None:
 def test_products_in_bf16_are_those_of_rounded_numbers(with_residual: bool) -> None:
     layers = [nn.Linear(64, width, bias=False).requires_grad_(False) for width in (4, 2)]
     x, grad, residual = torch.randn(5, 64), torch.randn(5, 6), torch.randn(5, 6) if with_residual else None
-    frozen = FrozenLinears(layers, Buffer(), brain=True)
+    frozen = FrozenLinears(layers, Buffer(), in_bf16=True)
     weight = torch.cat([layer.weight for layer in layers]).bfloat16().float()
     plain = x.bfloat16().float() @ weight.T + (residual if residual is not None else 0)
     ours = frozen.product(x, residual)
