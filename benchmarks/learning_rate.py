@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.train import docstrings
 from benchmarks.train_peers import CPU, SilentSession
-from examples.stdlib_docstrings import build_dataset, write_rows
 from services.trainer.bases import WarmBases
 from services.trainer.finetune import finetune
 from services.trainer.run import Finished, JobRun
-from shared.artifacts import LocalArtifactStore, new_id, sha256_of
+from shared.artifacts import LocalArtifactStore, new_id
 from shared.base_model import library_versions, prepare_base, quiet_libraries
 from shared.catalogue import Catalogue, load_catalogue
 from shared.jobs import PRESETS, JobSpec
@@ -50,12 +50,7 @@ def sweep(root: Path, preset: str, precision: str, rates: list[float]) -> dict[s
     """Held-out loss before and after one epoch, by preset, precision and rate."""
     store, base = LocalArtifactStore(root / "artifacts"), load_catalogue().get("smollm2-135m-instruct")
     prepare_base(base, store)
-    files: dict[str, Any] = {}
-    for role, rows in zip(("training", "validation"), build_dataset(300, 40), strict=True):
-        path = store.file(f"file-{role}") / "data"
-        path.parent.mkdir(parents=True)
-        write_rows(path, rows)
-        files |= {f"{role}_file": f"file-{role}", f"{role}_sha256": sha256_of(path)}
+    files = docstrings(store)
     bases, chosen = WarmBases(Catalogue((base,)), store, CPU), PRESETS[preset]
     losses: dict[str, float] = {}
     before = None

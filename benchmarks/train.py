@@ -160,12 +160,6 @@ def lay_out(root: Path, max_steps: int, steps_per_round: int, threads: int) -> t
     """The prepared base, and the rows tokenised and in the order everybody trains them in."""
     store, base = LocalArtifactStore(root / "artifacts"), load_catalogue().get("smollm2-135m-instruct")
     prepare_base(base, store)
-    files: dict[str, str] = {}
-    for role, rows in zip(("training", "validation"), build_dataset(300, 40), strict=True):
-        path = store.file(f"file-{role}") / "data"
-        path.parent.mkdir(parents=True)
-        write_rows(path, rows)
-        files |= {f"{role}_file": f"file-{role}", f"{role}_sha256": sha256_of(path)}
     preset = PRESETS["reference"]
     hyper = preset.hyperparameters.model_copy(update={"max_steps": max_steps, "n_epochs": 1})
     whole = JobSpec(
@@ -174,7 +168,7 @@ def lay_out(root: Path, max_steps: int, steps_per_round: int, threads: int) -> t
         hyperparameters=hyper,
         lora=preset.lora,
         base_precision="fp32",
-        **files,
+        **docstrings(store),
     )
     data = prepare_data(whole, store, Tokenizer(store.base(base.id)), lambda: None)
     layout = plan_layout(data.training.lengths, hyper, whole.seed, "cpu")
@@ -185,6 +179,17 @@ def lay_out(root: Path, max_steps: int, steps_per_round: int, threads: int) -> t
     spec = whole.model_copy(update={"validation_file": None, "validation_sha256": None})
     task = Task(root / "artifacts", base, root / "rows.json", spec, max_steps, steps_per_round, threads, root)
     return task, data, base
+
+
+def docstrings(store: LocalArtifactStore) -> dict[str, str]:
+    """Write the docstrings to train on and to hold out into a store; returns what a `JobSpec` says of the two files."""
+    files: dict[str, str] = {}
+    for role, rows in zip(("training", "validation"), build_dataset(300, 40), strict=True):
+        path = store.file(f"file-{role}") / "data"
+        path.parent.mkdir(parents=True)
+        write_rows(path, rows)
+        files |= {f"{role}_file": f"file-{role}", f"{role}_sha256": sha256_of(path)}
+    return files
 
 
 def take_turns(names: Sequence[str], task: Task, rounds: int) -> tuple[list[Peer], float]:
