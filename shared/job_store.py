@@ -6,90 +6,29 @@ in the same UPDATE as the job row, so numbers have no gaps and no order but thei
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Connection, Row, Select, Table, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, insert, select
 
 from shared.artifacts import new_id
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound
-from shared.jobs import JobFault, JobSpec, Phase, Progress, State, TrainingReport, may_become
-from shared.tables import adapters, checkpoints, events, jobs
-
-T = TypeVar("T")
-Nanoseconds = Callable[[], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job, read whole."""
-
-    id: str
-    project: str
-    created_ns: int
-    started_at: int | None
-    finished_at: int | None
-    state: State
-    phase: Phase | None
-    spec: JobSpec
-    metadata: dict[str, str] | None
-    warnings: list[str]
-    progress: Progress
-    fault: JobFault | None
-    report: TrainingReport | None
-    adapter: str | None
-    adapter_name: str | None
-    attempt: int
-    losses: int
-    lease_token: int
-
-    @property
-    def created_at(self) -> int:
-        return self.created_ns // 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One line of a job's story; `number` counts from 1 per job without gaps."""
-
-    job: str
-    number: int
-    created_at: int
-    level: str
-    type: str
-    message: str
-    data: dict[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One checkpoint: its resume state lies under `lease_token`, its servable twin is `adapter`."""
-
-    id: str
-    job: str
-    step: int
-    lease_token: int
-    adapter: str
-    adapter_name: str
-    metrics: dict[str, Any]
-    created_at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    items: list[T]
-    has_more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NewEvent:
-    """An event to be written; `type` is `message` or `metrics`, `level` info, warn or error."""
-
-    message: str
-    level: str = "info"
-    type: str = "message"
-    data: dict[str, Any] | None = None
+from shared.job_rows import (
+    Checkpoint,
+    Event,
+    Job,
+    Nanoseconds,
+    NewEvent,
+    Page,
+    change_job,
+    checkpoints_of,
+    job_of,
+    newest_first,
+    read_job,
+    seconds_of,
+    select_jobs,
+)
+from shared.jobs import JobSpec, State, may_become
+from shared.tables import checkpoints, events, jobs
 
 
 class JobStore:
@@ -155,13 +94,13 @@ class JobStore:
         Raises:
             InvalidRequest: `after` is no job of the project.
         """
-        query = _select_jobs().where(jobs.c.project == project)
+        query = select_jobs().where(jobs.c.project == project)
         for key, value in (metadata or {}).items():
             query = query.where(jobs.c.metadata[key].as_string() == value)
         with self._database.read() as connection:
             query = newest_first(connection, query, jobs, project, after)
             found = connection.execute(query.limit(limit + 1)).all()
-            items = [_job(connection, row) for row in found[:limit]]
+            items = [job_of(connection, row) for row in found[:limit]]
         return Page(items, len(found) > limit)
 
     def events(
@@ -197,7 +136,7 @@ class JobStore:
             NotFound: no such job.
             InvalidRequest: `after` is no checkpoint of the job.
         """
-        query = _select_checkpoints(job_id)
+        query = checkpoints_of(job_id)
         with self._database.read() as connection:
             _read(connection, project, job_id)
             if after is not None:
@@ -265,7 +204,7 @@ class JobStore:
                 # An idle job ends here; a leased one only by its worker, which must write the end under its token.
                 sources = [state for state in may_become(target) if state.leased == (target is leased)]
                 if job.state in sources:
-                    values = {"state": target} | ({"finished_at": _seconds(self._now())} if target.final else {})
+                    values = {"state": target} | ({"finished_at": seconds_of(self._now())} if target.final else {})
                     change_job(connection, job_id, [jobs.c.state == job.state], values, [event], self._now())
                     return _read(connection, project, job_id)
             raise _refused(verb, job)
@@ -276,133 +215,8 @@ def _refused(verb: str, job: Job) -> InvalidRequest:
     return InvalidRequest(f"cannot {verb} {job.id}: it is {job.state.value}", code=f"cannot_{verb}")
 
 
-def change_job(
-    connection: Connection,
-    job_id: str,
-    conditions: Sequence[Any],
-    values: Mapping[str, Any],
-    news: Sequence[NewEvent],
-    now: int,
-) -> bool:
-    """Change a job if `conditions` hold, and write `news` with the next numbers, in the caller's transaction.
-
-    Returns:
-        False if no row met the conditions; nothing was written then.
-    """
-    statement = (
-        update(jobs)
-        .where(jobs.c.id == job_id, *conditions)
-        .values(**values, event_count=jobs.c.event_count + len(news))
-        .returning(jobs.c.event_count)
-    )
-    count = connection.execute(statement).scalar()
-    if count is None:
-        return False
-    if news:
-        first = count - len(news) + 1
-        rows = [
-            {
-                "job": job_id,
-                "number": first + index,
-                "created_at": _seconds(now),
-                "level": event.level,
-                "type": event.type,
-                "message": event.message,
-                "data": event.data,
-            }
-            for index, event in enumerate(news)
-        ]
-        connection.execute(insert(events), rows)
-    return True
-
-
-def select_checkpoints(connection: Connection, job_id: str) -> list[Checkpoint]:
-    """All checkpoints of a job, newest first."""
-    return [Checkpoint(*row) for row in connection.execute(_select_checkpoints(job_id))]
-
-
-def read_job(connection: Connection, job_id: str) -> Job:
-    """One job regardless of its project, for workers.
-
-    Raises:
-        NotFound: no such job.
-    """
-    row = connection.execute(_select_jobs().where(jobs.c.id == job_id)).one_or_none()
-    if row is None:
-        raise NotFound(f"no fine-tuning job {job_id[:100]!r}")
-    return _job(connection, row)
-
-
 def _read(connection: Connection, project: str, job_id: str) -> Job:
     job = read_job(connection, job_id)
     if job.project != project:
         raise NotFound(f"no fine-tuning job {job_id[:100]!r}")
     return job
-
-
-def _select_jobs() -> Select[Any]:
-    return select(jobs, adapters.c.name.label("adapter_name")).join(
-        adapters, and_(adapters.c.id == jobs.c.adapter, adapters.c.state == "published"), isouter=True
-    )
-
-
-def _select_checkpoints(job_id: str) -> Select[Any]:
-    c = checkpoints.c
-    return (
-        select(c.id, c.job, c.step, c.lease_token, c.adapter, adapters.c.name, c.metrics, c.created_at)
-        .join(adapters, adapters.c.id == c.adapter)
-        .where(c.job == job_id)
-        .order_by(c.step.desc())
-    )
-
-
-def newest_first(
-    connection: Connection, query: Select[Any], table: Table, project: str, after: str | None
-) -> Select[Any]:
-    """Keyset paging on (created_ns, id)."""
-    if after is not None:
-        at = select(table.c.created_ns).where(table.c.id == after, table.c.project == project)
-        created_ns = connection.execute(at).scalar()
-        if created_ns is None:
-            raise InvalidRequest(f"no item {after[:100]!r} to continue after", param="after")
-        older = or_(table.c.created_ns < created_ns, and_(table.c.created_ns == created_ns, table.c.id < after))
-        query = query.where(older)
-    return query.order_by(table.c.created_ns.desc(), table.c.id.desc())
-
-
-def _job(connection: Connection, row: Row[Any]) -> Job:
-    state = State(row.state)
-    progress = Progress.model_validate(row.progress or {})
-    if state is State.QUEUED:
-        ahead = select(func.count()).where(
-            jobs.c.state == State.QUEUED,
-            or_(
-                jobs.c.created_ns < row.created_ns,
-                and_(jobs.c.created_ns == row.created_ns, jobs.c.id < row.id),
-            ),
-        )
-        progress = progress.model_copy(update={"queue_position": connection.execute(ahead).scalar_one() + 1})
-    return Job(
-        id=row.id,
-        project=row.project,
-        created_ns=row.created_ns,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        state=state,
-        phase=Phase(row.phase) if row.phase and state.leased else None,
-        spec=JobSpec.model_validate(row.spec),
-        metadata=row.metadata,
-        warnings=row.warnings,
-        progress=progress,
-        fault=JobFault.model_validate(row.fault) if row.fault else None,
-        report=TrainingReport.model_validate(row.report) if row.report else None,
-        adapter=row.adapter,
-        adapter_name=row.adapter_name,
-        attempt=row.attempt,
-        losses=row.losses,
-        lease_token=row.lease_token,
-    )
-
-
-def _seconds(now_ns: int) -> int:
-    return now_ns // 1_000_000_000

@@ -17,13 +17,14 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from shared.artifacts import new_id
 from shared.database import Database
 from shared.errors import LeaseLost
-from shared.job_store import (
+from shared.job_rows import (
     Checkpoint,
     Job,
     Nanoseconds,
     NewEvent,
     change_job,
     read_job,
+    seconds_of,
     select_checkpoints,
 )
 from shared.jobs import LEASED, JobFault, Phase, Progress, State, TrainingReport, Wish
@@ -83,7 +84,7 @@ class Leases:
                 "attempt": jobs.c.attempt + 1,
                 "lease_token": jobs.c.lease_token + 1,
                 "renewals": 0,
-                "started_at": func.coalesce(jobs.c.started_at, now // 1_000_000_000),
+                "started_at": func.coalesce(jobs.c.started_at, seconds_of(now)),
             }
             before = read_job(connection, job_id)
             started = "Started" if before.attempt == 0 else f"Started again (attempt {before.attempt + 1})"
@@ -188,7 +189,7 @@ class Leases:
                 "lease_token": lease.token,
                 "adapter": adapter_id,
                 "metrics": dict(metrics),
-                "created_at": self._now() // 1_000_000_000,
+                "created_at": seconds_of(self._now()),
             }
             connection.execute(insert(checkpoints).values(row))
         return adapter_id
@@ -204,7 +205,7 @@ class Leases:
             "state": State.SUCCEEDED,
             "adapter": adapter_id,
             "report": report.model_dump(mode="json"),
-            "finished_at": self._now() // 1_000_000_000,
+            "finished_at": seconds_of(self._now()),
         }
         told = [
             *news,
@@ -238,7 +239,7 @@ class Leases:
             if state is None:
                 raise LeaseLost(f"the lease on {lease.job.id} is gone")
             target = _WITHOUT_WORKER[State(state)]
-            values = {"state": target} | ({"finished_at": self._now() // 1_000_000_000} if target.final else {})
+            values = {"state": target} | ({"finished_at": seconds_of(self._now())} if target.final else {})
             self._change(connection, lease, values, [NewEvent(message)])
         return target
 
@@ -293,7 +294,7 @@ class Leases:
         else:
             values["state"] = target
             if target.final:
-                values["finished_at"] = self._now() // 1_000_000_000
+                values["finished_at"] = seconds_of(self._now())
             again = "go on from the newest checkpoint" if row.checkpoint_step else "start again"
             told = (
                 f"Waiting for a worker to {again}" if target is State.QUEUED else f"The job is {target.value}, as asked"
@@ -305,7 +306,7 @@ class Leases:
         values = {
             "state": State.FAILED,
             "fault": fault.model_dump(mode="json"),
-            "finished_at": self._now() // 1_000_000_000,
+            "finished_at": seconds_of(self._now()),
         }
         return values, [NewEvent(f"The job failed: {fault.message}", level="error", data={"code": fault.code})]
 

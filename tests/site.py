@@ -14,7 +14,8 @@ from sqlalchemy import select
 
 from shared.artifacts import LocalArtifactStore, sha256_of
 from shared.database import Database
-from shared.job_store import Job, JobStore
+from shared.job_rows import Job
+from shared.job_store import JobStore
 from shared.jobs import State
 from shared.tables import adapters
 from tests.stack_processes import wait_until

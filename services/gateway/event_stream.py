@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from starlette.concurrency import run_in_threadpool
 
 from services.gateway.job_json import event_id, event_json
-from shared.job_store import Event, JobStore, Page
+from shared.job_rows import Event, Page
+from shared.job_store import JobStore
 
 POLL_SECONDS = 1.0
 # Proxies close a connection that is silent for long; comments keep it open and are ignored by every reader.

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from services.gateway.file_store import StoredFile
 from shared.examples import Format
-from shared.job_store import Page
+from shared.job_rows import Page
 
 
 class LengthBin(BaseModel):

@@ -13,7 +13,7 @@ from shared.artifacts import ArtifactStore, new_id
 from shared.database import Database
 from shared.errors import InvalidRequest, NotFound
 from shared.examples import DatasetReport
-from shared.job_store import Nanoseconds, Page
+from shared.job_rows import Nanoseconds, Page
 from shared.jobs import State
 from shared.tables import files, jobs
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from shared.job_store import Checkpoint, Event, Job, Page
+from shared.job_rows import Checkpoint, Event, Job, Page
 from shared.jobs import (
     PRESETS,
     BasePrecision,

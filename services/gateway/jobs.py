@@ -27,7 +27,7 @@ from services.gateway.job_json import (
 )
 from services.gateway.job_request import JobRequest
 from shared.errors import InvalidRequest
-from shared.job_store import Job
+from shared.job_rows import Job
 
 router = APIRouter(
     route_class=AuthenticatedRoute, tags=["fine-tuning"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY]

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.trainer.patience import patiently
 from services.trainer.run import EventType, Level
 from shared.errors import LeaseLost
-from shared.job_store import NewEvent
+from shared.job_rows import NewEvent
 from shared.jobs import Phase, Progress, Wish
 from shared.leases import Lease, Leases
 from shared.logs import get_logger

@@ -9,7 +9,8 @@ from sqlalchemy import select
 
 from shared.database import Database
 from shared.errors import InvalidRequest, LeaseLost
-from shared.job_store import JobStore, NewEvent
+from shared.job_rows import NewEvent
+from shared.job_store import JobStore
 from shared.jobs import TRANSITIONS, JobFault, JobSpec, Phase, Progress, State, TrainingReport, Wish
 from shared.leases import MAX_LOSSES, Lease, Leases, SignOfLife
 from shared.tables import adapters, events, jobs

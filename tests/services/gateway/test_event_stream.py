@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shared.job_store import NewEvent
+from shared.job_rows import NewEvent
 from shared.jobs import JobFault
 from shared.leases import Lease
 from tests.services.gateway.conftest import ROWS, Gateway, running_gateway

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shared.job_store import NewEvent
+from shared.job_rows import NewEvent
 from tests.services.gateway.conftest import ROWS, Gateway
 
 PATH = "/v1/fine_tuning/jobs"

@@ -16,7 +16,8 @@ from services.trainer.work import Worker
 from shared.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.catalogue import Catalogue
 from shared.database import Database, migrate
-from shared.job_store import Event, Job, JobStore
+from shared.job_rows import Event, Job
+from shared.job_store import JobStore
 from shared.jobs import Hyperparameters, JobSpec, State
 from shared.leases import Leases
 from tests.tiny import prepared_tiny

@@ -21,7 +21,8 @@ from services.gateway.reaper import Reaper
 from shared.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.database import Database, migrate
 from shared.doorbell import Doorbell
-from shared.job_store import Job, JobStore
+from shared.job_rows import Job
+from shared.job_store import JobStore
 from shared.jobs import Hyperparameters, JobSpec, State
 from shared.leases import Leases
 from shared.tables import adapters
