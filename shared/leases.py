@@ -249,6 +249,15 @@ class Leases:
         with self._database.read() as connection:
             return [SignOfLife(*row) for row in connection.execute(query)]
 
+    def check_writable(self) -> None:
+        """Open a write transaction and end it without a change; what keeps workers from writing keeps it waiting too.
+
+        Raises:
+            SQLAlchemyError: the database takes no writes.
+        """
+        with self._database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == "").values(renewals=0))
+
     def queued(self) -> int:
         """How many jobs wait for a worker."""
         with self._database.read() as connection:

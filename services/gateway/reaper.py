@@ -14,6 +14,8 @@ from shared.logs import get_logger
 SILENCE_SECONDS = 15.0
 RING_EVERY_SECONDS = 5.0
 TICK_SECONDS = 1.0
+# A look that comes later than this after the last one says nothing about workers: this process, or the database, stood.
+LATE_SECONDS = 3.0
 
 
 class Reaper:
@@ -37,6 +39,7 @@ class Reaper:
         self._silence = silence
         self._clock = clock
         self._first_seen: dict[SignOfLife, float] = {}
+        self._last_look = float("-inf")
         self._last_ring = float("-inf")
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,15 +63,28 @@ class Reaper:
 
     def _reap(self) -> None:
         seen, self._first_seen = self._first_seen, {}
+        late = self._clock() - self._last_look > LATE_SECONDS
+        self._last_look = self._clock()
         # If this fails nothing has been seen: while the database is away no worker can show life in it.
         signs = self._leases.signs_of_life()
         now = self._clock()
-        # A sign seen for the first time starts its own clock: after a restart nobody is reaped early.
-        self._first_seen = {sign: seen.get(sign, now) for sign in signs}
-        for sign, since in self._first_seen.items():
-            if now - since >= self._silence and self._leases.expire(sign):
+        # A sign seen for the first time starts its own clock: after a restart or a late look nobody is reaped early.
+        first_seen = {sign: now if late else seen.get(sign, now) for sign in signs}
+        silent = [sign for sign, since in first_seen.items() if now - since >= self._silence]
+        if silent and not self._writes_work():
+            return
+        for sign in silent:
+            # If this fails `_first_seen` is still empty: workers could not write either, and get their full time again.
+            if self._leases.expire(sign):
                 self._log.warning("worker lost", job_id=sign.job_id, lease_token=sign.token)
                 self._doorbell.ring()
+        self._first_seen = first_seen
+
+    def _writes_work(self) -> bool:
+        """Whether a write gets through at once. One that had to wait kept workers from showing life as well."""
+        started = self._clock()
+        self._leases.check_writable()
+        return self._clock() - started < LATE_SECONDS
 
     def _ring(self) -> None:
         waiting = self._leases.queued()

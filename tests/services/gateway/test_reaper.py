@@ -1,12 +1,15 @@
 """The reaper on a clock of the test's own, over real SQLite and a real Redis-protocol server."""
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from services.gateway.reaper import RING_EVERY_SECONDS, SILENCE_SECONDS, Reaper
+from services.gateway.reaper import LATE_SECONDS, RING_EVERY_SECONDS, SILENCE_SECONDS, Reaper
 from shared.database import Database, migrate
 from shared.doorbell import Doorbell
 from shared.job_store import JobStore
@@ -171,9 +174,9 @@ def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
     reaper = Reaper(scene.leases, away, clock=scene.clock)
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    reaper.tick()
-    scene.clock.now += SILENCE_SECONDS
-    reaper.tick()
+    for _ in range(int(SILENCE_SECONDS) + 1):
+        reaper.tick()
+        scene.clock.now += 1
     away.close()
     assert scene.state(lease) is State.QUEUED
 
@@ -198,6 +201,55 @@ def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch:
     assert scene.state(lease) is State.QUEUED
 
 
+def test_a_late_look_says_nothing_about_workers(scene: Scene) -> None:
+    """The gateway was stopped, or waited for the database: workers may have shown life, or could not."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.clock.now += 60
+    scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS - 1)
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(1)
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_after_an_outage_of_writes_workers_get_their_full_time_again(scene: Scene, tmp_path: Path) -> None:
+    """Reads answer and writes do not: a stopped process holds the lock, or the database's disk is full."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS)
+    holder = sqlite3.connect(tmp_path / "tunesmith.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    scene.clock.now += 1
+    with pytest.raises(OperationalError, match="locked"):
+        scene.reaper.tick()
+    holder.execute("ROLLBACK")
+    holder.close()
+    scene.pass_time(SILENCE_SECONDS, alive=lease)
+    assert scene.state(lease) is State.RUNNING
+    assert scene.store.get("default", lease.job.id).losses == 0
+
+
+def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever held the reaper's write back held the workers' renewals back as well."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS)
+
+    def slow() -> None:
+        scene.clock.now += LATE_SECONDS
+
+    with monkeypatch.context() as while_slow:
+        while_slow.setattr(scene.leases, "check_writable", slow)
+        scene.clock.now += 1
+        scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS + 1)
+    assert scene.state(lease) is State.QUEUED
+
+
 def test_the_thread_outlives_a_database_that_is_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[int] = []
 
@@ -208,6 +260,8 @@ def test_the_thread_outlives_a_database_that_is_away(scene: Scene, monkeypatch: 
     monkeypatch.setattr(scene.reaper, "tick", fail)
     monkeypatch.setattr("services.gateway.reaper.TICK_SECONDS", 0.01)
     scene.reaper.start()
-    while len(ticks) < 3:
-        pass
+    deadline = time.monotonic() + 30
+    while len(ticks) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     scene.reaper.stop()
+    assert len(ticks) >= 3
