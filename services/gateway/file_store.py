@@ -93,13 +93,18 @@ class FileStore:
             "dataset": asdict(new.report),
         }
         file = StoredFile(**row)
+        committing = False
         try:
             with self._database.write() as connection:
                 guard(connection)
                 connection.execute(insert(files).values(row))
                 seal(connection, file)
+                committing = True
         except BaseException:
-            self._artifacts.remove(self._artifacts.file(file_id))
+            # Once COMMIT was sent its answer may be lost and the row be there all the same: the bytes stay, and the
+            # sweeper removes them if no row came.
+            if not committing:
+                self._artifacts.remove(self._artifacts.file(file_id))
             raise
         return file
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import httpx2
 import psycopg
 import pytest
 from openai import DefaultHttpxClient, OpenAI
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.exc import OperationalError
 
 from services.gateway import answers as answers_module
 from services.gateway.answers import KEEP_SECONDS, Answers, Attempt
@@ -23,6 +25,7 @@ from services.gateway.keys import Keys, read_or_make_secret
 from services.gateway.settings import GatewaySettings
 from shared import tables
 from shared.database import Database, migrate
+from shared.errors import Conflict
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
 from tests.stack_processes import Processes, answers, clean_environment, free_port, wait_until
 
@@ -340,3 +343,46 @@ def test_a_twin_at_another_gateway_is_409(
             assert (refused.status_code, refused.json()["error"]["code"]) == (409, "idempotency_in_flight")
             assert create(gateway, body, idempotency_key="another").is_success
         assert create(gateway, body, idempotency_key="slow").is_success
+
+
+def test_a_commit_whose_answer_is_lost_keeps_the_bytes_of_its_row(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PostgreSQL's clients see when the server goes away between COMMIT and its answer."""
+    database, real = gateway.services.database, gateway.services.database.write
+    lost: list[int] = []
+
+    @contextmanager
+    def write() -> Iterator[Connection]:
+        with real() as connection:
+            yield connection
+        if not lost:
+            lost.append(1)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+    def send() -> httpx.Response:
+        upload = {"file": ("lost.jsonl", as_jsonl(ROWS))}
+        return gateway.http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files=upload, headers={"Idempotency-Key": "lost-commit"}
+        )
+
+    monkeypatch.setattr(database, "write", write)
+    assert send().status_code == 503
+    again = send()
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true")
+    content = gateway.http.get(f"/v1/files/{again.json()['id']}/content")
+    assert (content.status_code, content.content) == (200, as_jsonl(ROWS))
+
+
+def test_an_upload_refused_in_its_transaction_leaves_no_bytes(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = gateway.settings.artifacts_root / "files"
+    before = set(folders.iterdir())
+
+    def refuse(*_: object) -> None:
+        raise Conflict("the same request is still being answered; try again")
+
+    monkeypatch.setattr(gateway.services.answers, "begin", refuse)
+    assert gateway.upload(as_jsonl(ROWS)).status_code == 409
+    assert set(folders.iterdir()) == before
