@@ -4,7 +4,9 @@ Owns names on disk, atomic publication and verification. Does not know SQL (whic
 in them). Nothing a client wrote ever becomes a path: ids are made here and matched by a full regex.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -95,6 +97,7 @@ class LocalArtifactStore:
     adapters/<adapter>/                     servable LoRA adapters
     cache/<name>/                           tokenised data by content hash; may be deleted at any time
     staging/<random>/                       half-written; nobody reads here
+    staging/<random>.lock                   locked by the process that writes the folder
     ```
     """
 
@@ -127,15 +130,40 @@ class LocalArtifactStore:
             raise ValueError("cache names are hex digests")
         return self.root / "cache" / name
 
-    @contextmanager
+    @contextlib.contextmanager
     def staged(self) -> Iterator[Path]:
-        """A fresh folder to write into; what was not placed or published is removed at the end."""
+        """A fresh folder to write into; what was not placed or published is removed at the end.
+
+        A lock is held on it meanwhile, so that nobody takes it for abandoned however long it is written to.
+        """
         folder = self.root / "staging" / secrets.token_hex(12)
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = staging_lock(folder)
+        with lock.open("w") as held:
+            # Some network mounts have no locks; there, age alone decides.
+            with contextlib.suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def remove_abandoned(self, folder: Path) -> bool:
+        """Remove a staged folder and its lock, unless a process holds it. Returns whether it is gone."""
+        lock = staging_lock(folder)
+        with contextlib.ExitStack() as stack:
+            try:
+                fcntl.flock(stack.enter_context(lock.open("r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                # There is no lock (a version before this wrote the folder), or the mount has none.
+                pass
             shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        return True
 
     def place(self, staged: Path, target: Path) -> None:
         """Make a staged folder appear at `target`, whole or not at all, and durable when this returns.
@@ -204,6 +232,11 @@ class LocalArtifactStore:
         # The manifest goes first: a half-removed folder must not verify.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_lock(folder: Path) -> Path:
+    """The file whose lock says that a staged folder is in use."""
+    return folder.with_suffix(".lock")
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:

@@ -3,7 +3,8 @@
 Idempotent; runs in every gateway.
 
 Only what SQL does not vouch for and nobody has touched for an hour goes: a folder is always written before its row, and
-a reserved adapter belongs to whoever holds the lease it was reserved under. Prepared bases and caches are left alone.
+a reserved adapter belongs to whoever holds the lease it was reserved under, and a staged folder to the process that
+holds its lock. Prepared bases and caches are left alone.
 """
 
 import threading
@@ -55,9 +56,8 @@ class Sweeper:
         # The folders are listed before SQL is asked: what appears in between is not in the list.
         candidates = list(self._old_folders())
         wanted = self._wanted()
-        gone = [folder for folder in candidates if folder.name not in wanted]
+        gone = [folder for folder in candidates if folder.name not in wanted and self._remove(folder)]
         for folder in gone:
-            self._store.remove(folder)
             self._log.info("swept", folder=f"{folder.parent.name}/{folder.name}")
         return gone
 
@@ -70,15 +70,23 @@ class Sweeper:
         if self._thread:
             self._thread.join()
 
+    def _remove(self, folder: Path) -> bool:
+        if folder.parent.name == "staging":
+            return self._store.remove_abandoned(folder)
+        self._store.remove(folder)
+        return True
+
     def _old_folders(self) -> Iterator[Path]:
         cutoff = self._now() - self._untouched
         for kind in ("staging", "adapters", "jobs", "files"):
             parent = self._store.root / kind
             if not parent.is_dir():
                 continue
-            for folder in parent.iterdir():
+            for entry in parent.iterdir():
+                # A lock without its folder: its process was killed after placing what it had staged.
+                folder = entry.with_suffix("") if entry.suffix == ".lock" else entry
                 try:
-                    if folder.is_dir() and _last_touched(folder) < cutoff:
+                    if (entry.is_dir() or not folder.exists()) and _last_touched(entry) < cutoff:
                         yield folder
                 except FileNotFoundError:
                     # Placed elsewhere, or swept by another gateway, while we looked.

@@ -7,6 +7,7 @@ gone).
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -139,7 +140,7 @@ def prepare(
 def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
     """Train LoRA weights on the base, and publish them once they have passed every check."""
     spec, loaded = run.job.spec, run.base.loaded
-    with run.store.staged() as folder:
+    with ExitStack() as staging:
         with lora_attached(loaded.model, spec.lora, spec.seed) as model:
             counts = parameter_counts(model)
             tell_about_adapter(run.session, counts)
@@ -154,6 +155,7 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
                 return Stopped(step=state.history.step)
             run.session.phase(Phase.SAVING)
             check_trained(model)
+            folder = staging.enter_context(run.store.staged())
             write_adapter(folder, model, loaded.base)
             sample = run.sample()
             expected = sample_logits(model, sample, run.precision)

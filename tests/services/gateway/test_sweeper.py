@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,3 +106,31 @@ def test_a_published_adapter_stays_until_it_is_deleted(database: Database, artif
     with database.write() as connection:
         connection.execute(update(adapters).values(state="deleted"))
     assert sweeper(database, artifacts).sweep() == [kept]
+
+
+def test_a_staged_folder_that_is_held_stays_however_old_it_is(
+    database: Database, artifacts: LocalArtifactStore
+) -> None:
+    with artifacts.staged() as staged:
+        assert sweeper(database, artifacts, later=100_000).sweep() == []
+        assert staged.is_dir()
+    assert list((artifacts.root / "staging").iterdir()) == []
+
+
+def test_what_a_killed_process_staged_goes_after_an_hour(database: Database, artifacts: LocalArtifactStore) -> None:
+    script = "import os, sys; from pathlib import Path; from shared.artifacts import LocalArtifactStore\n"
+    script += "with LocalArtifactStore(Path(sys.argv[1])).staged() as folder:\n"
+    script += "    (folder / 'data').write_text('x'); os.kill(os.getpid(), 9)\n"
+    subprocess.run([sys.executable, "-c", script, str(artifacts.root)], check=False)
+    (left,) = [path for path in (artifacts.root / "staging").iterdir() if path.is_dir()]
+    assert sweeper(database, artifacts, later=3500).sweep() == []
+    assert sweeper(database, artifacts).sweep() == [left]
+    assert list((artifacts.root / "staging").iterdir()) == []
+
+
+def test_a_lock_left_without_its_folder_goes_too(database: Database, artifacts: LocalArtifactStore) -> None:
+    lock = artifacts.root / "staging" / "aa.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    sweeper(database, artifacts).sweep()
+    assert not lock.exists()

@@ -17,7 +17,7 @@ from services.trainer.run import Finished
 from shared.artifacts import sha256_of
 from shared.base_model import load_base
 from shared.errors import JobFailed, LeaseLost
-from shared.jobs import BasePrecision, Hyperparameters, JobSpec, LoraSpec, Phase
+from shared.jobs import BasePrecision, Hyperparameters, JobSpec, LoraSpec, Phase, Progress
 from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore, instruction_rows, weights_of
 
 HELD_OUT = instruction_rows(5, start=40)
@@ -305,3 +305,18 @@ def test_bases_keep_one_model_at_a_time(tiny: TinyJob) -> None:
     assert bases.load(int8, torch.float32)[1] is not None
     bases.discard()
     assert bases.load(int8, torch.float32)[1] is not None
+
+
+def test_a_run_stages_nothing_until_it_writes(tiny: TinyJob) -> None:
+    """A training that takes hours holds no folder meanwhile that could be taken for abandoned."""
+    staging = tiny.store.root / "staging"
+    seen: list[int] = []
+
+    class Watching(RecordingSession):
+        def progress(self, progress: Progress) -> None:
+            seen.append(len(list(staging.glob("*"))) if staging.is_dir() else 0)
+            super().progress(progress)
+
+    tiny.finish(tiny.spec(), Watching())
+    assert len(seen) > 1
+    assert set(seen) == {0}
