@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Several processes share the cores; threads that spin while they wait would slow all of them down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,10 +73,13 @@ bench-gpu: .venv/ready ## training speed on a CUDA device
 
 check: .venv/ready ## ruff, mypy strict, import contracts, OpenAPI freshness
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	$(BIN)/python -m services.openapi --check
+	$(BIN)/python -m services.openapi --check && $(BIN)/python -m docs.tree --check
 
 openapi: .venv/ready ## write openapi/*.json
 	$(BIN)/python -m services.openapi
+
+docs: .venv/ready ## write the tree of the code in docs/architecture.md
+	$(BIN)/python -m docs.tree
 
 clean: ## remove the environment and the local stack's data
 	rm -rf .venv .venv-openai2 .venv-bench .tunesmith

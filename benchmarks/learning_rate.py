@@ -12,14 +12,14 @@ from typing import Any
 
 from benchmarks.train import docstrings
 from benchmarks.train_peers import CPU, SilentSession
-from services.trainer.bases import WarmBases
-from services.trainer.finetune import finetune
-from services.trainer.run import Finished, JobRun
-from shared.artifacts import LocalArtifactStore, new_id
-from shared.base_model import library_versions, prepare_base, quiet_libraries
-from shared.catalogue import Catalogue, load_catalogue
-from shared.jobs import PRESETS, JobSpec
+from services.trainer.contract import Finished, JobRun
+from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.finetune import finetune
+from shared.bases.base_model import library_versions, prepare_base, quiet_libraries
+from shared.bases.catalogue import Catalogue, load_catalogue
+from shared.jobs.spec import PRESETS, JobSpec
 from shared.logs import configure_logging
+from shared.storage.artifacts import LocalArtifactStore, new_id
 
 RESULT = Path(__file__).parent / "results" / "learning_rate.json"
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from examples.stdlib_docstrings import Row, write_rows
-from tunesmith import stack
 from tunesmith.client import Client
+from tunesmith.local_stack import stack
 
 BASE = "smollm2-135m-instruct"
 POLL_SECONDS = 0.1

@@ -31,7 +31,7 @@ from benchmarks import serve_http, serve_peers
 from benchmarks.serve_engine import EngineBench, percentile
 from benchmarks.serve_workload import Workload, make_workload
 from services.inference.precision import ServingPrecision
-from shared.base_model import library_versions, quiet_libraries
+from shared.bases.base_model import library_versions, quiet_libraries
 from shared.logs import configure_logging
 from tunesmith.output import interrupt_on_sigterm
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.serve_workload import Workload
-from services.inference.adapters import AdapterRegistry
+from services.inference.adapters.registry import AdapterRegistry
 from services.inference.build import assemble
 from services.inference.engine.interface import Cancelled, Event, Failed, Finished, GenerationRequest, Token
 from services.inference.precision import ServingPrecision

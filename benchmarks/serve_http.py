@@ -16,12 +16,12 @@ from sqlalchemy import insert
 from benchmarks import serve_gateway
 from benchmarks.serve_engine import percentile
 from benchmarks.serve_load import TOKEN_VARIABLE
-from shared.database import Database
-from shared.job_store import JobStore
-from shared.jobs import JobSpec
-from shared.tables import adapters
-from tunesmith import stack
+from shared.jobs.spec import JobSpec
+from shared.jobs.store import JobStore
+from shared.storage.database import Database
+from shared.storage.tables import adapters
 from tunesmith.connection import Connection
+from tunesmith.local_stack import stack
 
 CLIENTS, LOADED_SHARE, ROUNDS = 16, 0.6, 2
 Json = dict[str, Any]

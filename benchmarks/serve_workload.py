@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from shared.artifacts import LocalArtifactStore, Manifest, new_id
-from shared.base_model import LoadedBase, load_base, prepare_base
-from shared.catalogue import load_catalogue
+from shared.bases.base_model import LoadedBase, load_base, prepare_base
+from shared.bases.catalogue import load_catalogue
+from shared.storage.artifacts import LocalArtifactStore, Manifest, new_id
 
 RANK, ALPHA, TARGETS = 8, 32, ("q_proj", "v_proj")
 _SUBJECTS = [

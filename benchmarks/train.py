@@ -29,18 +29,18 @@ import torch
 from benchmarks import train_memory
 from benchmarks.train_peers import CPU, Report, Round, Task, run_peer
 from examples.stdlib_docstrings import build_dataset, write_rows
-from services.trainer.bases import WarmBases
-from services.trainer.dataset import Data, prepare_data
-from services.trainer.evaluate import evaluation_loss
-from services.trainer.layout import CPU_TOKEN_BUDGET, plan_layout
-from services.trainer.lora import lora_loaded
-from services.trainer.metrics import matmul_parameters, measure_peak_flops
-from services.trainer.precision import choose_precision
-from shared.artifacts import LocalArtifactStore, sha256_of
-from shared.base_model import library_versions, prepare_base, quiet_libraries
-from shared.catalogue import Base, Catalogue, load_catalogue
-from shared.jobs import PRESETS, JobSpec
-from shared.tokens import Tokenizer
+from services.trainer.data.dataset import Data, prepare_data
+from services.trainer.data.layout import CPU_TOKEN_BUDGET, plan_layout
+from services.trainer.model.bases import WarmBases
+from services.trainer.model.lora import lora_loaded
+from services.trainer.model.precision import choose_precision
+from services.trainer.recipe.evaluate import evaluation_loss
+from services.trainer.recipe.metrics import matmul_parameters, measure_peak_flops
+from shared.bases.base_model import library_versions, prepare_base, quiet_libraries
+from shared.bases.catalogue import Base, Catalogue, load_catalogue
+from shared.datasets.tokens import Tokenizer
+from shared.jobs.spec import PRESETS, JobSpec
+from shared.storage.artifacts import LocalArtifactStore, sha256_of
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("tutorial_fp32", "tutorial_int8", "trl_padded", "trl_packed", "ours_fp32", "ours_int8")

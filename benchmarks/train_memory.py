@@ -12,12 +12,12 @@ from typing import Any
 
 from benchmarks.train_peers import Task
 from examples.stdlib_docstrings import build_dataset, write_rows
-from services.trainer.dataset import prepare_data
-from shared.artifacts import LocalArtifactStore, sha256_of
-from shared.base_model import prepare_base
-from shared.catalogue import load_catalogue
-from shared.jobs import PRESETS, JobSpec
-from shared.tokens import Tokenizer
+from services.trainer.data.dataset import prepare_data
+from shared.bases.base_model import prepare_base
+from shared.bases.catalogue import load_catalogue
+from shared.datasets.tokens import Tokenizer
+from shared.jobs.spec import PRESETS, JobSpec
+from shared.storage.artifacts import LocalArtifactStore, sha256_of
 
 LENGTHS = (256, 512, 1024, 2048)
 PEERS = ("ours_int8", "ours_fp32", "trl_padded", "trl_packed")

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from services.trainer.bases import WarmBases
-from services.trainer.finetune import finetune
-from services.trainer.lora import lora_config
-from services.trainer.metrics import peak_memory_mb, reset_peak_memory
-from services.trainer.run import EventType, Finished, JobRun, Level
-from shared.artifacts import LocalArtifactStore, new_id
-from shared.base_model import quantization_config, quiet_libraries
-from shared.catalogue import Base, Catalogue
-from shared.jobs import BasePrecision, JobSpec, Phase, Progress
+from services.trainer.contract import EventType, Finished, JobRun, Level
+from services.trainer.model.bases import WarmBases
+from services.trainer.model.lora import lora_config
+from services.trainer.recipe.finetune import finetune
+from services.trainer.recipe.metrics import peak_memory_mb, reset_peak_memory
+from shared.bases.base_model import quantization_config, quiet_libraries
+from shared.bases.catalogue import Base, Catalogue
+from shared.jobs.spec import BasePrecision, JobSpec, Phase, Progress
 from shared.logs import configure_logging
+from shared.storage.artifacts import LocalArtifactStore, new_id
 
 TRL_FOLDER = Path(__file__).parents[1] / ".venv-bench"
 CPU = torch.device("cpu")

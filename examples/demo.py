@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.stdlib_docstrings import Row, build_dataset, write_rows
-from tunesmith import stack
 from tunesmith.client import ApiError, Client
 from tunesmith.connection import Connection
+from tunesmith.local_stack import stack
+from tunesmith.local_stack.plan import is_free
 from tunesmith.output import interrupt_on_sigterm, say
-from tunesmith.plan import is_free
 from tunesmith.progress import watcher_for
 from tunesmith.wait import Exit, wait_for_job
 

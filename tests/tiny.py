@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.artifacts import LocalArtifactStore, Manifest
-from shared.base_model import prepare_base
-from shared.catalogue import Base, Catalogue
+from shared.bases.base_model import prepare_base
+from shared.bases.catalogue import Base, Catalogue
+from shared.storage.artifacts import LocalArtifactStore, Manifest
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

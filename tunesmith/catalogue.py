@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tunesmith.home import Home
-from tunesmith.plan import CHECKOUT, check_checkout, environment, python
+from tunesmith.local_stack.home import Home
+from tunesmith.local_stack.plan import CHECKOUT, check_checkout, environment, python
 
 
 class CatalogueError(Exception):
@@ -34,7 +34,7 @@ def add(home: Path, environ: Mapping[str, str], name: str, source: str, aliases:
     if source.startswith("folder:"):
         # The child works in another folder than the person who typed this.
         source = "folder:" + str(Path(source.removeprefix("folder:")).absolute())
-    return path, _run(place, environ, "shared.catalogue_entry", str(path), name, source, *aliases)
+    return path, _run(place, environ, "shared.bases.catalogue_entry", str(path), name, source, *aliases)
 
 
 def prepare(home: Path, environ: Mapping[str, str], name: str) -> str:
@@ -44,7 +44,7 @@ def prepare(home: Path, environ: Mapping[str, str], name: str) -> str:
         CatalogueError: there is no such base, or it cannot be had.
         CannotPlan: this is no checkout.
     """
-    return _run(Home(home), environ, "shared.prepare", name)
+    return _run(Home(home), environ, "shared.bases.prepare", name)
 
 
 def _run(place: Home, environ: Mapping[str, str], module: str, *arguments: str) -> str:

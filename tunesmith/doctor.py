@@ -14,8 +14,8 @@ from typing import Any, Literal
 from tunesmith import connection as connections
 from tunesmith.client import Client
 from tunesmith.connection import PROCESSES, NoConnection
-from tunesmith.home import Home
-from tunesmith.plan import CHECKOUT, CannotPlan, check_checkout, environment, is_free, python
+from tunesmith.local_stack.home import Home
+from tunesmith.local_stack.plan import CHECKOUT, CannotPlan, check_checkout, environment, is_free, python
 
 LOW_DISK_BYTES = 5 << 30
 NO_DISK_BYTES = 500 << 20

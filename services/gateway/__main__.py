@@ -5,12 +5,12 @@ import sys
 import uvicorn
 
 from services.gateway.app import create_app
+from services.gateway.http.client_timeouts import PatientProtocol
 from services.gateway.settings import GatewaySettings
-from services.gateway.slow_clients import PatientProtocol
-from shared.catalogue import load_catalogue
-from shared.database import check_schema
+from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.logs import configure_logging
+from shared.storage.database import check_schema
 
 GRACE_SECONDS = 10
 

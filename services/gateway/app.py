@@ -9,14 +9,14 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError
 
-from services.gateway import estimates, file_preview, files, generate, job_series, jobs, models, operations
+from services.gateway.http.body_backpressure import CloseUnread
 from services.gateway.metrics import Metrics
+from services.gateway.routes import estimates, file_preview, files, generate, job_metrics, jobs, models, operations
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
-from services.gateway.unread import CloseUnread
 from shared.errors import Unavailable
+from shared.http.web import RequestContext, error_response, install_error_handlers
 from shared.logs import get_logger
-from shared.web import RequestContext, error_response, install_error_handlers
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -40,7 +40,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     # The last one added sees a request first.
     app.add_middleware(CloseUnread)
     app.add_middleware(RequestContext, observe=metrics.answered)
-    parts = (files.uploads, files.router, file_preview.router, jobs.router, job_series.router, estimates.router)
+    parts = (files.uploads, files.router, file_preview.router, jobs.router, job_metrics.router, estimates.router)
     for part in (*parts, models.router, generate.router):
         app.include_router(part)
     app.include_router(operations.health)

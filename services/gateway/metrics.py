@@ -8,10 +8,10 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.database import Database
-from shared.doorbell import Doorbell
-from shared.jobs import State
-from shared.tables import jobs
+from shared.jobs.notification import Doorbell
+from shared.jobs.spec import State
+from shared.storage.database import Database
+from shared.storage.tables import jobs
 
 
 class Metrics:

@@ -6,28 +6,28 @@ from dataclasses import dataclass
 
 import httpx
 
-from services.gateway.answers import Answers
-from services.gateway.base_facts import PreparedBases
-from services.gateway.file_store import FileStore
-from services.gateway.job_resolution import JobResolver
-from services.gateway.keys import Keys, read_or_make_secret
+from services.gateway.background.garbage_collector import Sweeper
+from services.gateway.background.notifier import Ringer
+from services.gateway.background.prefetcher import Prefetcher
+from services.gateway.background.reaper import Reaper
+from services.gateway.bases.facts import PreparedBases
+from services.gateway.bases.tokenised import Tokenizers
+from services.gateway.files.store import FileStore
+from services.gateway.health import Pulse
+from services.gateway.http.idempotency import Answers
+from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.inference.replicas import Replicas
+from services.gateway.jobs.resolution import JobResolver
 from services.gateway.metrics import Metrics
-from services.gateway.model_store import ModelStore
-from services.gateway.prefetcher import Prefetcher
-from services.gateway.pulse import Pulse
-from services.gateway.reaper import Reaper
-from services.gateway.replicas import Replicas
-from services.gateway.ringer import Ringer
+from services.gateway.models.store import ModelStore
 from services.gateway.settings import GatewaySettings
-from services.gateway.sweeper import Sweeper
-from services.gateway.tokenised import Tokenizers
-from shared.artifacts import ArtifactStore, LocalArtifactStore
-from shared.catalogue import Catalogue, load_catalogue
-from shared.database import Database, check_schema
-from shared.doorbell import Doorbell
-from shared.job_store import JobStore
-from shared.leases import Leases
+from shared.bases.catalogue import Catalogue, load_catalogue
+from shared.jobs.leases import Leases
+from shared.jobs.notification import Doorbell
+from shared.jobs.store import JobStore
 from shared.logs import get_logger
+from shared.storage.artifacts import ArtifactStore, LocalArtifactStore
+from shared.storage.database import Database, check_schema
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from services.inference.app import create_app
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
-from shared.artifacts import LocalArtifactStore
-from shared.catalogue import load_catalogue
+from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.logs import configure_logging, get_logger
 from shared.openmp import spin_briefly
+from shared.storage.artifacts import LocalArtifactStore
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
     def build() -> Serving:
         # torch and transformers take seconds to import; only a process that serves pays for it.
         from services.inference.build import build_serving
-        from shared.base_model import quiet_libraries
+        from shared.bases.base_model import quiet_libraries
 
         quiet_libraries()
         try:

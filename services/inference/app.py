@@ -14,15 +14,15 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
-from services.inference.guard import guarded
 from services.inference.metrics import Metrics
-from services.inference.openai_routes import openai_router
-from services.inference.operations import health_router, operations_router
+from services.inference.routes.guard import guarded
+from services.inference.routes.openai import openai_router
+from services.inference.routes.operations import health_router, operations_router
+from services.inference.routes.tgi import tgi_router
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
-from services.inference.tgi_routes import tgi_router
-from shared.error_bodies import OPENAI_ERRORS, TGI_ERRORS
-from shared.web import RequestContext, install_error_handlers
+from shared.http.error_bodies import OPENAI_ERRORS, TGI_ERRORS
+from shared.http.web import RequestContext, install_error_handlers
 
 VERSION = "0.1.0"
 

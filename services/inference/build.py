@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from services.inference.adapter_weights import WEIGHTS, read_adapter, refuse
-from services.inference.adapters import AdapterRegistry, Checked
+from services.inference.adapters.registry import AdapterRegistry, Checked
+from services.inference.adapters.weights import WEIGHTS, read_adapter, refuse
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, precision_to_load
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
-from shared.artifacts import ArtifactStore
-from shared.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
-from shared.catalogue import Catalogue
+from shared.bases.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
+from shared.bases.catalogue import Catalogue
+from shared.datasets.templates import template_by_id
 from shared.errors import InvalidRequest
-from shared.templates import template_by_id
+from shared.storage.artifacts import ArtifactStore
 
 
 def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: Catalogue) -> Serving:

@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.examples import Message
-from shared.templates import InstructionTemplate, Prompt, Template
-from shared.tokens import Tokenizer
+from shared.datasets.examples import Message
+from shared.datasets.templates import InstructionTemplate, Prompt, Template
+from shared.datasets.tokens import Tokenizer
 
 # Below this many characters encoding is quicker than handing it to a thread.
 _SHORT = 4096

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from services.inference.adapters import AdapterRegistry, Entry
+from services.inference.adapters.registry import AdapterRegistry, Entry
 from services.inference.engine.admission import Admission
 from services.inference.engine.interface import (
     Cancelled,
@@ -26,8 +26,8 @@ from services.inference.engine.interface import (
     Token,
 )
 from services.inference.prompts import PromptSource, ids_of
+from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError, Unavailable
-from shared.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Alembic's entry: migrate the database named by `shared.database.migrate`, one process at a time."""
+"""Alembic's entry: migrate the database named by `shared.storage.database.migrate`, one process at a time."""
 
 from alembic import context
 from sqlalchemy import create_engine, text
 
-from shared.tables import metadata
+from shared.storage.tables import metadata
 
 # Two services starting at once must not both create the tables; the number is arbitrary.
 ADVISORY_LOCK = 7_461_093

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 from redis import Redis
 
-from services.gateway.reaper import SILENCE_SECONDS
-from shared.doorbell import Doorbell
+from services.gateway.background.reaper import SILENCE_SECONDS
+from shared.jobs.notification import Doorbell
 from tests.site import Site
 from tests.stack_processes import clean_environment, wait_until
 from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith import connection as connections
 from tunesmith.connection import Connection
-from tunesmith.stack import down, up
+from tunesmith.local_stack.stack import down, up
 
 SHORT_LEASES = {"TUNESMITH_RENEW_SECONDS": "0.3", "TUNESMITH_LEASE_SECONDS": "3"}
 

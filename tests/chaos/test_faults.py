@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.jobs import State
-from shared.leases import MAX_LOSSES
+from shared.jobs.leases import MAX_LOSSES
+from shared.jobs.spec import State
 from tests.chaos.stack import Stack, flipped, newest_state, running_stack, small_disk
 from tests.site import ENDLESS, LONG, SHORT
 

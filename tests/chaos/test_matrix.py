@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.jobs import State
+from shared.jobs.spec import State
 from tests.chaos.stack import COSTS_THE_LEASE, FAULTS, TEARS, TORN_FILES, Stack, newest_state, running_stack
 from tests.site import ENDLESS, LONGER, SHORT
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from services.gateway.replicas import rendezvous
-from shared.jobs import State
+from services.gateway.inference.replicas import rendezvous
+from shared.jobs.spec import State
 from tests.cluster import Cluster
 from tests.site import ENDLESS, LONG, LONGER, SHORT, Site
 from tests.stack_processes import Postgres, Processes, answers, postgres_server

@@ -7,10 +7,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from shared.database import Database, migrate
-from shared.job_store import JobStore
-from shared.jobs import JobSpec
-from shared.leases import Leases
+from shared.jobs.leases import Leases
+from shared.jobs.spec import JobSpec
+from shared.jobs.store import JobStore
+from shared.storage.database import Database, migrate
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith import doctor
 from tunesmith.doctor import last_error
-from tunesmith.home import Home
+from tunesmith.local_stack.home import Home
 
 
 def examined(folder: Path, **environ: str) -> tuple[int, dict[str, dict[str, str]]]:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.artifacts import LocalArtifactStore
-from shared.catalogue import load_catalogue
+from shared.bases.catalogue import load_catalogue
+from shared.storage.artifacts import LocalArtifactStore
 from tests.tiny import write_tiny_model
 
 

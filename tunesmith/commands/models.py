@@ -92,8 +92,8 @@ def prepare_model(
 
 def _done(work: Callable[[], T]) -> T:
     from tunesmith.catalogue import CatalogueError
+    from tunesmith.local_stack.plan import CannotPlan
     from tunesmith.output import fail
-    from tunesmith.plan import CannotPlan
 
     try:
         return work()

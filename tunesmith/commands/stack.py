@@ -15,7 +15,7 @@ def up(
     json: AsJson = False,
 ) -> None:
     """Start the whole stack on this machine, loopback only. Harmless if it runs."""
-    from tunesmith import stack
+    from tunesmith.local_stack import stack
     from tunesmith.output import fail, interrupt_on_sigterm, say, show_json
 
     interrupt_on_sigterm()
@@ -36,7 +36,7 @@ def up(
 
 def down(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
     """Stop it. A running job writes a checkpoint and goes on with the next 'up'."""
-    from tunesmith import stack
+    from tunesmith.local_stack import stack
     from tunesmith.output import fail, say, show_json
 
     try:

@@ -21,9 +21,9 @@ from services.inference.engine.runner import ModelRunner, Piece
 from services.inference.engine.sampling import choose
 from services.inference.engine.sequence import Sequence
 from services.inference.engine.threads import StepThreads
+from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, TunesmithError, Unavailable
 from shared.logs import get_logger
-from shared.tokens import Tokenizer
 
 _log = get_logger("engine")
 

@@ -9,10 +9,10 @@ from services.inference.engine.packed import PackedPrecision
 from services.inference.engine.runner import ModelRunner
 from services.inference.engine.transformers_runner import TransformersRunner
 from services.inference.precision import ServingPrecision
+from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError
-from shared.jobs import BasePrecision
+from shared.jobs.spec import BasePrecision
 from shared.logs import get_logger
-from shared.tokens import Tokenizer
 
 _PACKED: tuple[PackedPrecision, ...] = ("fp16w", "bf16w", "int8w")
 _log = get_logger("engine")

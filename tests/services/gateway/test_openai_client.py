@@ -3,7 +3,7 @@
 import pytest
 from openai import BadRequestError, NotFoundError
 
-from shared.jobs import TrainingReport
+from shared.jobs.spec import TrainingReport
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl
 
 REPORT = TrainingReport(

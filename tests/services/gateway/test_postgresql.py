@@ -10,7 +10,8 @@ import pytest
 
 from services.gateway.settings import GatewaySettings
 from tests.services.gateway.conftest import ROWS, Gateway
-from tests.services.gateway.test_job_requests import (
+from tests.services.gateway.files.test_uploads import test_ids_that_are_none
+from tests.services.gateway.jobs.test_request_schema import (
     test_a_file_cannot_vanish_while_a_job_takes_it,
     test_jobs_that_are_none,
     test_metadata_with_any_key_is_found_again,
@@ -21,7 +22,6 @@ from tests.services.gateway.test_openai_client import (
     test_files,
     test_jobs_are_listed_paused_resumed_and_cancelled,
 )
-from tests.services.gateway.test_uploads import test_ids_that_are_none
 
 # pytest finds what a module names.
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from shared.artifacts import LocalArtifactStore, Manifest, new_id
+from shared.storage.artifacts import LocalArtifactStore, Manifest, new_id
 
 
 def write_adapter(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from services.inference.adapter_weights import read_adapter
+from services.inference.adapters.weights import read_adapter
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.interface import Cancelled, Event, Failed, Finished, GenerationRequest, Started, Token
@@ -17,9 +17,9 @@ from services.inference.engine.llama import LlamaRunner
 from services.inference.engine.packed import PackedPrecision
 from services.inference.engine.runner import ModelRunner
 from services.inference.engine.transformers_runner import TransformersRunner
-from shared.artifacts import LocalArtifactStore, Manifest
-from shared.base_model import LoadedBase, load_base
-from shared.catalogue import Base
+from shared.bases.base_model import LoadedBase, load_base
+from shared.bases.catalogue import Base
+from shared.storage.artifacts import LocalArtifactStore, Manifest
 from tests.services.inference.adapters_on_disk import Oracle, write_adapter
 
 

@@ -11,8 +11,8 @@ from services.inference.precision import ServingPrecision
 from services.inference.prompts import RawText
 from services.inference.serving import Ask, Serving
 from services.inference.settings import InferenceSettings
-from shared.artifacts import LocalArtifactStore
 from shared.errors import NotFound, TunesmithError
+from shared.storage.artifacts import LocalArtifactStore
 from tests.services.inference.adapters_on_disk import write_adapter
 from tests.tiny import tiny_catalogue, write_tiny_model
 

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from shared.artifacts import new_id
-from shared.templates import InstructionTemplate
-from shared.tokens import Tokenizer
+from shared.datasets.templates import InstructionTemplate
+from shared.datasets.tokens import Tokenizer
+from shared.storage.artifacts import new_id
 from tests.services.inference.adapters_on_disk import publish
 from tests.services.inference.harness import EngineUnderTest, Tiny
 from tests.services.inference.server import Server

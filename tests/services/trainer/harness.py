@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from services.trainer.bases import WarmBases
-from services.trainer.finetune import finetune
-from services.trainer.run import EventType, Finished, JobRun, Level, Outcome
-from shared.artifacts import LocalArtifactStore, new_id, sha256_of
-from shared.catalogue import Base, Catalogue
+from services.trainer.contract import EventType, Finished, JobRun, Level, Outcome
+from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.finetune import finetune
+from shared.bases.catalogue import Base, Catalogue
 from shared.errors import LeaseLost
-from shared.jobs import Hyperparameters, JobSpec, LoraSpec, Phase, Progress
+from shared.jobs.spec import Hyperparameters, JobSpec, LoraSpec, Phase, Progress
+from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from tests.tiny import prepared_tiny
 
 CPU = torch.device("cpu")

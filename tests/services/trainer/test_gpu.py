@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from services.trainer.bases import WarmBases
-from services.trainer.forward import pack, supervised_logits
-from services.trainer.llama import fused_form
-from shared.catalogue import Catalogue
-from shared.jobs import BasePrecision
+from services.trainer.model.bases import WarmBases
+from services.trainer.model.forward import pack, supervised_logits
+from services.trainer.model.llama import fused_form
+from shared.bases.catalogue import Catalogue
+from shared.jobs.spec import BasePrecision
 from tests.services.trainer.harness import RecordingSession, TinyJob, instruction_rows, weights_of
-from tests.services.trainer.test_forward import LENGTHS, ragged, random_llama
+from tests.services.trainer.model.test_forward import LENGTHS, ragged, random_llama
 
 pytestmark = [
     pytest.mark.gpu,

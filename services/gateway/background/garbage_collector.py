@@ -1,0 +1,116 @@
+"""Removes what crashes and deletions leave in the artifacts folder, and what is kept for a time only.
+
+Idempotent; runs in every gateway.
+
+Only what SQL does not vouch for and nobody has touched for an hour goes: a folder is always written before its row, and
+a reserved adapter belongs to whoever holds the lease it was reserved under, and a staged folder to the process that
+holds its lock. Prepared bases and caches are left alone.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sqlalchemy import and_, or_, select
+
+from shared.jobs.spec import LEASED, State
+from shared.logs import get_logger
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.database import Database
+from shared.storage.tables import adapters, files, jobs
+
+UNTOUCHED_SECONDS = 3600.0
+SWEEP_EVERY_SECONDS = 600.0
+
+
+class Sweeper:
+    """One sweep at a time over one artifacts folder.
+
+    Args:
+        forget: drops rows that have been kept long enough.
+        untouched: seconds since anything in a folder was last written before it may go.
+        now: seconds since the epoch, as file times are.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        store: LocalArtifactStore,
+        forget: Callable[[], object] = lambda: None,
+        *,
+        untouched: float = UNTOUCHED_SECONDS,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._forget = forget
+        self._untouched = untouched
+        self._now = now
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._log = get_logger("sweeper")
+
+    def sweep(self) -> list[Path]:
+        """Remove everything unwanted. Returns what went."""
+        # The folders are listed before SQL is asked: what appears in between is not in the list.
+        candidates = list(self._old_folders())
+        wanted = self._wanted()
+        gone = [folder for folder in candidates if folder.name not in wanted and self._remove(folder)]
+        for folder in gone:
+            self._log.info("swept", folder=f"{folder.parent.name}/{folder.name}")
+        return gone
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _remove(self, folder: Path) -> bool:
+        if folder.parent.name == "staging":
+            return self._store.remove_abandoned(folder)
+        self._store.remove(folder)
+        return True
+
+    def _old_folders(self) -> Iterator[Path]:
+        cutoff = self._now() - self._untouched
+        for kind in ("staging", "adapters", "jobs", "files"):
+            parent = self._store.root / kind
+            if not parent.is_dir():
+                continue
+            for entry in parent.iterdir():
+                # A lock without its folder: its process was killed after placing what it had staged.
+                folder = entry.with_suffix("") if entry.suffix == ".lock" else entry
+                try:
+                    if (entry.is_dir() or not folder.exists()) and _last_touched(entry) < cutoff:
+                        yield folder
+                except FileNotFoundError:
+                    # Placed elsewhere, or swept by another gateway, while we looked.
+                    continue
+
+    def _wanted(self) -> set[str]:
+        held = and_(adapters.c.lease_token == jobs.c.lease_token, jobs.c.state.in_(LEASED))
+        mine = select(adapters.c.id).join(jobs, jobs.c.id == adapters.c.job)
+        servable = mine.where(or_(adapters.c.state == "published", and_(adapters.c.state == "reserved", held)))
+        unfinished = select(jobs.c.id).where(jobs.c.state.in_([state for state in State if not state.final]))
+        with self._database.read() as connection:
+            return {
+                name for query in (servable, unfinished, select(files.c.id)) for name in connection.scalars(query).all()
+            }
+
+    def _run(self) -> None:
+        while not self._stop.wait(SWEEP_EVERY_SECONDS):
+            try:
+                self.sweep()
+                self._forget()
+            except Exception:
+                # The database or the mount may be away for a while; the next sweep sees.
+                self._log.exception("sweep failed")
+
+
+def _last_touched(folder: Path) -> float:
+    return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))

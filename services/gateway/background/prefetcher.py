@@ -1,0 +1,117 @@
+"""Has inference load what a job has just published, so that the first request finds it warm.
+
+A courtesy: nothing in use makes room for it, it is tried a few times, and what fails is left to the first request.
+Runs in every gateway; however many ask for an adapter, it is loaded once.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from sqlalchemy import select
+from starlette.concurrency import run_in_threadpool
+
+from services.gateway.inference.replicas import Replicas
+from services.gateway.models.store import Target
+from shared.errors import Unavailable
+from shared.jobs.spec import State
+from shared.logs import get_logger
+from shared.storage.database import Database
+from shared.storage.tables import adapters, jobs
+
+LOOK_EVERY_SECONDS = 1.0
+# Two minutes altogether: inference may be starting, or the folder may take its time to be seen over a network mount.
+WAITS_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+# Whose adapter was used within this time keeps its place.
+RECENT_SECONDS = 600.0
+_UNFINISHED = [state for state in State if not state.final]
+# The adapter is at fault; asking again changes nothing.
+_REFUSALS = (400, 422)
+
+
+class Prefetcher:
+    """Watches for jobs that end, and asks for their final adapters.
+
+    What ended while no gateway ran is left to the first request.
+
+    Args:
+        observe: told how each adapter's prefetch ended: `loaded`, `refused` or `given_up`.
+        waits: seconds before each try.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        replicas: Replicas,
+        observe: Callable[[str], None] = lambda outcome: None,
+        *,
+        waits: Sequence[float] = WAITS_SECONDS,
+    ) -> None:
+        self._database = database
+        self._replicas = replicas
+        self._observe = observe
+        self._waits = waits
+        self._unfinished: frozenset[str] = frozenset()
+        self._task: asyncio.Task[None] | None = None
+        self._log = get_logger("prefetcher")
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="prefetcher")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def published(self) -> list[Target]:
+        """The final adapters of the jobs that have ended since the last call; none at the first. Asks SQL."""
+        with self._database.read() as connection:
+            unfinished = frozenset(connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(_UNFINISHED))))
+            ended = self._unfinished - unfinished
+            found = (
+                select(adapters.c.base, adapters.c.id)
+                .join(jobs, jobs.c.adapter == adapters.c.id)
+                .where(jobs.c.id.in_(ended), jobs.c.state == State.SUCCEEDED, adapters.c.state == "published")
+            )
+            targets = [Target(*row) for row in connection.execute(found)] if ended else []
+        # Only now: whatever fails above is looked at again.
+        self._unfinished = unfinished
+        return targets
+
+    async def prefetch(self, target: Target) -> str:
+        """Have an adapter loaded. Returns how it ended; see `observe`."""
+        reason = ""
+        for wait in self._waits:
+            await asyncio.sleep(wait)
+            try:
+                status = await self._replicas.load(target, gently=RECENT_SECONDS)
+            except Unavailable as error:
+                reason = error.message
+                continue
+            if status == 200:
+                self._log.info("adapter prefetched", adapter=target.adapter)
+                return "loaded"
+            reason = f"inference answered {status}"
+            if status in _REFUSALS:
+                self._log.warning("adapter refused by inference", adapter=target.adapter, status=status)
+                return "refused"
+        self._log.info("adapter not prefetched: the first request loads it", adapter=target.adapter, reason=reason)
+        return "given_up"
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(LOOK_EVERY_SECONDS)
+                try:
+                    for target in await run_in_threadpool(self.published):
+                        group.create_task(self._observed(target))
+                except Exception:
+                    # The database may be away for a while; the next look sees.
+                    self._log.exception("looking for new adapters failed")
+
+    async def _observed(self, target: Target) -> None:
+        try:
+            self._observe(await self.prefetch(target))
+        except Exception:
+            self._log.exception("prefetch failed", adapter=target.adapter)

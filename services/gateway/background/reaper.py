@@ -1,0 +1,101 @@
+"""Finds jobs whose worker shows no life and jobs whose doorbell nobody heard.
+
+Runs in every gateway; all it does is idempotent.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from shared.jobs.leases import Leases, SignOfLife
+from shared.jobs.notification import Doorbell
+from shared.logs import get_logger
+
+SILENCE_SECONDS = 15.0
+RING_EVERY_SECONDS = 5.0
+TICK_SECONDS = 1.0
+# A look that comes later than this after the last one says nothing about workers: this process, or the database, stood.
+LATE_SECONDS = 3.0
+
+
+class Reaper:
+    """Watches the signs of life on a monotonic clock of its own; no clock is compared with a worker's.
+
+    Args:
+        silence: seconds a (token, renewals) pair may stand still; workers renew every 5 s.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        doorbell: Doorbell,
+        *,
+        silence: float = SILENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leases = leases
+        self._doorbell = doorbell
+        self._silence = silence
+        self._clock = clock
+        self._first_seen: dict[SignOfLife, float] = {}
+        self._last_look = float("-inf")
+        self._last_ring = float("-inf")
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._log = get_logger("reaper")
+
+    def tick(self) -> None:
+        """One look: take what is silent, then ring for what waits."""
+        self._reap()
+        if self._clock() - self._last_ring >= RING_EVERY_SECONDS:
+            self._last_ring = self._clock()
+            self._ring()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _reap(self) -> None:
+        seen, self._first_seen = self._first_seen, {}
+        late = self._clock() - self._last_look > LATE_SECONDS
+        self._last_look = self._clock()
+        # If this fails nothing has been seen: while the database is away no worker can show life in it.
+        signs = self._leases.signs_of_life()
+        now = self._clock()
+        # A sign seen for the first time starts its own clock: after a restart or a late look nobody is reaped early.
+        first_seen = {sign: now if late else seen.get(sign, now) for sign in signs}
+        silent = [sign for sign, since in first_seen.items() if now - since >= self._silence]
+        if silent and not self._writes_work():
+            return
+        for sign in silent:
+            # If this fails `_first_seen` is still empty: workers could not write either, and get their full time again.
+            if self._leases.expire(sign):
+                self._log.warning("worker lost", job_id=sign.job_id, lease_token=sign.token)
+                self._doorbell.ring()
+        self._first_seen = first_seen
+
+    def _writes_work(self) -> bool:
+        """Whether a write gets through at once. One that had to wait kept workers from showing life as well."""
+        started = self._clock()
+        self._leases.check_writable()
+        return self._clock() - started < LATE_SECONDS
+
+    def _ring(self) -> None:
+        waiting = self._leases.queued()
+        pending = self._doorbell.pending() if waiting else None
+        for _ in range(max(0, waiting - pending) if pending is not None else 0):
+            self._doorbell.ring()
+
+    def _run(self) -> None:
+        while not self._stop.wait(TICK_SECONDS):
+            try:
+                self.tick()
+            except Exception:
+                # The database may be away for a while; the next tick sees.
+                self._log.exception("reaper tick failed")

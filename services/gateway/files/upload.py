@@ -1,0 +1,183 @@
+"""A dataset on its way in: multipart bytes to a staged file, every row checked and hashed as it passes.
+
+Owns the limits of a multipart body. Knows no HTTP framework, no SQL; memory is bounded by one chunk and one row.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from services.gateway.files.store import DATA, NewFile
+from shared.datasets.examples import DatasetChecker
+from shared.errors import InvalidRequest, PayloadTooLarge
+
+MAX_PARTS = 8
+MAX_FIELD_BYTES = 1024
+MAX_PART_HEADER_BYTES = 4096
+MAX_PART_HEADERS = 8
+# Boundaries, part headers and fields around the file itself.
+MAX_FORM_OVERHEAD = 64 << 10
+PURPOSE = "fine-tune"
+NOT_DATASETS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z")
+
+
+class DatasetUpload:
+    """Takes the body of `POST /v1/files` chunk by chunk.
+
+    Args:
+        content_type: the request's header.
+        folder: an empty staged folder; the file is written to `folder/data`.
+        max_bytes: size of the file.
+
+    Raises:
+        InvalidRequest: the content type is not multipart/form-data with a boundary.
+    """
+
+    def __init__(self, content_type: str, folder: Path, max_bytes: int) -> None:
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise InvalidRequest("send multipart/form-data with the parts 'purpose' and 'file'", code="not_multipart")
+        callbacks: dict[str, Callable[..., Any]] = {
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header_value.extend(data[start:end]),
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                callbacks,
+                max_header_count=MAX_PART_HEADERS,
+                max_header_size=MAX_PART_HEADER_BYTES,
+            )
+        except FormParserError as error:
+            raise InvalidRequest(f"malformed multipart body: {error}", code="not_multipart") from error
+        self._file = (folder / DATA).open("wb")
+        self._max_bytes = max_bytes
+        self._checker = DatasetChecker()
+        self._sha256 = hashlib.sha256()
+        self._received = self._size = self._parts = 0
+        self._header_name, self._header_value = bytearray(), bytearray()
+        self._disposition = b""
+        self._part = ""
+        self._fields: dict[str, bytearray] = {}
+        self._filename: str | None = None
+        self._complete = False
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body.
+
+        Raises:
+            InvalidRequest: the form is malformed, or has a part that is not expected.
+            InvalidDataset: the rows cannot be right any more.
+            PayloadTooLarge: a limit is passed.
+        """
+        self._received += len(chunk)
+        if self._received > self._max_bytes + MAX_FORM_OVERHEAD:
+            raise self._too_large()
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise InvalidRequest(f"malformed multipart body: {error}", code="not_multipart") from error
+
+    def finish(self) -> NewFile:
+        """The whole body was fed.
+
+        Raises:
+            InvalidRequest: a part is missing, the body ended early, or the purpose is not ours.
+            InvalidDataset: a row is bad, or there is none.
+        """
+        self._file.close()
+        if not self._complete:
+            raise InvalidRequest("the multipart body ends before its last boundary", code="not_multipart")
+        if self._filename is None:
+            raise InvalidRequest("the part 'file' is missing", param="file")
+        if "purpose" not in self._fields:
+            raise InvalidRequest("the part 'purpose' is missing; send 'fine-tune'", param="purpose")
+        self._check_purpose()
+        report = self._checker.finish()
+        return NewFile(self._filename, PURPOSE, self._size, self._sha256.hexdigest(), report)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _on_part_begin(self) -> None:
+        if self._part == "purpose":
+            # Known before the file, as OpenAI's client sends it, it is checked before the file.
+            self._check_purpose()
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise InvalidRequest(f"more than {MAX_PARTS} parts", code="not_multipart")
+        self._part, self._disposition = "", b""
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = bytes(self._header_value)
+        self._header_name, self._header_value = bytearray(), bytearray()
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name not in ("file", "purpose"):
+            shown = name if name.isprintable() and name.isascii() else "?"
+            raise InvalidRequest(
+                f"unknown part '{shown[:64]}'; expected 'purpose' and 'file'", param=shown[:64], code="unknown_field"
+            )
+        if name in self._fields or (name == "file" and self._filename is not None):
+            raise InvalidRequest(f"the part '{name}' comes twice", param=name)
+        if name == "file":
+            self._filename = safe_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
+            if self._filename.lower().endswith(NOT_DATASETS):
+                raise InvalidRequest(
+                    f"{self._filename}: not accepted; send JSON Lines, one object per line, or one JSON array",
+                    param="file",
+                    code="unsupported_file_type",
+                )
+        else:
+            self._fields[name] = bytearray()
+        self._part = name
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._part == "file":
+            self._take(data[start:end])
+            return
+        field = self._fields[self._part]
+        field += data[start:end]
+        if len(field) > MAX_FIELD_BYTES:
+            raise PayloadTooLarge(f"the part '{self._part}' is larger than {MAX_FIELD_BYTES} bytes", param=self._part)
+
+    def _on_end(self) -> None:
+        self._complete = True
+
+    def _take(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._max_bytes:
+            raise self._too_large()
+        self._checker.feed(data)
+        self._sha256.update(data)
+        self._file.write(data)
+
+    def _check_purpose(self) -> None:
+        if bytes(self._fields["purpose"]) != PURPOSE.encode():
+            raise InvalidRequest(f"only the purpose '{PURPOSE}' is supported", param="purpose", code="invalid_purpose")
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"a file may have at most {self._max_bytes} bytes", param="file")
+
+
+def safe_filename(name: str) -> str:
+    """A client's file name as text to show: its last component, without control characters, at most 255 long.
+
+    It never becomes a path.
+    """
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    printable = "".join(character for character in last if unicodedata.category(character)[0] != "C")
+    return printable[:255].strip() or "file"

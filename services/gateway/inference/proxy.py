@@ -1,0 +1,50 @@
+"""An answer of inference on its way to the client: bytes as they come, nothing held back, nothing left running."""
+
+import json
+from contextlib import suppress
+
+import httpx
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shared.errors import Unavailable
+from shared.http.disconnect import while_connected
+from shared.http.web import error_body
+
+# RFC 9110 §7.6.1, and what this gateway says itself.
+_NOT_PASSED = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+    | {b"date", b"server", b"x-request-id"}
+)
+
+
+class Relay(Response):
+    """Status, headers and body of `upstream`, which is closed at the end, the client's leaving included."""
+
+    def __init__(self, upstream: httpx.Response) -> None:
+        super().__init__(status_code=upstream.status_code)
+        self.raw_headers = [(name.lower(), value) for name, value in upstream.headers.raw]
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name not in _NOT_PASSED]
+        self._upstream = upstream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with suppress(ClientDisconnect):
+                await while_connected(receive, self._pump(scope["path"], send))
+        finally:
+            await self._upstream.aclose()
+
+    async def _pump(self, path: str, send: Send) -> None:
+        try:
+            async for chunk in self._upstream.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except httpx.HTTPError:
+            if not self._upstream.headers.get("content-type", "").startswith("text/event-stream"):
+                # The connection is closed before the announced length: no client takes that for a whole answer.
+                raise
+            # The status is out; a stream can still say what happened.
+            body = json.dumps(error_body(Unavailable("inference broke off the answer"), path))
+            await send({"type": "http.response.body", "body": f"data:{body}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,221 @@
+"""From a client's request to the complete specification a worker trains by, and the advice that goes with it.
+
+Every default is filled in here, once; nothing is looked up again later. Knows no HTTP and no SQL.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from services.gateway.bases.facts import BaseFacts
+from services.gateway.files.store import StoredFile
+from services.gateway.jobs.request_schema import JobRequest
+from shared.bases.catalogue import Base, Catalogue
+from shared.errors import InvalidRequest, NotFound
+from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
+
+FEW_STEPS = 100
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    spec: JobSpec
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter that a job continues: its id, its base and the shape it keeps."""
+
+    adapter: str
+    base: str
+    lora: LoraSpec
+
+
+def no_parent(model: str) -> Parent | None:
+    """For a resolver that knows bases only."""
+    return None
+
+
+class JobResolver:
+    """Resolves requests against one catalogue.
+
+    Args:
+        facts: what is known of a base that has been prepared; None for one that has not.
+    """
+
+    def __init__(self, catalogue: Catalogue, facts: Callable[[str], BaseFacts | None]) -> None:
+        self._catalogue = catalogue
+        self._facts = facts
+
+    def resolve(
+        self,
+        request: JobRequest,
+        file: Callable[[str], StoredFile],
+        parent_of: Callable[[str], Parent | None] = no_parent,
+    ) -> Resolved:
+        """The specification of the job that is asked for.
+
+        Args:
+            file: the caller's file of an id; raises NotFound.
+            parent_of: the adapter that a model's name stands for; None if it is no adapter's.
+
+        Raises:
+            InvalidRequest: the field at fault is named.
+        """
+        parent = parent_of(request.model)
+        base = self._catalogue.get_for_job(parent.base if parent else request.model)
+        if request.base_precision not in base.precisions:
+            raise InvalidRequest(
+                f"{base.id} can be trained in {', '.join(base.precisions)}, not in {request.base_precision}",
+                param="base_precision",
+            )
+        training = _file(file, request.training_file, "training_file")
+        validation = _file(file, request.validation_file, "validation_file") if request.validation_file else None
+        preset = PRESETS[request.preset]
+        lora = _lora(request, preset, base, parent)
+        hyperparameters = _hyperparameters(request, preset)
+        _check_validation(hyperparameters, validation)
+        self._check_fit(base, lora, hyperparameters, training, validation)
+        spec = JobSpec(
+            base=base.id,
+            base_revision=base.revision,
+            training_file=training.id,
+            training_sha256=training.sha256,
+            validation_file=validation.id if validation else None,
+            validation_sha256=validation.sha256 if validation else None,
+            suffix=request.suffix,
+            seed=42 if request.seed is None else request.seed,
+            preset=request.preset,
+            hyperparameters=hyperparameters,
+            lora=lora,
+            base_precision=request.base_precision,
+            compute_dtype=request.compute_dtype,
+            initial_adapter=parent.adapter if parent else None,
+        )
+        return Resolved(spec, _warnings(spec, training, validation))
+
+    def _check_fit(
+        self,
+        base: Base,
+        lora: LoraSpec,
+        hyperparameters: Hyperparameters,
+        training: StoredFile,
+        validation: StoredFile | None,
+    ) -> None:
+        form = training.dataset["format"]
+        if validation and validation.dataset["format"] != form:
+            raise InvalidRequest(
+                f"the validation file has {validation.dataset['format']} rows, the training file {form} rows",
+                param="validation_file",
+            )
+        facts = self._facts(base.id)
+        if facts is None:
+            # Not prepared yet: the worker prepares it, and says the same.
+            return
+        if form == "chat" and not facts.has_chat_template:
+            raise InvalidRequest(
+                f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
+            )
+        if facts.context is not None and hyperparameters.max_length > facts.context:
+            raise InvalidRequest(
+                f"{base.id} takes at most {facts.context} tokens, max_length is {hyperparameters.max_length}",
+                param="hyperparameters.max_length",
+            )
+        unknown = sorted(set(lora.target_modules) - facts.module_names)
+        if unknown:
+            known = ", ".join(sorted(facts.module_names))
+            raise InvalidRequest(f"{base.id} has no module {unknown[0]!r}; it has {known}", param="lora.target_modules")
+
+
+def _check_validation(hyperparameters: Hyperparameters, validation: StoredFile | None) -> None:
+    if validation and hyperparameters.validation_split:
+        raise InvalidRequest(
+            "give a validation file or validation_split, not both", param="hyperparameters.validation_split"
+        )
+    if hyperparameters.early_stopping_patience and not (validation or hyperparameters.validation_split):
+        raise InvalidRequest(
+            "early stopping needs a validation_file or validation_split",
+            param="hyperparameters.early_stopping_patience",
+        )
+
+
+def _file(file: Callable[[str], StoredFile], file_id: str, param: str) -> StoredFile:
+    try:
+        return file(file_id)
+    except NotFound as error:
+        raise InvalidRequest(error.message, param=param, code="file_not_found") from None
+
+
+def _lora(request: JobRequest, preset: Preset, base: Base, parent: Parent | None) -> LoraSpec:
+    if parent:
+        if request.lora:
+            raise InvalidRequest("an adapter is continued in its own shape; leave lora out", param="lora")
+        return parent.lora
+    asked: dict[str, Any] = request.lora.model_dump(exclude_none=True) if request.lora else {}
+    targets = base.target_modules if request.preset == "reference" else preset.lora.target_modules
+    effective = preset.lora.model_dump() | {"target_modules": targets} | asked
+    if len(set(effective["target_modules"])) != len(effective["target_modules"]):
+        raise InvalidRequest("a module is named twice", param="lora.target_modules")
+    return _validated(LoraSpec, effective, "lora")
+
+
+def _hyperparameters(request: JobRequest, preset: Preset) -> Hyperparameters:
+    supervised = request.method.supervised if request.method else None
+    nested = supervised.hyperparameters if supervised else None
+    if request.hyperparameters is not None and nested is not None:
+        raise InvalidRequest(
+            "give hyperparameters either at the top level or in method.supervised, not in both",
+            param="hyperparameters",
+        )
+    place = "method.supervised.hyperparameters" if nested is not None else "hyperparameters"
+    chosen = request.hyperparameters if nested is None else nested
+    asked: dict[str, Any] = chosen.model_dump(exclude_none=True) if chosen else {}
+    multiplier = asked.pop("learning_rate_multiplier", None)
+    if multiplier is not None:
+        if "learning_rate" in asked:
+            raise InvalidRequest(
+                "give learning_rate or learning_rate_multiplier, not both", param=f"{place}.learning_rate_multiplier"
+            )
+        asked["learning_rate"] = multiplier * preset.hyperparameters.learning_rate
+        if asked["learning_rate"] > 1:
+            raise InvalidRequest(
+                f"times the preset's {preset.hyperparameters.learning_rate:g} the learning rate is above 1",
+                param=f"{place}.learning_rate_multiplier",
+            )
+    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | asked, place)
+
+
+def _validated(model: type[M], values: dict[str, Any], place: str) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join([place, *map(str, first["loc"])])
+        raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
+
+
+def optimizer_steps(rows: int, hyperparameters: Hyperparameters) -> int:
+    """Steps of a run in which no row is dropped."""
+    steps = math.ceil(rows / hyperparameters.batch_size) * hyperparameters.n_epochs
+    return min(steps, hyperparameters.max_steps or steps)
+
+
+def _warnings(spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
+    warnings = list(training.dataset["warnings"])
+    if validation:
+        warnings += [f"validation file: {text}" for text in validation.dataset["warnings"] if "duplicates" in text]
+        if validation.sha256 == training.sha256:
+            warnings.append("the validation file is the training file: its loss will not show overfitting")
+    steps = optimizer_steps(training.dataset["rows"], spec.hyperparameters)
+    if steps < FEW_STEPS:
+        warnings.append(
+            f"{steps} optimizer steps are few ({FEW_STEPS} is a sensible minimum): more rows or more epochs teach more"
+        )
+    if spec.hyperparameters.batch_size > training.dataset["rows"]:
+        warnings.append(f"a batch of {spec.hyperparameters.batch_size} is more than all rows")
+    return warnings

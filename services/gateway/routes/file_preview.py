@@ -1,0 +1,76 @@
+"""`/v1/files/{id}/preview`: rows as a model will be given them, with what is learnt marked."""
+
+from itertools import groupby, islice
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from services.gateway.bases.tokenised import Row, tokenised_rows
+from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.routes.dependencies import FileId, Project, Using
+from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS
+from shared.datasets.tokens import Tokenizer, Tokens
+from shared.jobs.spec import Hyperparameters
+
+router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
+
+
+class Piece(BaseModel):
+    text: str
+    supervised: Annotated[bool, Field(description="whether these tokens are learnt")]
+
+
+class PreviewRow(BaseModel):
+    row: Annotated[int, Field(description="counted from 1")]
+    template: str
+    tokens: int
+    supervised_tokens: int
+    dropped: Annotated[bool, Field(description="nothing of the response is left within max_length")]
+    pieces: list[Piece]
+
+
+class PreviewJson(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[PreviewRow]
+
+
+@router.get("/v1/files/{file_id}/preview")
+def preview_file(
+    services: Using,
+    project: Project,
+    file_id: FileId,
+    model: Annotated[str, Query(min_length=1, max_length=256, description="base whose template and tokens are meant")],
+    limit: Annotated[int, Query(ge=1, le=100)] = 5,
+    max_length: Annotated[int, Query(ge=8, le=32_768)] = 512,
+    train_on_prompt: bool = False,
+) -> PreviewJson:
+    """The first rows of a file as the trainer will see them: template, special tokens and end of text included."""
+    file = services.files.get(project, file_id)
+    base = services.catalogue.get_for_job(model).id
+    tokenizer = services.tokenizers.get(base)
+    hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
+    rows = islice(tokenised_rows(services.files.data(file), tokenizer, hyper), limit)
+    return PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows])
+
+
+def _row(row: Row, tokenizer: Tokenizer) -> PreviewRow:
+    tokens = row.tokens
+    return PreviewRow(
+        row=row.number,
+        template=row.template,
+        tokens=len(tokens.ids) if tokens else 0,
+        supervised_tokens=tokens.supervised_count if tokens else 0,
+        dropped=tokens is None,
+        pieces=pieces(tokens, tokenizer) if tokens else [],
+    )
+
+
+def pieces(tokens: Tokens, tokenizer: Tokenizer) -> list[Piece]:
+    """Runs of tokens that are all learnt or all not, as text."""
+    marked = zip(tokens.ids, tokens.supervised, strict=True)
+    return [
+        Piece(text=tokenizer.decode([i for i, _ in run], skip_special_tokens=False), supervised=supervised)
+        for supervised, run in groupby(marked, key=lambda token: token[1])
+    ]

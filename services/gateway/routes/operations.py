@@ -1,0 +1,56 @@
+"""Health and metrics."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.routes.dependencies import Using
+from services.gateway.routes.responses import NEEDS_KEY, TGI_ERRORS
+
+# Open to everybody: load balancers have no key, and nothing is told that a key would protect.
+health = APIRouter(tags=["operations"])
+router = APIRouter(route_class=AuthenticatedRoute, tags=["operations"], responses=TGI_ERRORS, dependencies=[NEEDS_KEY])
+
+
+class LiveJson(BaseModel):
+    status: Literal["live"] = "live"
+
+
+class ReadyJson(BaseModel):
+    """Ready is who can take a job and keep it: the database answers. The other parts are told, not required."""
+
+    status: Literal["ready", "not_ready"]
+    database: bool
+    redis: bool
+    inference: dict[str, bool]
+
+
+@health.get("/health/live")
+async def health_live() -> LiveJson:
+    """This process answers."""
+    return LiveJson()
+
+
+@health.get("/health", include_in_schema=False)
+@health.get("/health/ready", responses={503: {"model": ReadyJson}})
+async def health_ready(services: Using) -> Response:
+    """The database answers; the body says the same of Redis and of every base."""
+    database, redis = await services.pulse.feel()
+    served = await services.replicas.served()
+    state = ReadyJson(
+        status="ready" if database else "not_ready",
+        database=database,
+        redis=redis,
+        inference={base.id: base.id in served for base in services.models.bases},
+    )
+    return JSONResponse(state.model_dump(), 200 if database else 503)
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(services: Using) -> Response:
+    """Prometheus text: requests of this gateway, jobs by state, doorbells waiting."""
+    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,214 @@
+"""Training rows as token ids: examples → template → tokens → a `datasets.Dataset` kept under its content hash.
+
+Owns what is tokenised and what is dropped. Needs the tokenizer only; no model is loaded before this has succeeded.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import Dataset, disable_progress_bars, load_from_disk
+from numpy.typing import NDArray
+
+from services.trainer.contract import Check
+from shared.datasets.examples import Example, format_of, read_examples
+from shared.datasets.templates import Template, template_for
+from shared.datasets.tokens import Tokenizer
+from shared.errors import InvalidRequest, JobFailed, NotFound
+from shared.jobs.spec import Hyperparameters, JobSpec
+from shared.storage.artifacts import ArtifactStore, sha256_of
+
+# Raised whenever the same rows would give other tokens or another file layout.
+CACHE_FORMAT = 1
+ROWS_BETWEEN_CHECKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokenised examples, memory-mapped.
+
+    Attributes:
+        key: content hash; equal keys mean equal rows.
+        lengths: int64 [rows], tokens of each row.
+        targets: int64 [rows], supervised tokens of each row, each at least 1.
+        dropped: rows of the file that had nothing left to learn within `max_length`.
+        truncated: rows that were cut at `max_length` and kept.
+    """
+
+    key: str
+    template: str
+    dataset: Dataset
+    lengths: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    dropped: int
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids, supervised) of one row, each [tokens]; see `shared.datasets.tokens.Tokens`."""
+        record: dict[str, Any] = self.dataset[int(row)]
+        return np.asarray(record["ids"], np.int64), np.asarray(record["supervised"], np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    training: Rows
+    validation: Rows | None
+
+
+def prepare_data(spec: JobSpec, store: ArtifactStore, tokenizer: Tokenizer, check: Check) -> Data:
+    """Tokenise the job's files, or find them tokenised.
+
+    Raises:
+        JobFailed: `invalid_training_file` or `invalid_validation_file`: gone, changed, of the wrong form, or with
+            nothing left to learn.
+        StopRequested: see `Check`.
+    """
+    hyper = spec.hyperparameters
+    training = _prepare(store, tokenizer, spec.training_file, spec.training_sha256, "training", hyper, check)
+    if spec.validation_file is None:
+        return Data(training, None)
+    sha256 = spec.validation_sha256
+    validation = _prepare(store, tokenizer, spec.validation_file, sha256, "validation", hyper, check)
+    return Data(training, validation)
+
+
+def _prepare(
+    store: ArtifactStore,
+    tokenizer: Tokenizer,
+    file_id: str,
+    sha256: str | None,
+    role: str,
+    hyper: Hyperparameters,
+    check: Check,
+) -> Rows:
+    code = f"invalid_{role}_file"
+    try:
+        file = store.file(file_id) / "data"
+        if not file.is_file():
+            raise JobFailed(f"the {role} file {file_id} has been deleted", code=code)
+        actual = sha256_of(file)
+        if sha256 is not None and actual != sha256:
+            raise JobFailed(f"the {role} file {file_id} is not the one the job was created with", code=code)
+        return tokenise(store, tokenizer, file, actual, hyper, check)
+    except (InvalidRequest, NotFound) as error:
+        raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
+
+
+def tokenise(
+    store: ArtifactStore, tokenizer: Tokenizer, file: Path, sha256: str, hyper: Hyperparameters, check: Check
+) -> Rows:
+    """The rows of an uploaded file, from the cache if these very tokens were made before.
+
+    Raises:
+        InvalidRequest: the rows do not fit any template of this base, or nothing is left to learn of any.
+    """
+    template = _template(file, tokenizer)
+    content = [
+        CACHE_FORMAT,
+        sha256,
+        hashlib.sha256(tokenizer.fast.to_str().encode()).hexdigest(),
+        tokenizer.eos_id,
+        template.id,
+        hyper.max_length,
+        hyper.train_on_prompt,
+    ]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    folder = store.cache(key)
+    cached = _load(folder, key, template.id)
+    if cached is not None:
+        return cached
+    with store.staged() as staged:
+        _write(staged, read_examples(file), tokenizer, template, hyper, check)
+        # Another worker may have tokenised the same content meanwhile: equal by construction.
+        with contextlib.suppress(FileExistsError):
+            store.place(staged, folder)
+    rows = _load(folder, key, template.id)
+    if rows is None:
+        raise JobFailed("the tokenised data cannot be read back; is the artifact folder's disk full?", code="cache")
+    return rows
+
+
+def _template(file: Path, tokenizer: Tokenizer) -> Template:
+    first = next(read_examples(file), None)
+    if first is None:
+        raise InvalidRequest("the file has no rows", param="file")
+    return template_for(format_of(first), tokenizer.chat)
+
+
+def _write(
+    folder: Path,
+    examples: Iterator[Example],
+    tokenizer: Tokenizer,
+    template: Template,
+    hyper: Hyperparameters,
+    check: Check,
+) -> None:
+    # Flat arrays of machine integers: Python lists of a million rows would not fit.
+    ids, supervised, offsets = array("i"), array("b"), array("q", [0])
+    dropped = truncated = 0
+    for index, example in enumerate(examples):
+        if index % ROWS_BETWEEN_CHECKS == 0:
+            check()
+        tokens = tokenizer.encode_turns(
+            template.turns(example), max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt
+        )
+        if tokens is None:
+            dropped += 1
+            continue
+        truncated += len(tokens.ids) == hyper.max_length and tokens.ids[-1] != tokenizer.eos_id
+        ids.extend(tokens.ids)
+        supervised.extend(tokens.supervised)
+        offsets.append(len(ids))
+    if not ids:
+        raise InvalidRequest(
+            f"there is nothing to learn: in all {dropped} rows the response lies beyond max_length "
+            f"{hyper.max_length}; raise max_length or shorten the prompts",
+            param="file",
+        )
+    ends = pa.array(np.frombuffer(offsets, np.int64))
+    columns = {
+        "ids": pa.LargeListArray.from_arrays(ends, pa.array(np.frombuffer(ids, np.int32))),
+        "supervised": pa.LargeListArray.from_arrays(ends, pa.array(np.frombuffer(supervised, np.int8).astype(bool))),
+    }
+    disable_progress_bars()
+    Dataset(pa.table(columns)).save_to_disk(folder / "rows")
+    (folder / "counts.json").write_text(json.dumps({"dropped": dropped, "truncated": truncated}))
+
+
+def _load(folder: Path, key: str, template: str) -> Rows | None:
+    if not folder.is_dir():
+        return None
+    try:
+        dataset = load_from_disk(folder / "rows")
+        counts = json.loads((folder / "counts.json").read_text())
+    except (OSError, ValueError):
+        # The cache may be deleted at any time, also half; what it held is made again.
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    chunks = dataset.data.table.column("ids").chunks
+    lengths = np.fromiter(chain.from_iterable(map(_list_lengths, chunks)), np.int64)
+    flags = dataset.data.table.column("supervised").chunks
+    targets = np.fromiter(chain.from_iterable(map(_true_counts, flags)), np.int64)
+    return Rows(key, template, dataset, lengths, targets, counts["dropped"], counts["truncated"])
+
+
+def _list_lengths(column: Any) -> NDArray[np.int64]:
+    return np.diff(np.asarray(column.offsets))
+
+
+def _true_counts(column: Any) -> NDArray[np.int64]:
+    offsets = np.asarray(column.offsets)
+    sums = np.concatenate([[0], np.cumsum(np.asarray(column.values.to_numpy(zero_copy_only=False), np.int64))])
+    return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]], np.int64)

@@ -1,0 +1,146 @@
+"""The frozen base model a worker trains on, kept warm from one job to the next.
+
+Owns what is done to a base once, before any LoRA is attached, and the fingerprint that shows it never changes.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from torch import nn
+
+from services.trainer.model.attention import attend_per_sample
+from services.trainer.model.llama import fuse
+from services.trainer.model.malloc import give_back_free_memory, keep_few_kernels
+from services.trainer.model.upcast import compute_in_fp32
+from shared.bases.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
+from shared.bases.catalogue import Base, Catalogue
+from shared.datasets.tokens import Tokenizer
+from shared.errors import JobFailed, NotFound
+from shared.jobs.spec import JobSpec
+from shared.storage.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableBase:
+    """A base ready to have LoRA attached.
+
+    Attributes:
+        fingerprint: hash of every weight as it lies in memory.
+        dtype: what its matrix products are meant to run in.
+        untrained_losses: (loss, seconds it took) on held-out rows before any training, by the rows' key and the
+            micro-batches' tokens: every job that begins with LoRA's zero begins with the same.
+    """
+
+    loaded: LoadedBase
+    fingerprint: str
+    dtype: torch.dtype
+    untrained_losses: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+
+
+class WarmBases:
+    """Prepares, loads and keeps one base at a time: a second one beside it may not fit."""
+
+    def __init__(self, catalogue: Catalogue, store: ArtifactStore, device: torch.device) -> None:
+        self.device = device
+        self._catalogue = catalogue
+        self._store = store
+        self._warm: TrainableBase | None = None
+        keep_few_kernels()
+
+    def tokenizer(self, spec: JobSpec) -> Tokenizer:
+        """The base's tokenizer, without loading the model; prepares the base on this installation's first use.
+
+        Raises:
+            JobFailed: `base_changed`: the catalogue no longer holds the base the job was created for.
+            Unavailable: the hub cannot be reached.
+        """
+        base = self._base(spec)
+        if self._warm is not None and self._warm.loaded.base == base:
+            return self._warm.loaded.tokenizer
+        prepare_base(base, self._store)
+        return Tokenizer(self._store.base(base.id))
+
+    def load(self, spec: JobSpec, dtype: torch.dtype) -> tuple[TrainableBase, float | None]:
+        """The base in the job's precision, and how many seconds loading took; None if it was warm.
+
+        Raises:
+            JobFailed: see `tokenizer`.
+            ArtifactCorrupt: the prepared folder does not verify.
+        """
+        base = self._base(spec)
+        warm = self._warm
+        if warm is not None and (warm.loaded.base, warm.loaded.precision, warm.dtype) == (
+            base,
+            spec.base_precision,
+            dtype,
+        ):
+            return warm, None
+        self.discard()
+        started = time.monotonic()
+        loaded = load_base(base, self._store, spec.base_precision, self.device, dtype)
+        _make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
+        loaded.megabytes = memory_megabytes(loaded.model)
+        give_back_free_memory()
+        self._warm = TrainableBase(loaded, fingerprint(loaded.model), dtype)
+        return self._warm, time.monotonic() - started
+
+    def discard(self) -> None:
+        """Forget the warm base, so that the next job loads it afresh."""
+        self._warm = None
+        give_back_free_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _base(self, spec: JobSpec) -> Base:
+        try:
+            base = self._catalogue.get(spec.base)
+        except NotFound as error:
+            raise JobFailed(error.message, code="base_changed") from error
+        if base.revision != spec.base_revision:
+            raise JobFailed(
+                f"{base.id} is now revision {base.revision}, the job was created for {spec.base_revision}; "
+                "create a new job",
+                code="base_changed",
+            )
+        return base
+
+
+def _make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:
+    if quantized:
+        # Once, and before any LoRA: it freezes everything, later also the adapter (huggingface/trl#3926).
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    elif dtype == torch.float32 or model.device.type == "cpu":
+        compute_in_fp32(model)
+    attend_per_sample(model)
+    fuse(model, dtype)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers as they lie in memory, quantisation scales included."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, module in sorted(model.named_modules(), key=lambda item: item[0]):
+        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        for key, tensor in sorted((tensors | _quantization_tensors(module)).items()):
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            digest.update(f"{name}.{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _quantization_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """bitsandbytes keeps scales outside of parameters and buffers, and moves int8 ones on the first forward pass."""
+    weight = getattr(module, "weight", None)
+    scales = {
+        "SCB": getattr(weight, "SCB", None) if hasattr(weight, "SCB") else None,
+        "absmax": getattr(getattr(weight, "quant_state", None), "absmax", None),
+    }
+    if scales["SCB"] is None:
+        scales["SCB"] = getattr(getattr(module, "state", None), "SCB", None)
+    return {key: value for key, value in scales.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,131 @@
+"""A Llama's training forward over flat tokens, from the fused pieces; a drop-in for transformers' on CPUs.
+
+The modules stay transformers' and peft's: this reads their weights, computes what they would compute, and gives their
+LoRA matrices the same gradients. Layers that only few tokens need are only computed for those.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from services.trainer.model.frozen import Buffer, FrozenLinears
+from services.trainer.model.fused import (
+    Lora,
+    attend_per_sample,
+    head_loss,
+    lora_linears,
+    norm_branch,
+    rotate_and_split,
+    swiglu,
+)
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FusedLayer:
+    """One decoder layer: what is frozen, and where its LoRA would be found."""
+
+    def __init__(self, layer: Any, buffer: Buffer, in_bf16: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer = layer
+        self.query_key_value = FrozenLinears(
+            [attention.q_proj, attention.k_proj, attention.v_proj], buffer, in_bf16=in_bf16
+        )
+        self.output = FrozenLinears([attention.o_proj], buffer, in_bf16=in_bf16)
+        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer, in_bf16=in_bf16)
+        self.down = FrozenLinears([mlp.down_proj], buffer, in_bf16=in_bf16)
+
+    def attention_loras(self) -> list[Lora]:
+        attention = self.layer.self_attn
+        return _loras(self.query_key_value, attention.q_proj, attention.k_proj, attention.v_proj)
+
+
+class FusedLlama:
+    """A base whose linear layers are ready to be multiplied together; made once, before any LoRA is attached.
+
+    Args:
+        dtype: of the frozen layers' products, fp32 or bf16; everything else is fp32.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        buffer, in_bf16 = Buffer(), dtype == torch.bfloat16
+        self.dtype = dtype
+        self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
+        # Not in the shared buffer: a widened output head is larger than all else together.
+        self.head = FrozenLinears([model.lm_head], Buffer(), in_bf16=in_bf16)
+        self._model = model.model
+
+    def logits(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] after the tokens `rows` of packed ids, positions int64 [tokens]."""
+        with torch.autocast("cpu", enabled=False):
+            return lora_linears(self._hidden(ids, positions, lengths, rows), None, self.head, [])
+
+    def loss(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy of labels int64 [rows] after the tokens `rows`."""
+        with torch.autocast("cpu", enabled=False):
+            return head_loss(self._hidden(ids, positions, lengths, rows), self.head, labels)
+
+    def _hidden(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
+        model = self._model
+        x: Tensor = model.embed_tokens(ids)
+        cos, sin = (t[0, :, None, : t.shape[-1] // 2].contiguous() for t in model.rotary_emb(x, positions[None]))
+        for layer in self.layers[:-1]:
+            x = self._layer(layer, x, cos, sin, lengths, None)
+        x = self._layer(self.layers[-1], x, cos, sin, lengths, rows)
+        return norm_branch(x, model.norm.weight, model.config.rms_norm_eps)[1]
+
+    def _layer(
+        self, fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], rows: Tensor | None
+    ) -> Tensor:
+        """One decoder layer; its output only for the tokens `rows`, if given."""
+        layer, epsilon = fused.layer, self._model.config.rms_norm_eps
+        residual, normed = norm_branch(x, layer.input_layernorm.weight, epsilon)
+        joined = lora_linears(normed, None, fused.query_key_value, fused.attention_loras())
+        attended = self._attend(joined, cos, sin, lengths)
+        if rows is not None:
+            attended, residual = attended[rows], residual[rows]
+        x = lora_linears(attended, residual, fused.output, _loras(fused.output, layer.self_attn.o_proj))
+        residual, normed = norm_branch(x, layer.post_attention_layernorm.weight, epsilon)
+        gate_up = _loras(fused.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
+        product = swiglu(lora_linears(normed, None, fused.gate_up, gate_up))
+        return lora_linears(product, residual, fused.down, _loras(fused.down, layer.mlp.down_proj))
+
+    def _attend(self, joined: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+        """Causal attention of each sample by itself: [tokens, heads x dimension]."""
+        queries, keys = self._model.config.num_attention_heads, self._model.config.num_key_value_heads
+        rotated, values = rotate_and_split(joined, cos, sin, queries + keys)
+        return attend_per_sample(rotated, values, lengths, queries).flatten(1)
+
+
+def fuse(model: Any, dtype: torch.dtype) -> None:
+    """Let a frozen, LoRA-free model train through the fused pieces where they are known to be the same function."""
+    config = model.config
+    plain = config.model_type == "llama" and config.hidden_act == "silu" and model.device.type == "cpu"
+    if plain and all(_is_plain(module) for name, module in model.named_modules() if name.endswith(_LINEARS)):
+        model.fused = FusedLlama(model, dtype)
+
+
+def fused_form(model: Any) -> FusedLlama | None:
+    """The fused form of a model, LoRA attached or not; None where transformers' own forward is to be used."""
+    fused: FusedLlama | None = getattr(model, "fused", None)
+    if fused is None or hasattr(model.lm_head, "lora_A"):
+        return None
+    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return fused if fused.dtype == wanted else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.bias is None
+
+
+def _loras(frozen: FrozenLinears, *modules: Any) -> list[Lora]:
+    """The LoRA matrices that peft has put on some of the modules."""
+    found = []
+    for module, columns in zip(modules, frozen.slices, strict=True):
+        for name in getattr(module, "lora_A", {}):
+            drop = module.lora_dropout[name]
+            rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            found.append(Lora(columns, a, b, module.scaling[name], rate))
+    return found

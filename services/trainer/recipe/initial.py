@@ -1,0 +1,34 @@
+"""Starting from an adapter that was trained before, instead of from LoRA's zero."""
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from services.trainer.model.bases import TrainableBase
+from services.trainer.model.lora import trainable
+from services.trainer.recipe.adapter import WEIGHTS
+from shared.errors import ArtifactCorrupt, JobFailed, NotFound
+from shared.storage.artifacts import ArtifactStore
+
+
+def start_from(model: PeftModel, adapter_id: str, base: TrainableBase, store: ArtifactStore) -> None:
+    """Copy an adapter's weights into freshly attached LoRA of the same shape, in place.
+
+    Raises:
+        JobFailed: `initial_adapter`: it is gone or damaged, belongs to other base weights, or has another shape.
+    """
+    folder = store.adapter(adapter_id)
+    try:
+        manifest = store.verify(folder, "adapter")
+    except (NotFound, ArtifactCorrupt) as error:
+        raise JobFailed(f"the adapter to start from cannot be used: {error.message}", code="initial_adapter") from error
+    if manifest.base_sha256 != base.loaded.sha256:
+        raise JobFailed("the adapter to start from belongs to other base weights", code="initial_adapter")
+    tensors, parameters = load_file(folder / WEIGHTS), trainable(model)
+    # peft leaves the adapter's name out of what it saves.
+    shapes = {name.replace(".default.", "."): parameter.shape for name, parameter in parameters.items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise JobFailed("the adapter to start from has another LoRA shape", code="initial_adapter")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name.replace(".default.", ".")])

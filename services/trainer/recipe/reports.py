@@ -1,0 +1,163 @@
+"""What a run says while it works and at its end: events, progress, metrics, the final report."""
+
+from services.trainer.contract import Session
+from services.trainer.data.dataset import Rows
+from services.trainer.data.layout import Layout
+from services.trainer.model.bases import TrainableBase
+from services.trainer.recipe.context import RunContext
+from services.trainer.recipe.memory import Shortage
+from services.trainer.recipe.metrics import History, peak_memory_mb, utilisation
+from services.trainer.recipe.schedule import learning_rate
+from shared.jobs.spec import Progress, TrainingReport
+from shared.logs import get_logger
+
+log = get_logger(__name__)
+
+
+def tell_about_rows(session: Session, rows: Rows, layout: Layout) -> None:
+    tokens, targets = int(rows.lengths.sum()), int(rows.targets.sum())
+    data = {
+        "rows": len(rows),
+        "dropped_rows": rows.dropped,
+        "truncated_rows": rows.truncated,
+        "tokens": tokens,
+        "supervised_tokens": targets,
+        "total_steps": layout.total_steps,
+    }
+    log.info("rows ready", **data)
+    session.event(f"{len(rows)} rows, {tokens} tokens of which {targets} are learnt from", data=data)
+    if rows.dropped or rows.truncated:
+        session.event(
+            f"{rows.truncated} rows were cut at max_length, {rows.dropped} more were dropped: nothing of their "
+            "response was left",
+            level="warn",
+            data={"dropped_rows": rows.dropped, "truncated_rows": rows.truncated},
+        )
+
+
+def tell_about_base(session: Session, base: TrainableBase, seconds: float | None) -> None:
+    loaded = base.loaded
+    data = {
+        "base": loaded.base.id,
+        "precision": loaded.precision,
+        "quantized_layers": loaded.quantized_layers,
+        "base_mb": round(loaded.megabytes, 1),
+        "base_loaded": seconds is not None,
+        "load_seconds": None if seconds is None else round(seconds, 2),
+    }
+    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}.get(loaded.precision, "quantised")
+    how = "was still loaded" if seconds is None else f"loaded in {seconds:.1f} s"
+    log.info("base ready", layer_class=kind, **data)
+    session.event(
+        f"Base {loaded.base.id} {how}: {loaded.precision}, {loaded.quantized_layers} {kind} layers, "
+        f"{loaded.megabytes:.0f} MB",
+        data=data,
+    )
+
+
+def tell_about_adapter(session: Session, counts: tuple[int, int]) -> None:
+    trained, total = counts
+    log.info("adapter attached", trainable_params=trained, total_params=total)
+    session.event(
+        f"Training {trained:,} of {total:,} parameters", data={"trainable_params": trained, "total_params": total}
+    )
+
+
+def tell_about_shortage(session: Session, shortage: Shortage) -> None:
+    needed, free = shortage.needed / 1e6, shortage.free / 1e6
+    data = {"tokens": shortage.tokens, "needed_mb": round(needed, 1), "free_mb": round(free, 1), **shortage.smaller}
+    log.warning("memory is short", **data)
+    session.event(
+        f"Training on {shortage.tokens:,} tokens at once needs about {needed:,.0f} MB beside the base, {free:,.0f} MB "
+        f"are free: {shortage.advice}. It is tried all the same",
+        level="warn",
+        data=data,
+    )
+
+
+def progress_of(run: RunContext, history: History) -> Progress:
+    layout = run.layout
+    return Progress(
+        step=history.step,
+        total_steps=layout.total_steps,
+        epoch=layout.epoch(history.step),
+        loss=history.window_loss,
+        tokens_per_second=round(history.tokens_per_second, 2),
+        eta_seconds=_seconds_left(run, history.step),
+    )
+
+
+def _seconds_left(run: RunContext, step: int) -> float | None:
+    """What steps and evaluations are left after `step` steps."""
+    layout = run.layout
+    total = layout.total_steps
+    seconds = run.pace.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
+    if seconds is None:
+        return None
+    evaluations = 0 if run.data.validation is None else run.checkpoints_left(step)
+    return round(seconds + evaluations * run.evaluation_seconds, 1)
+
+
+def metrics_of(run: RunContext, history: History) -> dict[str, float]:
+    """One point of the job's series: means over the steps since the last metrics event."""
+    step = history.step
+    values: dict[str, float | None] = {
+        "step": step,
+        "epoch": run.layout.epoch(step),
+        "train_loss": history.window_loss,
+        "learning_rate": learning_rate(step - 1, run.layout.total_steps, run.job.spec.hyperparameters),
+        "grad_norm": history.grad_norm,
+        "tokens_per_second": round(history.window_rate, 2),
+        "trained_tokens": history.trained_tokens,
+        "peak_memory_mb": round(peak_memory_mb(run.device), 1),
+        "mfu": utilisation(history.window_rate, run.matmul_weights, run.peak_flops),
+        "valid_loss": history.valid_loss(step),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def tell_metrics(run: RunContext, history: History) -> dict[str, float]:
+    """Send a metrics event and begin the next window."""
+    metrics = metrics_of(run, history)
+    valid = f", validation loss={metrics['valid_loss']:.4f}" if "valid_loss" in metrics else ""
+    message = f"Step {history.step}/{run.layout.total_steps}: training loss={metrics['train_loss']:.4f}{valid}"
+    run.session.event(message, type="metrics", data=metrics | {"total_steps": run.layout.total_steps})
+    history.window.clear()
+    return metrics
+
+
+def tell_about_early_stop(run: RunContext, history: History) -> None:
+    if history.step < run.layout.total_steps and history.best:
+        step, loss = history.best
+        run.session.event(
+            f"Stopped early after step {history.step}: the validation loss was lowest at step {step}, {loss:.4f}",
+            data={"step": history.step, "best_step": step, "valid_loss": loss},
+        )
+
+
+def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> TrainingReport:
+    loaded, rows = run.base.loaded, run.data.training
+    trained, total = counts
+    best_step, best_loss = history.best or (None, None)
+    return TrainingReport(
+        trainable_params=trained,
+        total_params=total,
+        trained_tokens=history.trained_tokens,
+        total_tokens=history.total_tokens,
+        steps=history.step,
+        rows=len(rows),
+        dropped_rows=rows.dropped,
+        train_loss=history.mean_loss,
+        eval_loss_before=history.valid_loss(0),
+        eval_loss_after=history.valid_loss(history.step),
+        best_step=best_step,
+        best_eval_loss=best_loss,
+        stopped_early=history.step < run.layout.total_steps,
+        tokens_per_second=round(history.tokens_per_second, 2),
+        mfu=utilisation(history.tokens_per_second, run.matmul_weights, run.peak_flops),
+        peak_memory_mb=round(peak_memory_mb(run.device), 1),
+        tokens_at_once=run.tokens_at_once,
+        grad_norm=history.grad_norm,
+        quantized_layers=loaded.quantized_layers,
+        base_mb=round(loaded.megabytes, 1),
+    )

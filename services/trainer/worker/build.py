@@ -1,0 +1,39 @@
+"""Puts one worker together from its settings; the only place that chooses implementations."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+
+from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.metrics import measure_peak_flops
+from services.trainer.settings import TrainerSettings
+from services.trainer.worker.loop import Worker
+from shared.bases.base_model import choose_device, compute_dtype, quiet_libraries
+from shared.bases.catalogue import load_catalogue
+from shared.jobs.leases import Leases
+from shared.jobs.spec import BasePrecision
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.database import Database
+
+
+def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> Worker:
+    """A worker on this process's device. Fixes torch's thread count: resumed jobs must compute as before."""
+    quiet_libraries()
+    torch.set_num_threads(settings.torch_threads)
+    store = LocalArtifactStore(settings.artifacts_root)
+    device = choose_device()
+    return Worker(
+        Leases(Database(settings.sql_url)),
+        store,
+        WarmBases(load_catalogue(settings.catalogue), store, device),
+        name=settings.worker_name,
+        handover=handover,
+        renew_seconds=settings.renew_seconds,
+        peak_flops={dtype: measure_peak_flops(device, dtype) for dtype in _dtypes(device)},
+    )
+
+
+def _dtypes(device: torch.device) -> set[torch.dtype]:
+    """What jobs with `compute_dtype` auto multiply in here."""
+    return {compute_dtype("auto", device, precision) for precision in get_args(BasePrecision)}

@@ -1,0 +1,48 @@
+"""The Celery edge: `celery -A services.trainer.worker worker -P prefork -c 1 …`. A bell rings, the child works off.
+
+Owns process life only. torch is imported in the child, at the first ring: the parent never touches a device, and a
+replacement child is up before its supervisor loses patience.
+"""
+
+import mmap
+import os
+from typing import Any
+
+from celery.signals import setup_logging, worker_shutting_down
+
+from services.trainer.settings import TrainerSettings
+from shared.jobs.notification import RING, celery_app
+from shared.logs import configure_logging
+from shared.openmp import spin_briefly
+
+settings = TrainerSettings()
+app = celery_app(settings.redis_url)
+
+# One byte of memory that forked children share with their parent: set on shutdown, read between micro-batches. A lock
+# would be held for ever by a child that is killed.
+_handover = mmap.mmap(-1, 1)
+_worker: Any = None
+
+
+@setup_logging.connect
+def _setup_logging(**_: object) -> None:
+    # Connecting is what keeps Celery from installing handlers of its own.
+    configure_logging("trainer", settings.log_level)
+
+
+@worker_shutting_down.connect
+def _hand_over(**_: object) -> None:
+    _handover[0] = 1
+
+
+@app.task(name=RING, ignore_result=True)
+def ring() -> None:
+    """Work off every queued job, then wait for the next ring."""
+    global _worker
+    if _worker is None:
+        spin_briefly(os.environ)
+        os.nice(settings.nice)
+        from services.trainer.worker.build import make_worker
+
+        _worker = make_worker(settings, handover=lambda: bool(_handover[0]))
+    _worker.work_off()

@@ -1,0 +1,164 @@
+"""The recipe's line to the job store: a lease kept alive beside the training, and writes that carry its token.
+
+Knows leases; knows nothing of torch or of what is trained.
+"""
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Self
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.trainer.contract import EventType, Level
+from services.trainer.worker.retry import patiently
+from shared.errors import LeaseLost
+from shared.jobs.leases import Lease, Leases
+from shared.jobs.rows import NewEvent
+from shared.jobs.spec import Phase, Progress, Wish
+from shared.logs import get_logger
+
+PROGRESS_SECONDS = 0.5
+STALL_SECONDS = 600.0
+STALL_STEPS = 10
+
+
+class LeaseSession:
+    """Implements `services.trainer.contract.Session` over one lease; use as a context manager.
+
+    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when nothing has
+    moved (no micro-batch, step or phase) for max(10 min, 10 × the median step): a worker that hangs must lose its job.
+
+    Args:
+        handover: true when this worker is to let go of its job (shutdown).
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        lease: Lease,
+        *,
+        handover: Callable[[], bool],
+        renew_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leases = leases
+        self._lease = lease
+        self._handover = handover
+        self._renew_seconds = renew_seconds
+        self._clock = clock
+        self._claimed = self._moved = self._stepped = clock()
+        self._training_since: float | None = None
+        self._progress_written = float("-inf")
+        self._progress: Progress | None = None
+        self._untold: list[NewEvent] = []
+        self._steps: deque[float] = deque(maxlen=101)
+        self._wish = Wish.NONE
+        self._lost = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+        self._log = get_logger("session")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def phase(self, phase: Phase) -> None:
+        self._moved = self._clock()
+        patiently(lambda: self._leases.record(self._lease, phase=phase), give_up=self._handover)
+        if phase is Phase.TRAINING and self._training_since is None:
+            self._training_since = self._clock()
+
+    def progress(self, progress: Progress) -> None:
+        """Written at most twice a second: steps of a tiny model must not wait for the disk."""
+        now = self._clock()
+        self._steps.append(now - self._stepped)
+        self._moved = self._stepped = now
+        self._progress = progress
+        if now - self._progress_written >= PROGRESS_SECONDS:
+            self._write()
+
+    def event(
+        self, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
+    ) -> None:
+        self._write(NewEvent(message, level, type, data))
+        self._log.info("event", message=message, level=level, data=data)
+
+    def first_step(self, *, base_loaded: bool) -> None:
+        done = round(self._clock() - self._claimed, 3)
+        begun = round((self._training_since or self._claimed) - self._claimed, 3)
+        base = "after loading the base model" if base_loaded else "with the base model already warm"
+        self.event(
+            f"First optimizer step begun {begun:.1f} s and done {done:.1f} s after the claim, {base}",
+            data={
+                "claim_to_training_seconds": begun,
+                "claim_to_first_step_seconds": done,
+                "base_loaded": base_loaded,
+            },
+        )
+
+    def should_stop(self) -> bool:
+        """Asked between micro-batches and rows, so it is a sign of movement too.
+
+        Raises:
+            LeaseLost: the job is another worker's by now.
+        """
+        self._moved = self._clock()
+        if self._lost:
+            raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
+        return self._wish is not Wish.NONE or self._handover()
+
+    def reserve_adapter(self) -> str:
+        return patiently(lambda: self._leases.reserve_adapter(self._lease), give_up=self._handover)
+
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
+        self._moved = self._clock()
+        patiently(
+            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), give_up=self._handover
+        )
+
+    def flush(self) -> None:
+        """Write what was held back."""
+        if self._progress is not None or self._untold:
+            news, progress = self._untold, self._progress
+            patiently(lambda: self._leases.record(self._lease, news, progress=progress), give_up=self._handover)
+            self._progress, self._untold = None, []
+
+    def _write(self, *news: NewEvent) -> None:
+        """Write what is new; what the database does not take now is told with the next write."""
+        self._untold += news
+        try:
+            self._leases.record(self._lease, self._untold, progress=self._progress)
+        except SQLAlchemyError as error:
+            self._log.warning("events held back", count=len(self._untold), error=str(error))
+            return
+        self._untold = []
+        self._progress = None
+        self._progress_written = self._clock()
+
+    def _stalled(self) -> bool:
+        patience = STALL_SECONDS
+        if self._steps:
+            patience = max(patience, STALL_STEPS * statistics.median(self._steps))
+        return self._clock() - self._moved > patience
+
+    def _keep_alive(self) -> None:
+        while not self._done.wait(self._renew_seconds):
+            if self._stalled():
+                self._log.error("nothing has moved for long; the lease is left to expire")
+                return
+            try:
+                self._wish = self._leases.renew(self._lease)
+            except LeaseLost:
+                self._lost = True
+                return
+            except SQLAlchemyError as error:
+                # The database may be away for less time than the reaper waits.
+                self._log.warning("lease not renewed", error=str(error))

@@ -1,0 +1,134 @@
+"""Claim, train, record: the loop between the job store and the recipe. Knows no Celery; a bell only starts it."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+import torch
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.trainer.contract import Finished, JobRun, Outcome
+from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.finetune import finetune
+from services.trainer.recipe.memory import FreeMemory, free_bytes
+from services.trainer.worker.lease_session import LeaseSession
+from services.trainer.worker.retry import patiently
+from shared.errors import JobFailed, LeaseLost, TunesmithError
+from shared.jobs.leases import Lease, Leases
+from shared.jobs.spec import JobFault
+from shared.logs import get_logger
+from shared.storage.artifacts import ArtifactStore
+
+
+class Worker:
+    """One trainer on one device.
+
+    Args:
+        bases: the base model, kept warm between jobs.
+        name: what events call this worker.
+        handover: true once this worker is to let go of its job and claim no more.
+        retry_seconds: pause after a fault of this system; a full disk is not full only for the next second.
+        peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
+        free_memory: bytes that can still be had on a device.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        store: ArtifactStore,
+        bases: WarmBases,
+        *,
+        name: str,
+        handover: Callable[[], bool],
+        renew_seconds: float = 5.0,
+        retry_seconds: float = 10.0,
+        peak_flops: Mapping[torch.dtype, float] | None = None,
+        free_memory: FreeMemory = free_bytes,
+    ) -> None:
+        self._leases = leases
+        self._store = store
+        self._bases = bases
+        self._name = name
+        self._handover = handover
+        self._renew_seconds = renew_seconds
+        self._retry_seconds = retry_seconds
+        self._peak_flops = peak_flops or {}
+        self._free_memory = free_memory
+        self._log = get_logger("worker")
+
+    def work_off(self) -> int:
+        """Claim the oldest queued job, train it, and again until none is left. Returns how many were claimed."""
+        claimed = 0
+        while not self._handover() and (lease := self._leases.claim(self._name)) is not None:
+            claimed += 1
+            with structlog.contextvars.bound_contextvars(job_id=lease.job.id, lease_token=lease.token):
+                self._log.info("claimed", attempt=lease.job.attempt)
+                self._work(lease)
+        return claimed
+
+    def _work(self, lease: Lease) -> None:
+        try:
+            self._end(lease, self._train(lease))
+        except LeaseLost:
+            # Whoever holds the job now owns its files, too.
+            self._log.warning("lease lost")
+        except TunesmithError as error:
+            self._give_up(lease, error)
+        except Exception as error:
+            self._log.exception("training broke off")
+            # Where it broke off, LoRA may be half attached.
+            self._bases.discard()
+            self._lose(lease, f"{type(error).__name__}: {error}")
+
+    def _train(self, lease: Lease) -> Outcome:
+        checkpoints = self._leases.checkpoints(lease)
+        resume = [self._store.checkpoint(lease.job.id, c.lease_token, c.step) for c in checkpoints]
+        run = JobRun(job_id=lease.job.id, lease_token=lease.token, spec=lease.job.spec)
+        session = LeaseSession(self._leases, lease, handover=self._handover, renew_seconds=self._renew_seconds)
+        with session:
+            outcome = finetune(
+                run,
+                self._bases,
+                self._store,
+                session,
+                resume,
+                peak_flops=self._peak_flops,
+                free_memory=self._free_memory,
+            )
+            session.flush()
+        return outcome
+
+    def _end(self, lease: Lease, outcome: Outcome) -> None:
+        if isinstance(outcome, Finished):
+            patiently(lambda: self._leases.succeed(lease, outcome.adapter_id, outcome.report), give_up=self._handover)
+            ended = True
+        else:
+            step = outcome.step
+            kept = f"the checkpoint of step {step} is kept" if step else "no new step was done"
+            ended = self._leases.let_go(lease, f"Stopped on worker {self._name}: {kept}").final
+        self._log.info("let go", outcome=type(outcome).__name__)
+        if ended:
+            self._store.remove(self._store.checkpoints(lease.job.id))
+
+    def _give_up(self, lease: Lease, error: TunesmithError) -> None:
+        """A fault that is the job's own ends it; one of the system's is tried again."""
+        if isinstance(error, JobFailed) or error.status < 500:
+            self._log.warning("job failed", code=error.code, error=error.message)
+            self._leases.fail(lease, JobFault(code=error.code, message=error.message, param=error.param))
+            self._store.remove(self._store.checkpoints(lease.job.id))
+        else:
+            self._log.error("system fault", code=error.code, error=error.message)
+            self._lose(lease, error.message)
+
+    def _lose(self, lease: Lease, reason: str) -> None:
+        try:
+            self._leases.lose(lease, reason[:500])
+        except (LeaseLost, SQLAlchemyError) as error:
+            # The reaper will find the job silent.
+            self._log.warning("could not give the job back", error=str(error))
+        self._pause()
+
+    def _pause(self) -> None:
+        until = time.monotonic() + self._retry_seconds
+        while time.monotonic() < until and not self._handover():
+            time.sleep(0.1)

@@ -1,0 +1,118 @@
+"""Text to token ids and back, with `tokenizers` alone: no torch, no transformers, so the gateway can count.
+
+Owns what is supervised: the response and its EOS, marked by length, never by token id (pad = eos in many models).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from shared.datasets.templates import ChatTemplate, Prompt, Turn
+from shared.errors import ArtifactCorrupt
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example as the trainer sees it.
+
+    Attributes:
+        ids: token ids, at most `max_length`.
+        supervised: for each id, whether predicting it counts in the loss; never true for the first.
+    """
+
+    ids: list[int]
+    supervised: list[bool]
+
+    @property
+    def supervised_count(self) -> int:
+        return sum(self.supervised)
+
+
+class Tokenizer:
+    """A base model's tokenizer, read from its prepared folder.
+
+    Attributes:
+        eos_id: ends every trained response.
+        stop_ids: every id that ends generation (the generation config may name several).
+        chat: the base's chat template, if it has one.
+
+    Raises:
+        ArtifactCorrupt: the folder has no `tokenizer.json` or no EOS token.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            config = json.loads((folder / "tokenizer_config.json").read_text())
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ArtifactCorrupt(f"{folder.name}: no readable tokenizer: {error}") from error
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        bos, eos = _token(config, "bos_token"), _token(config, "eos_token")
+        eos_id = self.fast.token_to_id(eos)
+        if eos_id is None:
+            raise ArtifactCorrupt(f"{folder.name}: the tokenizer has no EOS token")
+        self.eos_id: int = eos_id
+        self.stop_ids = frozenset({eos_id, *_generation_eos(folder)})
+        self.chat = _chat_template(folder, config, bos, eos)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.fast.get_vocab_size()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The ids a request starts from; the very ids its training examples started with."""
+        return self.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def encode_turns(self, turns: Sequence[Turn], *, max_length: int, train_on_prompt: bool = False) -> Tokens | None:
+        """The ids of one example: for each turn encode(prompt) + encode(response) + EOS, cut at `max_length`.
+
+        Returns:
+            None if nothing is left to learn (all supervised tokens were cut off).
+        """
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for turn in turns:
+            prompt = self.encode_prompt(turn.prompt)
+            response = [*self.encode(turn.response, add_special_tokens=False), self.eos_id]
+            ids += prompt + response
+            supervised += [train_on_prompt] * len(prompt) + [turn.learnt] * len(response)
+            if len(ids) >= max_length:
+                break
+        ids, supervised = ids[:max_length], supervised[:max_length]
+        # The first token has nothing before it to be predicted from.
+        supervised[:1] = [False]
+        return Tokens(ids, supervised) if any(supervised) else None
+
+
+def _token(config: dict[str, Any], key: str) -> str:
+    value = config.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    value = json.loads(path.read_text()).get("eos_token_id")
+    return [value] if isinstance(value, int) else [v for v in value or [] if isinstance(v, int)]
+
+
+def _chat_template(folder: Path, config: dict[str, Any], bos: str, eos: str) -> ChatTemplate | None:
+    path = folder / "chat_template.jinja"
+    source = path.read_text() if path.is_file() else config.get("chat_template")
+    return ChatTemplate(source, bos, eos) if isinstance(source, str) else None

@@ -1,0 +1,306 @@
+"""HOP 2: the folder that gateway, trainer and inference share, and the manifest that makes a folder trustworthy.
+
+Owns names on disk, atomic publication and verification. Does not know SQL (which folders are wanted) nor torch (what is
+in them). Nothing a client wrote ever becomes a path: ids are made here and matched by a full regex.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, ValidationError
+
+from shared.errors import ArtifactCorrupt, NotFound
+from shared.jobs.spec import Frozen
+
+MANIFEST = "manifest.json"
+# The manifest's own hash, a field beside the manifest's.
+SEAL = "sha256"
+ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
+_ID = re.compile(ID_PATTERN)
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+Kind = Literal["base", "checkpoint", "adapter"]
+FileName = Annotated[str, Field(pattern=f"^{_FILE_NAME.pattern}$")]
+
+
+def new_id(prefix: Literal["file", "ftjob", "adapter"]) -> str:
+    """A random id of 96 bits, safe as a folder name."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+class FileEntry(Frozen):
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Manifest(Frozen):
+    """What is in an artifact folder and what it belongs to. Written last; a folder without it does not exist.
+
+    Attributes:
+        id: the adapter's, base's or job's id.
+        base: catalogue id of the base model, with its revision and the hash of its weights.
+        precision: what the base was held in while training (`int8`, …).
+        template: prompt format the adapter was trained with (`shared.datasets.templates`), and must be served with.
+        data_sha256: hash of the uploaded training file.
+        versions: library name → version of everything that shaped the bytes.
+    """
+
+    format: Literal[1] = 1
+    kind: Kind
+    id: str
+    job: str | None = None
+    step: int | None = None
+    base: str
+    base_revision: str
+    base_sha256: str
+    precision: str | None = None
+    template: str | None = None
+    data_sha256: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[FileName, FileEntry]
+
+
+class ArtifactStore(Protocol):
+    """Where artifacts live. A POSIX folder today; an object store is a later twin."""
+
+    def file(self, file_id: str) -> Path: ...
+    def base(self, base_id: str) -> Path: ...
+    def adapter(self, adapter_id: str) -> Path: ...
+    def checkpoint(self, job_id: str, lease_token: int, step: int) -> Path: ...
+    def checkpoints(self, job_id: str) -> Path: ...
+    def cache(self, name: str) -> Path: ...
+    def staged(self) -> AbstractContextManager[Path]: ...
+    def place(self, staged: Path, target: Path) -> None: ...
+    def publish(self, staged: Path, target: Path, manifest: Manifest) -> Manifest: ...
+    def verify(self, folder: Path, kind: Kind) -> Manifest: ...
+    def remove(self, folder: Path) -> None: ...
+
+
+class LocalArtifactStore:
+    """Artifacts in a local or shared POSIX folder.
+
+    ```
+    files/<file>/data                       what was uploaded
+    bases/<base>/                           prepared base models
+    jobs/<job>/<token>/step-00000120/       private resume state
+    adapters/<adapter>/                     servable LoRA adapters
+    cache/<name>/                           tokenised data by content hash; may be deleted at any time
+    staging/<random>/                       half-written; nobody reads here
+    staging/<random>.lock                   locked by the process that writes the folder
+    ```
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def file(self, file_id: str) -> Path:
+        return self.root / "files" / _checked(file_id)
+
+    def base(self, base_id: str) -> Path:
+        return self.root / "bases" / _checked(f"base-{base_id}")
+
+    def adapter(self, adapter_id: str) -> Path:
+        return self.root / "adapters" / _checked(adapter_id)
+
+    def checkpoints(self, job_id: str) -> Path:
+        """The folder of all of a job's resume states, over all its leases."""
+        return self.root / "jobs" / _checked(job_id)
+
+    def checkpoint(self, job_id: str, lease_token: int, step: int) -> Path:
+        return self.checkpoints(job_id) / str(int(lease_token)) / f"step-{step:08d}"
+
+    def cache(self, name: str) -> Path:
+        """A folder for recomputable data under a hex digest.
+
+        Raises:
+            ValueError: `name` is not a hex digest.
+        """
+        if not re.fullmatch(r"[0-9a-f]{16,64}", name):
+            raise ValueError("cache names are hex digests")
+        return self.root / "cache" / name
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A fresh folder to write into; what was not placed or published is removed at the end.
+
+        A lock is held on it meanwhile, so that nobody takes it for abandoned however long it is written to.
+        """
+        folder = self.root / "staging" / secrets.token_hex(12)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = staging_lock(folder)
+        with lock.open("w") as held:
+            # Some network mounts have no locks; there, age alone decides.
+            with contextlib.suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def remove_abandoned(self, folder: Path) -> bool:
+        """Remove a staged folder and its lock, unless a process holds it. Returns whether it is gone."""
+        lock = staging_lock(folder)
+        with contextlib.ExitStack() as stack:
+            try:
+                fcntl.flock(stack.enter_context(lock.open("r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                # There is no lock (a version before this wrote the folder), or the mount has none.
+                pass
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+        return True
+
+    def place(self, staged: Path, target: Path) -> None:
+        """Make a staged folder appear at `target`, whole or not at all, and durable when this returns.
+
+        Raises:
+            FileExistsError: something is there already; artifacts are never overwritten.
+        """
+        for file in sorted(staged.rglob("*")):
+            _fsync(file)
+        _fsync(staged)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # rename(2) replaces an empty folder silently, and a full one never: it may have come since the look.
+        if target.exists():
+            raise FileExistsError(target)
+        try:
+            os.rename(staged, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(target) from error
+            raise
+        _fsync(target.parent)
+        _fsync(target.parent.parent)
+
+    def publish(self, staged: Path, target: Path, manifest: Manifest) -> Manifest:
+        """Complete `manifest` with the staged files' hashes, write it last, and place the folder.
+
+        The order (files durable, then the manifest, then the name) is what lets a reader trust a folder that has one.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            FileExistsError: see `place`.
+        """
+        entries = {f.name: FileEntry(sha256=sha256_of(f), size=f.stat().st_size) for f in sorted(staged.iterdir())}
+        for name in entries:
+            _fsync(staged / name)
+        complete = Manifest.model_validate(manifest.model_dump() | {"files": entries})
+        (staged / MANIFEST).write_text(_sealed(complete), encoding="utf-8")
+        self.place(staged, target)
+        return complete
+
+    def verify(self, folder: Path, kind: Kind) -> Manifest:
+        """Check a folder against its manifest, byte for byte.
+
+        Raises:
+            NotFound: there is no such folder.
+            ArtifactCorrupt: no readable manifest, another kind, a link, a stray, missing or changed file.
+        """
+        manifest = read_manifest(folder, kind)
+        present = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
+        if present != set(manifest.files):
+            raise ArtifactCorrupt(
+                f"{folder.name}: files differ from the manifest: {sorted(present ^ set(manifest.files))}"
+            )
+        for name, entry in manifest.files.items():
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise ArtifactCorrupt(f"{folder.name}/{name}: not a regular file")
+            if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
+                raise ArtifactCorrupt(f"{folder.name}/{name}: the bytes differ from the manifest")
+        return manifest
+
+    def remove(self, folder: Path) -> None:
+        """Remove an artifact folder; no error if it is gone already."""
+        # The manifest goes first: a half-removed folder must not verify.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_lock(folder: Path) -> Path:
+    """The file whose lock says that a staged folder is in use."""
+    return folder.with_suffix(".lock")
+
+
+def read_manifest(folder: Path, kind: Kind) -> Manifest:
+    """Read and validate a folder's manifest without hashing its files.
+
+    Raises:
+        NotFound: there is no such folder.
+        ArtifactCorrupt: the manifest is missing, malformed, damaged or of another kind.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir() or folder.is_symlink():
+        raise NotFound(f"no artifact {folder.name}")
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 20:
+        raise ArtifactCorrupt(f"{folder.name}: no manifest")
+    try:
+        fields = json.loads(path.read_bytes())
+        if not isinstance(fields, dict) or fields.pop(SEAL, None) != _seal(fields):
+            raise ValueError(f"its {SEAL} is not that of its fields")
+        manifest = Manifest.model_validate(fields)
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise ArtifactCorrupt(f"{folder.name}: unreadable manifest: {error}") from error
+    if manifest.kind != kind:
+        raise ArtifactCorrupt(f"{folder.name}: a {manifest.kind}, not a {kind}")
+    return manifest
+
+
+def is_published(folder: Path, kind: Kind) -> bool:
+    """Whether a folder has a manifest that can be read; its files are not hashed."""
+    try:
+        read_manifest(folder, kind)
+    except (NotFound, ArtifactCorrupt, OSError):
+        return False
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(manifest: Manifest) -> str:
+    """A manifest as it is written."""
+    fields = manifest.model_dump(mode="json", exclude_none=True)
+    return json.dumps(fields | {SEAL: _seal(fields)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields as JSON in one form, so that a damaged disk cannot change what a folder belongs to.
+
+    It keeps nobody from writing another manifest: who can write in the folder is trusted.
+    """
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _checked(artifact_id: str) -> str:
+    if not _ID.fullmatch(artifact_id) or ".." in artifact_id:
+        raise NotFound("no such id")
+    return artifact_id
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""Connections to the one source of truth: SQLite on one machine, PostgreSQL by URL. Knows no table.
+
+SQLite's rules are here: WAL, full synchronisation, foreign keys, and writers that always open with BEGIN IMMEDIATE.
+A deferred transaction that reads before it writes fails or loses updates under several processes (measured: four
+writers, 600 read-then-update commits: SQLAlchemy's default left the counter at 150, BEGIN IMMEDIATE at 600).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.errors import TunesmithError, Unavailable
+
+BUSY_TIMEOUT_MS = 5000
+
+
+class Database:
+    """A writer and a reader on one database.
+
+    Args:
+        url: SQLAlchemy URL, `sqlite:///…` or `postgresql://…` (psycopg 3 is used for the latter).
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = normalised(url)
+        self.is_sqlite = self.url.startswith("sqlite")
+        if self.is_sqlite:
+            self._writer = _sqlite_engine(self.url, begin="BEGIN IMMEDIATE", query_only=False)
+            self._reader = _sqlite_engine(self.url, begin="BEGIN", query_only=True)
+        else:
+            self._writer = create_engine(self.url, pool_pre_ping=True, json_serializer=_json)
+            self._reader = self._writer.execution_options(postgresql_readonly=True)
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One read-write transaction, committed at the end, rolled back on any exception."""
+        with self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One read-only transaction: a consistent picture that never waits for a writer."""
+        with self._reader.begin() as connection:
+            yield connection
+
+    def alive(self) -> bool:
+        """Whether the database answers."""
+        try:
+            with self.read() as connection:
+                return connection.execute(text("SELECT 1")).scalar() == 1
+        except SQLAlchemyError:
+            return False
+
+    def close(self) -> None:
+        self._writer.dispose()
+        self._reader.dispose()
+
+
+def normalised(url: str) -> str:
+    """The URL with psycopg 3 as PostgreSQL's driver; `postgres://` as hosts write it is accepted."""
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed.render_as_string(hide_password=False)
+
+
+def migrate(url: str) -> None:
+    """Bring the schema of the database at `url` to the newest revision; harmless if it is there."""
+    target = normalised(url)
+    if target.startswith("sqlite") and (path := make_url(target).database):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    config = _alembic()
+    config.attributes["url"] = target
+    command.upgrade(config, "head")
+
+
+def check_schema(url: str) -> None:
+    """Make sure that the database at `url` answers and has the schema this code was written for.
+
+    Raises:
+        Unavailable: the database does not answer.
+        TunesmithError: the schema is missing or of another revision; the message says what to run.
+    """
+    expected = ScriptDirectory.from_config(_alembic()).get_current_head()
+    target = normalised(url)
+    path = make_url(target).database if target.startswith("sqlite") else None
+    found = None
+    # Connecting to a missing SQLite file would create it.
+    if path is None or Path(path).exists():
+        engine = create_engine(target)
+        try:
+            with engine.connect() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        except SQLAlchemyError as error:
+            raise Unavailable(f"the database does not answer: {error}") from error
+        finally:
+            engine.dispose()
+    if found != expected:
+        raise TunesmithError(
+            f"the database's schema is {found or 'missing'}, this version needs {expected}: "
+            "run `python -m shared.migrations`",
+            code="schema",
+        )
+
+
+def _alembic() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent.with_name("migrations")))
+    return config
+
+
+def _json(value: Any) -> str:
+    # SQLite compares the keys of a path with the text as it was stored: escapes would hide every key beyond ASCII.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _sqlite_engine(url: str, *, begin: str, query_only: bool) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, json_serializer=_json)
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _: Any) -> None:
+        # The driver must not open transactions of its own: `on_begin` says which kind.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        if query_only:
+            cursor.execute("PRAGMA query_only=ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine

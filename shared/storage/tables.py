@@ -1,0 +1,153 @@
+"""The SQL schema. Owns columns and constraints; every statement lives with the store that makes it.
+
+Times are integers: `created_ns` nanoseconds since the epoch (it orders and pages), everything else seconds.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+from shared.jobs.spec import State
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("project", String(64), nullable=False),
+    # HMAC-SHA256 of the key under the installation's secret, hex; the key itself is shown once and kept nowhere.
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+
+# Answers of POSTs that must not happen twice, each written in the transaction of what it answers for.
+answers = Table(
+    "answers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("api_key", String(64), nullable=False),
+    Column("path", String(64), nullable=False),
+    # The client's Idempotency-Key; null where none was sent (databases take nulls for different).
+    Column("key", String(255)),
+    # SHA-256 of what was asked for.
+    Column("fingerprint", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("api_key", "path", "key"),
+    Index(None, "api_key", "path", "fingerprint"),
+    Index(None, "created_at"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("dataset", JSON(none_as_null=True), nullable=False),
+    Index(None, "project", "created_ns", "id"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("finished_at", BigInteger),
+    Column("state", String(16), nullable=False),
+    Column("phase", String(16)),
+    Column("spec", JSON(none_as_null=True), nullable=False),
+    Column("training_file", String(64), nullable=False),
+    Column("validation_file", String(64)),
+    Column("metadata", JSON(none_as_null=True)),
+    # Advice given at creation; shown on the job for as long as it exists.
+    Column("warnings", JSON(none_as_null=True), nullable=False),
+    Column("progress", JSON(none_as_null=True)),
+    Column("fault", JSON(none_as_null=True)),
+    Column("report", JSON(none_as_null=True)),
+    Column("adapter", String(64)),
+    # (lease_token, renewals) is the sign of life: a pair that stands still belongs to a lost worker.
+    Column("lease_token", BigInteger, nullable=False, default=0),
+    Column("renewals", BigInteger, nullable=False, default=0),
+    Column("worker", String(255)),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("losses", Integer, nullable=False, default=0),
+    Column("checkpoint_step", BigInteger, nullable=False, default=0),
+    Column("event_count", BigInteger, nullable=False, default=0),
+    CheckConstraint("state IN (" + ", ".join(f"'{state.value}'" for state in State) + ")", name="state"),
+    Index(None, "state", "created_ns", "id"),
+    Index(None, "project", "created_ns", "id"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    # 1, 2, 3, … per job without gaps: taken in the same UPDATE as the job row.
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("type", String(16), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON(none_as_null=True)),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("job", String(64), ForeignKey("jobs.id"), nullable=False),
+    Column("lease_token", BigInteger, nullable=False),
+    # reserved: a worker may be writing it · published: servable · deleted: the folder goes, the id is never reused.
+    Column("state", String(16), nullable=False),
+    Column("name", String(255), unique=True),
+    Column("base", String(64), nullable=False),
+    Column("step", BigInteger),
+    Column("created_ns", BigInteger, nullable=False),
+    CheckConstraint("state IN ('reserved', 'published', 'deleted')", name="state"),
+    Index(None, "project", "created_ns", "id"),
+    Index(None, "job"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("step", BigInteger, nullable=False),
+    # Names the folder of the resume state, artifacts/jobs/<job>/<token>/step-<step>.
+    Column("lease_token", BigInteger, nullable=False),
+    Column("adapter", String(64), ForeignKey("adapters.id"), nullable=False),
+    Column("metrics", JSON(none_as_null=True), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("job", "step"),
+)

@@ -1,0 +1,267 @@
+"""The reaper on a clock of the test's own, over real SQLite and a real Redis-protocol server."""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from services.gateway.background.reaper import LATE_SECONDS, RING_EVERY_SECONDS, SILENCE_SECONDS, Reaper
+from shared.jobs.leases import MAX_LOSSES, Lease, Leases, SignOfLife
+from shared.jobs.notification import Doorbell
+from shared.jobs.spec import JobSpec, State
+from shared.jobs.store import JobStore
+from shared.storage.database import Database, migrate
+
+SPEC = JobSpec(base="tiny", base_revision="r1", training_file="file-1", training_sha256="0" * 64)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Scene:
+    store: JobStore
+    leases: Leases
+    doorbell: Doorbell
+    clock: Clock
+    reaper: Reaper
+
+    def pass_time(self, seconds: float, *, alive: Lease | None = None) -> None:
+        """Second by second, as the reaper's thread ticks; `alive` is renewed every 5 s."""
+        for second in range(int(seconds)):
+            self.clock.now += 1
+            if alive and second % 5 == 0:
+                self.leases.renew(alive)
+            self.reaper.tick()
+
+    def claimed(self) -> Lease:
+        lease = self.leases.claim("worker-1")
+        assert lease is not None
+        return lease
+
+    def state(self, lease: Lease) -> State:
+        return self.store.get("default", lease.job.id).state
+
+
+@pytest.fixture
+def scene(tmp_path: Path, redis_url: str) -> Iterator[Scene]:
+    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    migrate(url)
+    database, doorbell, clock = Database(url), Doorbell(redis_url), Clock()
+    leases = Leases(database)
+    yield Scene(JobStore(database), leases, doorbell, clock, Reaper(leases, doorbell, clock=clock))
+    doorbell.close()
+    database.close()
+
+
+def test_a_worker_that_renews_keeps_its_job(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(10 * SILENCE_SECONDS, alive=lease)
+    assert scene.state(lease) is State.RUNNING
+
+
+def test_a_silent_workers_job_goes_to_the_next_one(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.reaper.tick()
+    scene.pass_time(SILENCE_SECONDS - 1)
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(1)
+    assert scene.state(lease) is State.QUEUED
+    assert scene.doorbell.pending() == 1
+    again = scene.claimed()
+    assert (again.job.id, again.job.attempt) == (lease.job.id, 2)
+    assert again.token > lease.token
+    story = [event.message for event in scene.store.events("default", lease.job.id, after=0, limit=100).items]
+    assert "Worker worker-1 was lost" in story
+    assert story[-1] == "Started again (attempt 2) on worker worker-1"
+
+
+def test_one_sign_of_life_starts_the_count_again(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.reaper.tick()
+    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.leases.renew(lease)
+    scene.pass_time(SILENCE_SECONDS)
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(1)
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_a_reaper_that_starts_gives_everybody_its_full_time(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.clock.now += 1_000_000
+    scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+
+
+def test_two_reapers_take_a_job_once(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    other = Reaper(scene.leases, scene.doorbell, clock=scene.clock)
+    for _ in range(int(SILENCE_SECONDS) + 2):
+        scene.clock.now += 1
+        scene.reaper.tick()
+        other.tick()
+    assert scene.state(lease) is State.QUEUED
+    assert scene.store.get("default", lease.job.id).losses == 1
+
+
+def test_a_job_that_kills_its_workers_fails_and_the_queue_goes_on(scene: Scene) -> None:
+    poison = scene.store.create("default", SPEC)
+    healthy = scene.store.create("default", SPEC)
+    for _ in range(MAX_LOSSES):
+        assert scene.claimed().job.id == poison.id
+        scene.pass_time(SILENCE_SECONDS + 1)
+    failed = scene.store.get("default", poison.id)
+    assert failed.state is State.FAILED
+    assert failed.fault is not None
+    assert failed.fault.code == "worker_lost"
+    assert scene.claimed().job.id == healthy.id
+
+
+@pytest.mark.parametrize(("verb", "state"), [("cancel", State.CANCELLED), ("pause", State.PAUSED)])
+def test_a_wish_its_worker_did_not_live_to_fulfil_is_fulfilled(scene: Scene, verb: str, state: State) -> None:
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    getattr(scene.store, verb)("default", lease.job.id)
+    scene.pass_time(SILENCE_SECONDS + 1)
+    assert scene.state(lease) is state
+
+
+def test_lost_rings_are_made_up_for_and_heard_ones_are_not_doubled(scene: Scene) -> None:
+    for _ in range(3):
+        scene.store.create("default", SPEC)
+    assert scene.doorbell.pending() == 0
+    scene.pass_time(1)
+    assert scene.doorbell.pending() == 3
+    scene.pass_time(3 * RING_EVERY_SECONDS)
+    assert scene.doorbell.pending() == 3
+
+
+def test_a_flushed_redis_is_filled_again(scene: Scene, redis_url: str) -> None:
+    from redis import Redis
+
+    scene.store.create("default", SPEC)
+    scene.pass_time(1)
+    with Redis.from_url(redis_url) as client:
+        client.flushall()
+    scene.pass_time(RING_EVERY_SECONDS)
+    assert scene.doorbell.pending() == 1
+
+
+def test_nothing_is_rung_for_an_empty_queue(scene: Scene) -> None:
+    scene.store.create("default", SPEC)
+    scene.claimed()
+    scene.pass_time(RING_EVERY_SECONDS)
+    assert scene.doorbell.pending() == 0
+
+
+def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
+    away = Doorbell("redis://127.0.0.1:9/0")
+    reaper = Reaper(scene.leases, away, clock=scene.clock)
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    for _ in range(int(SILENCE_SECONDS) + 1):
+        reaper.tick()
+        scene.clock.now += 1
+    away.close()
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers cannot show life in a database that is not there."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.reaper.tick()
+
+    def away() -> list[SignOfLife]:
+        raise OSError("the database is away")
+
+    with monkeypatch.context() as while_away:
+        while_away.setattr(scene.leases, "signs_of_life", away)
+        scene.clock.now += 10 * SILENCE_SECONDS
+        with pytest.raises(OSError, match="away"):
+            scene.reaper.tick()
+    scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS)
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_a_late_look_says_nothing_about_workers(scene: Scene) -> None:
+    """The gateway was stopped, or waited for the database: workers may have shown life, or could not."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.clock.now += 60
+    scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS - 1)
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(1)
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_after_an_outage_of_writes_workers_get_their_full_time_again(scene: Scene, tmp_path: Path) -> None:
+    """Reads answer and writes do not: a stopped process holds the lock, or the database's disk is full."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS)
+    holder = sqlite3.connect(tmp_path / "tunesmith.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    scene.clock.now += 1
+    with pytest.raises(OperationalError, match="locked"):
+        scene.reaper.tick()
+    holder.execute("ROLLBACK")
+    holder.close()
+    scene.pass_time(SILENCE_SECONDS, alive=lease)
+    assert scene.state(lease) is State.RUNNING
+    assert scene.store.get("default", lease.job.id).losses == 0
+
+
+def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever held the reaper's write back held the workers' renewals back as well."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(SILENCE_SECONDS)
+
+    def slow() -> None:
+        scene.clock.now += LATE_SECONDS
+
+    with monkeypatch.context() as while_slow:
+        while_slow.setattr(scene.leases, "check_writable", slow)
+        scene.clock.now += 1
+        scene.reaper.tick()
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(SILENCE_SECONDS + 1)
+    assert scene.state(lease) is State.QUEUED
+
+
+def test_the_thread_outlives_a_database_that_is_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[int] = []
+
+    def fail() -> None:
+        ticks.append(1)
+        raise OSError("the database is away")
+
+    monkeypatch.setattr(scene.reaper, "tick", fail)
+    monkeypatch.setattr("services.gateway.background.reaper.TICK_SECONDS", 0.01)
+    scene.reaper.start()
+    deadline = time.monotonic() + 30
+    while len(ticks) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    scene.reaper.stop()
+    assert len(ticks) >= 3

@@ -1,0 +1,120 @@
+"""Events as they happen, and coming back to where one left off."""
+
+import json
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from shared.jobs.leases import Lease
+from shared.jobs.rows import NewEvent
+from shared.jobs.spec import JobFault
+from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
+
+PATH = "/v1/fine_tuning/jobs"
+STREAM = {"accept": "text/event-stream"}
+
+
+def running(gateway: Gateway) -> tuple[str, Lease]:
+    body = {"model": "smollm2-135m-instruct", "training_file": gateway.uploaded(ROWS)}
+    job = gateway.http.post(PATH, json=body).json()["id"]
+    lease = gateway.services.leases.claim("worker-1")
+    assert lease is not None
+    return job, lease
+
+
+def parsed(text: str) -> list[dict[str, Any]]:
+    """The events of a finished stream, each checked to carry its own id."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields.get("data") == "[DONE]":
+            continue
+        event = json.loads(fields["data"])
+        assert event["id"] == fields["id"]
+        found.append(event)
+    return found
+
+
+def ascending(gateway: Gateway, job: str) -> list[str]:
+    data = gateway.http.get(f"{PATH}/{job}/events", params={"limit": 100}).json()["data"]
+    return [event["id"] for event in reversed(data)]
+
+
+def test_a_stream_tells_the_whole_story_as_it_happens_and_ends_with_the_job(gateway: Gateway) -> None:
+    job, lease = running(gateway)
+    with gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        pieces = answer.iter_text()
+        seen = next(pieces)
+        # These are written while the client is listening.
+        gateway.services.leases.record(lease, [NewEvent("loss 2.5", type="metrics", data={"loss": 2.5})])
+        gateway.services.leases.fail(lease, JobFault(code="non_finite_loss", message="the loss is NaN"))
+        seen += "".join(pieces)
+    events = parsed(seen)
+    assert [event["id"] for event in events] == ascending(gateway, job)
+    assert events[-2]["data"] == {"loss": 2.5}
+    assert events[-1]["level"] == "error"
+    assert seen.endswith("data: [DONE]\n\n")
+
+
+def test_who_comes_back_gets_what_was_missed_and_nothing_twice(gateway: Gateway) -> None:
+    job, lease = running(gateway)
+    gateway.services.leases.record(lease, [NewEvent(f"event {n}") for n in range(250)])
+    gateway.services.leases.fail(lease, JobFault(code="x", message="x"))
+    whole = parsed(gateway.http.get(f"{PATH}/{job}/events", headers=STREAM).text)
+    assert len(whole) > 250
+    at = 100
+    rest = gateway.http.get(f"{PATH}/{job}/events", headers=STREAM | {"last-event-id": whole[at]["id"]})
+    assert parsed(rest.text) == whole[at + 1 :]
+    by_query = gateway.http.get(f"{PATH}/{job}/events", headers=STREAM, params={"after": whole[at]["id"]})
+    assert parsed(by_query.text) == whole[at + 1 :]
+    # All was seen, and there will be no more: a browser is told not to come back.
+    end = gateway.http.get(f"{PATH}/{job}/events", headers=STREAM | {"last-event-id": whole[-1]["id"]})
+    assert end.status_code == 204
+
+
+def test_who_comes_back_in_mid_stream_goes_on_to_the_end(gateway: Gateway) -> None:
+    """The connection breaks while the job runs; the client returns with the last id it saw, to another gateway."""
+    job, lease = running(gateway)
+    with gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM) as answer:
+        seen = parsed(next(answer.iter_text()).rpartition("\n\n")[0])
+    gateway.services.leases.record(lease, [NewEvent(f"while nobody listens {n}") for n in range(3)])
+    again = STREAM | {"last-event-id": seen[-1]["id"]}
+    with (
+        running_gateway(gateway.settings) as another,
+        another.http.stream("GET", f"{PATH}/{job}/events", headers=again) as answer,
+    ):
+        pieces = answer.iter_text()
+        rest = next(pieces)
+        gateway.services.leases.fail(lease, JobFault(code="x", message="the end"))
+        rest += "".join(pieces)
+    assert rest.endswith("data: [DONE]\n\n")
+    assert [event["id"] for event in seen + parsed(rest)] == ascending(gateway, job)
+
+
+@pytest.mark.parametrize("cursor", ["ftevent-other-1", "1", "ftevent", "a b", "ftevent-{job}-x", "ftevent-{job}--1"])
+def test_cursors_that_are_none(gateway: Gateway, cursor: str) -> None:
+    job, _ = running(gateway)
+    cursor = cursor.replace("{job}", job.removeprefix("ftjob-"))
+    assert gateway.http.get(f"{PATH}/{job}/events", params={"after": cursor}).status_code == 400
+    answer = gateway.http.get(f"{PATH}/{job}/events", headers=STREAM | {"last-event-id": cursor})
+    assert answer.status_code == 400
+    assert gateway.http.get(f"{PATH}/ftjob-0/events", headers=STREAM).status_code == 404
+
+
+def test_a_listener_that_leaves_takes_nothing_with_it(gateway: Gateway) -> None:
+    job, lease = running(gateway)
+
+    def listen() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            gateway.http.get(f"{PATH}/{job}/events", headers=STREAM, timeout=1.2)
+
+    listeners = [threading.Thread(target=listen) for _ in range(10)]
+    for listener in listeners:
+        listener.start()
+    for listener in listeners:
+        listener.join()
+    gateway.services.leases.renew(lease)
+    assert gateway.http.get(f"{PATH}/{job}").json()["status"] == "running"

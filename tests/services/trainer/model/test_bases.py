@@ -1,0 +1,56 @@
+import gc
+import weakref
+
+import pytest
+import torch
+
+from services.trainer.model.bases import fingerprint
+from services.trainer.recipe.adapter import canonical_name
+from shared.bases.catalogue import Base
+from shared.jobs.spec import BasePrecision
+from tests.services.trainer.harness import TinyJob
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "bf16", "fp32"])
+def test_the_fingerprint_sees_one_changed_element_anywhere(tiny: TinyJob, precision: BasePrecision) -> None:
+    base, _ = tiny.bases.load(tiny.spec(base_precision=precision), torch.float32)
+    model = base.loaded.model
+    layer = model.model.layers[1].mlp.down_proj
+    tensors = [layer.weight.data, model.model.norm.weight.data, model.model.embed_tokens.weight.data]
+    if precision == "int8":
+        tensors.append(layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB)
+    if precision == "nf4":
+        tensors.append(layer.weight.quant_state.absmax)
+    for tensor in tensors:
+        element = tensor.view(-1)[0].clone()
+        tensor.view(-1)[0] = element + 1
+        assert fingerprint(model) != base.fingerprint
+        tensor.view(-1)[0] = element
+        assert fingerprint(model) == base.fingerprint
+
+
+def test_a_fresh_load_has_the_same_fingerprint(tiny: TinyJob) -> None:
+    spec = tiny.spec()
+    first, _ = tiny.bases.load(spec, torch.float32)
+    second, _ = tiny.fresh_bases().load(spec, torch.float32)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_base_that_is_discarded_is_gone_at_once(tiny: TinyJob) -> None:
+    """The next one is loaded then, and both may not fit: no reference cycle may keep it."""
+    gc.disable()
+    try:
+        tiny.finish(tiny.spec())
+        base, _ = tiny.bases.load(tiny.spec(), torch.float32)
+        model, weight = weakref.ref(base.loaded.model), weakref.ref(base.loaded.model.lm_head.weight)
+        del base
+        tiny.bases.discard()
+        assert model() is weight() is None
+    finally:
+        gc.enable()
+
+
+def test_the_canonical_name_is_the_hubs_where_the_base_comes_from_there() -> None:
+    commit = "a" * 40
+    assert canonical_name(Base(id="tiny", source=f"hub:org/Model-1B@{commit}")) == "org/Model-1B"
+    assert canonical_name(Base(id="tiny", source="folder:/models/tiny")) == "tiny"

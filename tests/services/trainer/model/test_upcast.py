@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from services.trainer.model.forward import pack, supervised_logits
+from services.trainer.model.upcast import UpcastLinear, compute_in_fp32
+from shared.jobs.spec import BasePrecision
+from tests.services.trainer.harness import CPU, TinyJob
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_the_product_with_the_upcast_weight_in_both_directions(dtype: torch.dtype) -> None:
+    layer = nn.Linear(7, 5).to(dtype).requires_grad_(False)
+    oracle = nn.Linear(7, 5)
+    oracle.load_state_dict({name: t.float() for name, t in layer.state_dict().items()})
+    compute_in_fp32(layer)
+    assert isinstance(layer, UpcastLinear)
+    ours, theirs = (torch.arange(21.0).reshape(3, 7).requires_grad_() for _ in range(2))
+    layer(ours).square().sum().backward()
+    oracle(theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert layer.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_half_precision_base_computes_in_fp32_at_half_the_memory(tiny: TinyJob, precision: BasePrecision) -> None:
+    packed = pack([(np.arange(9), np.arange(9) > 0)], CPU)
+    half = tiny.bases.load(tiny.spec(base_precision=precision), torch.float32)[0].loaded
+    dtype = half.model.lm_head.weight.dtype
+    exact = tiny.bases.load(tiny.spec(base_precision="fp32"), torch.float32)[0].loaded
+    assert half.megabytes < 0.6 * exact.megabytes
+    rounded = exact.model
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(dtype))
+        torch.testing.assert_close(supervised_logits(half.model, packed), supervised_logits(rounded, packed))

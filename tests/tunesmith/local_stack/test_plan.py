@@ -1,0 +1,91 @@
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from tunesmith.local_stack import plan as plans
+from tunesmith.local_stack.home import Home
+from tunesmith.local_stack.plan import CannotPlan, Plan, environment, make_plan
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path / "with space")
+    lock = home.acquire()
+    assert lock is not None
+    os.close(lock)
+    return home
+
+
+def planned(home: Home, **environ: str) -> Plan:
+    return make_plan(home, 0, "tiny", environment(home, environ))
+
+
+def test_stack_listens_on_loopback_only_with_passwords_nobody_else_can_read(home: Home) -> None:
+    plan = planned(home)
+    config = home.redis / "valkey.conf"
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    assert "bind 127.0.0.1" in config.read_text().splitlines()
+    password = plan.connection["redis_url"].split(":")[2].split("@")[0]
+    assert f"requirepass {password}" in config.read_text().splitlines()
+    children = {child.name: child for child in plan.children}
+    assert children["gateway"].env["TUNESMITH_HOST"] == "127.0.0.1"
+    assert children["inference"].env["TUNESMITH_INFERENCE_HOST"] == "127.0.0.1"
+    token = children["gateway"].env["TUNESMITH_INTERNAL_TOKEN"]
+    assert token == children["inference"].env["TUNESMITH_INTERNAL_TOKEN"]
+    # Command lines are readable by every user of the machine.
+    commands = " ".join(part for child in plan.children for part in child.argv)
+    assert password not in commands
+    assert token not in commands
+
+
+def test_secrets_and_ports_are_new_each_time_and_two_homes_share_nothing(home: Home, tmp_path: Path) -> None:
+    first, second = planned(home), planned(home)
+    assert first.connection["redis_url"].split("@")[0] != second.connection["redis_url"].split("@")[0]
+    other = Home(tmp_path / "other")
+    assert environment(home, {})["TUNESMITH_DATABASE_URL"] != environment(other, {})["TUNESMITH_DATABASE_URL"]
+
+
+def test_what_the_caller_set_goes_through(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned(home, TUNESMITH_DATABASE_URL="postgresql://db/x", TUNESMITH_CATALOGUE="mine.toml", PYTHONPATH="/x")
+    assert plan.connection["database_url"] == "postgresql://db/x"
+    for child in plan.children[1:]:
+        assert child.env["TUNESMITH_DATABASE_URL"] == "postgresql://db/x"
+        assert child.env["TUNESMITH_CATALOGUE"] == str(tmp_path / "mine.toml")
+        assert child.env["PYTHONPATH"] == f"{plans.CHECKOUT}{os.pathsep}/x"
+
+
+def test_taken_port_is_said_clearly(home: Home) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(CannotPlan, match=f"port {port} is taken by another program; choose another with --port"):
+            make_plan(home, port, "tiny", environment(home, {}))
+
+
+def test_installed_package_says_that_it_is_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "CHECKOUT", tmp_path)
+    with pytest.raises(CannotPlan, match="from a checkout"):
+        plans.check_checkout()
+
+
+def test_plan_is_json(home: Home) -> None:
+    from tunesmith.local_stack.supervisor import decode, encode
+
+    plan = planned(home)
+    assert decode(encode(plan)) == plan
+    assert json.loads(encode(plan))["ready"].keys() == {"gateway", "inference"}
+
+
+def test_a_catalogue_in_the_stacks_folder_counts_unless_another_is_named(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert "TUNESMITH_CATALOGUE" not in environment(home, {})
+    home.root.mkdir()
+    home.catalogue_file.write_text("")
+    assert environment(home, {})["TUNESMITH_CATALOGUE"] == str(home.catalogue_file)
+    assert environment(home, {"TUNESMITH_CATALOGUE": "/other.toml"})["TUNESMITH_CATALOGUE"] == "/other.toml"

@@ -1,0 +1,202 @@
+"""A whole stack on this machine: start it, stop it, say how it does.
+
+Owns the order (lock, base model, schema, processes) and what is said when something goes wrong.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tunesmith import connection as connections
+from tunesmith.connection import Connection, NoConnection
+from tunesmith.local_stack.home import Home
+from tunesmith.local_stack.log_tail import log_tail
+from tunesmith.local_stack.plan import CHECKOUT, CannotPlan, check_checkout, environment, make_plan, python
+from tunesmith.local_stack.supervisor import encode
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+STOP_SECONDS = 180.0
+Say = Callable[[str], None]
+
+
+class StackError(Exception):
+    """The stack did not start or stop; the message says why and holds the end of the log at fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What `up` did.
+
+    Attributes:
+        fresh: false if the stack was running already.
+    """
+
+    connection: Connection
+    fresh: bool
+
+
+def up(
+    home: Path,
+    *,
+    port: int = 8000,
+    base: str = DEFAULT_BASE,
+    environ: Mapping[str, str] = os.environ,
+    say: Say = lambda line: None,
+) -> Started:
+    """Start everything and wait until it can work; harmless if it runs.
+
+    Args:
+        home: folder of everything this stack keeps; several stacks live side by side in several folders.
+        port: of the gateway on 127.0.0.1; 0 for a free one.
+        base: catalogue id or alias of the model served, or `auto` for the first in the catalogue that can be had.
+        environ: what the processes inherit; `TUNESMITH_DATABASE_URL`, `TUNESMITH_CATALOGUE` and the like go through.
+        say: told what is going on, line by line.
+
+    Raises:
+        StackError: it did not start; nothing is left running.
+    """
+    place = Home(home)
+    try:
+        check_checkout()
+        while (lock := place.acquire()) is None:
+            # It runs, starts or stops: the file is there, will be, or the lock becomes free.
+            with contextlib.suppress(NoConnection):
+                return Started(connections.read(place.connection_file), fresh=False)
+            time.sleep(0.1)
+        try:
+            return Started(_start(place, lock, port, base, environ, say), fresh=True)
+        finally:
+            os.close(lock)
+    except CannotPlan as error:
+        raise StackError(str(error)) from error
+
+
+def down(home: Path, say: Say = lambda line: None) -> bool:
+    """Stop everything and wait until it is gone. Running jobs are checkpointed and go on with the next `up`.
+
+    Returns:
+        Whether something was running.
+
+    Raises:
+        StackError: something is still running.
+    """
+    place = Home(home)
+    if not place.is_running():
+        place.connection_file.unlink(missing_ok=True)
+        return False
+    pids = _known_pids(place)
+    supervisor = place.supervisor_pid()
+    if supervisor is not None:
+        say("stopping; a running job writes a checkpoint first")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(supervisor, signal.SIGTERM)
+    if not place.wait_until_free(STOP_SECONDS):
+        raise StackError(f"still running after {STOP_SECONDS:g} s; see {place.log('supervisor')}")
+    place.connection_file.unlink(missing_ok=True)
+    left = {name: pid for name, pid in pids.items() if _group_exists(pid)}
+    if left:
+        raise StackError(f"still running: {left}")
+    return True
+
+
+def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, str], say: Say) -> Connection:
+    # What a killed stack left here is not true any more.
+    place.connection_file.unlink(missing_ok=True)
+    common = environment(place, environ)
+    env = {**environ, **common}
+    say(f"preparing base model {base} (once; later starts only check it)")
+    base = _run_step(place, "prepare", python("shared.bases.prepare", base), env).strip()
+    _run_step(place, "migrate", python("shared.migrations"), env)
+    plan = make_plan(place, port, base, common)
+    say(f"starting {', '.join(child.name for child in plan.children)}")
+    _launch(place, lock, encode(plan), env, say)
+    connection = connections.read(place.connection_file)
+    if not connection.api_key:
+        say("this database has API keys already, made elsewhere: set TUNESMITH_API_KEY to one of them")
+    return connection
+
+
+def _launch(place: Home, lock: int, plan: str, env: Mapping[str, str], say: Say) -> None:
+    """Start the supervisor and wait until it says that everything is ready."""
+    with place.log("supervisor").open("ab") as log:
+        launcher = subprocess.Popen(
+            [*python("tunesmith.local_stack.supervisor"), str(lock), str(place.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+            cwd=CHECKOUT,
+            pass_fds=(lock,),
+            start_new_session=True,
+            text=True,
+        )
+    with launcher:
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                launcher.stdin.write(plan)
+                launcher.stdin.close()
+            _follow(launcher.stdout, place, say)
+        except BaseException:
+            # Ctrl-C included: half a stack is left to nobody.
+            _abort(launcher.stdout, place)
+            raise
+
+
+def _follow(events: IO[str], place: Home, say: Say) -> None:
+    for line in events:
+        event = json.loads(line)
+        if event["event"] == "ready":
+            return
+        if event["event"] == "failed":
+            raise StackError(f"the stack did not start: {event['message']}")
+        if event["event"] == "child_ready":
+            say(f"{event['name']} is ready")
+    raise StackError(f"the supervisor ended before the stack was ready; see {place.log('supervisor')}")
+
+
+def _abort(events: IO[str], place: Home) -> None:
+    """Stop a supervisor and wait for its end, which closes the pipe."""
+    if place.supervisor_pid() is None:
+        # It has not come so far; its first line follows the recording of its id.
+        events.readline()
+    supervisor = place.supervisor_pid()
+    if supervisor is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(supervisor, signal.SIGTERM)
+    events.read()
+
+
+def _run_step(place: Home, name: str, command: tuple[str, ...], env: Mapping[str, str]) -> str:
+    """Run a command to its end, its stderr into its log. Returns its stdout."""
+    path = place.log(name)
+    start = path.stat().st_size if path.exists() else 0
+    with path.open("ab") as log:
+        done = subprocess.run(command, env=env, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=log, text=True)
+    if done.returncode != 0:
+        raise StackError(f"{name} failed:\n{log_tail(path, start)}")
+    return done.stdout
+
+
+def _known_pids(place: Home) -> dict[str, int]:
+    try:
+        return connections.read(place.connection_file).pids
+    except NoConnection:
+        return {}
+
+
+def _group_exists(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except (ProcessLookupError, PermissionError):
+        # A group of that number that is not ours is another user's by now.
+        return False
+    return True
