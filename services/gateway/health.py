@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from starlette.concurrency import run_in_threadpool
 
-from shared.jobs.notification import Doorbell
+from shared.jobs.notification import NotificationQueue
 from shared.storage.database import Database
 
 FRESH_SECONDS = 1.0
@@ -15,9 +15,11 @@ FRESH_SECONDS = 1.0
 class Pulse:
     """Health is asked for without a key, and a server that is away takes seconds to not answer."""
 
-    def __init__(self, database: Database, doorbell: Doorbell, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, database: Database, notifications: NotificationQueue, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._database = database
-        self._doorbell = doorbell
+        self._notifications = notifications
         self._clock = clock
         self._lock = asyncio.Lock()
         self._felt_at = float("-inf")
@@ -28,6 +30,6 @@ class Pulse:
         async with self._lock:
             if self._clock() - self._felt_at >= FRESH_SECONDS:
                 database = await run_in_threadpool(self._database.alive)
-                redis = await run_in_threadpool(self._doorbell.pending) is not None
+                redis = await run_in_threadpool(self._notifications.pending) is not None
                 self._felt, self._felt_at = (database, redis), self._clock()
             return self._felt

@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.jobs.notification import Doorbell
+from shared.jobs.notification import NotificationQueue
 from shared.jobs.spec import State
 from shared.storage.database import Database
 from shared.storage.tables import jobs
@@ -45,15 +45,15 @@ class Metrics:
     def prefetched(self, outcome: str) -> None:
         self._prefetches.labels(outcome).inc()
 
-    def watch(self, database: Database, doorbell: Doorbell) -> None:
+    def watch(self, database: Database, notifications: NotificationQueue) -> None:
         """Add what is known outside this process."""
-        self.registry.register(_Outside(database, doorbell))
+        self.registry.register(_Outside(database, notifications))
 
 
 class _Outside(Collector):
-    def __init__(self, database: Database, doorbell: Doorbell) -> None:
+    def __init__(self, database: Database, notifications: NotificationQueue) -> None:
         self._database = database
-        self._doorbell = doorbell
+        self._notifications = notifications
 
     def describe(self) -> list[Metric]:
         # Registering must not ask SQL.
@@ -66,7 +66,7 @@ class _Outside(Collector):
             up.add_metric(["database"], 1)
         except SQLAlchemyError:
             up.add_metric(["database"], 0)
-        pending = self._doorbell.pending()
+        pending = self._notifications.pending()
         up.add_metric(["redis"], 0 if pending is None else 1)
         yield up
         if pending is not None:

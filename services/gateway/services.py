@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from services.gateway.background.garbage_collector import Sweeper
-from services.gateway.background.notifier import Ringer
+from services.gateway.background.garbage_collector import GarbageCollector
+from services.gateway.background.notifier import Notifier
 from services.gateway.background.prefetcher import Prefetcher
 from services.gateway.background.reaper import Reaper
 from services.gateway.bases.facts import PreparedBases
@@ -23,7 +23,7 @@ from services.gateway.models.store import ModelStore
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import Catalogue, load_catalogue
 from shared.jobs.leases import Leases
-from shared.jobs.notification import Doorbell
+from shared.jobs.notification import NotificationQueue
 from shared.jobs.store import JobStore
 from shared.logs import get_logger
 from shared.storage.artifacts import ArtifactStore, LocalArtifactStore
@@ -46,8 +46,8 @@ class Services:
     resolver: JobResolver
     tokenizers: Tokenizers
     leases: Leases
-    doorbell: Doorbell
-    ringer: Ringer
+    notifications: NotificationQueue
+    notifier: Notifier
     pulse: Pulse
     models: ModelStore
     replicas: Replicas
@@ -66,10 +66,10 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
     async with AsyncExitStack() as stack:
         database = Database(settings.sql_url)
         stack.callback(database.close)
-        doorbell = Doorbell(settings.redis_url)
-        stack.callback(doorbell.close)
+        notifications = NotificationQueue(settings.redis_url)
+        stack.callback(notifications.close)
         client = await stack.enter_async_context(inference_client(settings.inference_timeout))
-        metrics.watch(database, doorbell)
+        metrics.watch(database, notifications)
         leases = Leases(database)
         artifacts = LocalArtifactStore(settings.artifacts_root)
         bases = PreparedBases(artifacts)
@@ -86,17 +86,17 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             resolver=JobResolver(catalogue, bases),
             tokenizers=Tokenizers(artifacts),
             leases=leases,
-            doorbell=doorbell,
-            ringer=Ringer(doorbell),
-            pulse=Pulse(database, doorbell),
+            notifications=notifications,
+            notifier=Notifier(notifications),
+            pulse=Pulse(database, notifications),
             models=ModelStore(database, catalogue),
             replicas=Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value()),
             metrics=metrics,
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
-        reaper = Reaper(leases, doorbell, silence=settings.lease_seconds)
-        for thread in (services.ringer, reaper, Sweeper(database, artifacts, services.answers.forget)):
+        reaper = Reaper(leases, notifications, silence=settings.lease_seconds)
+        for thread in (services.notifier, reaper, GarbageCollector(database, artifacts, services.answers.forget)):
             thread.start()
             stack.callback(thread.stop)
         if settings.inference_urls:

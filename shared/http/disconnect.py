@@ -25,11 +25,11 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return task.result()
         raise ClientDisconnect
     finally:
-        await give_up(task)
-        await give_up(watch)
+        await abort(task)
+        await abort(watch)
 
 
-async def give_up(task: "asyncio.Future[Any]") -> None:
+async def abort(task: "asyncio.Future[Any]") -> None:
     """Cancel what still runs, and wait for its end; how it ends is nobody's affair any more."""
     if not task.done():
         task.cancel()

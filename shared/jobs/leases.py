@@ -25,13 +25,17 @@ from shared.jobs.rows import (
     seconds_of,
     select_checkpoints,
 )
-from shared.jobs.spec import LEASED, JobFault, Phase, Progress, State, TrainingReport, Wish
+from shared.jobs.spec import LEASED, JobFault, Phase, Progress, RequestedAction, State, TrainingReport
 from shared.storage.artifacts import new_id
 from shared.storage.database import Database
 from shared.storage.tables import adapters, checkpoints, jobs
 
 MAX_LOSSES = 3
-_WISHES = {State.RUNNING: Wish.NONE, State.PAUSING: Wish.PAUSE, State.CANCELLING: Wish.CANCEL}
+_REQUESTED_ACTIONS = {
+    State.RUNNING: RequestedAction.NONE,
+    State.PAUSING: RequestedAction.PAUSE,
+    State.CANCELLING: RequestedAction.CANCEL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class SignOfLife:
+class Heartbeat:
     """What a reaper watches: a pair that does not change belongs to a lost worker."""
 
     job_id: str
@@ -94,7 +98,7 @@ class Leases:
             job = read_job(connection, job_id)
             return Lease(job, job.lease_token, worker)
 
-    def renew(self, lease: Lease) -> Wish:
+    def renew(self, lease: Lease) -> RequestedAction:
         """Show life, and learn what the job's owner wishes.
 
         Raises:
@@ -105,7 +109,7 @@ class Leases:
             state = connection.execute(statement).scalar()
         if state is None:
             raise LeaseLost(f"the lease on {lease.job.id} is gone")
-        return _WISHES[State(state)]
+        return _REQUESTED_ACTIONS[State(state)]
 
     def record(
         self,
@@ -225,7 +229,7 @@ class Leases:
         with self._database.write() as connection:
             self._change(connection, lease, *self._failure(fault))
 
-    def let_go(self, lease: Lease, message: str) -> State:
+    def release(self, lease: Lease, message: str) -> State:
         """Give the job back after saving: paused or cancelled if that was the wish, else queued for the next worker.
 
         Returns:
@@ -243,11 +247,11 @@ class Leases:
             self._change(connection, lease, values, [NewEvent(message)])
         return target
 
-    def signs_of_life(self) -> list[SignOfLife]:
+    def heartbeats(self) -> list[Heartbeat]:
         """One for every job a worker holds."""
         query = select(jobs.c.id, jobs.c.lease_token, jobs.c.renewals).where(jobs.c.state.in_(LEASED))
         with self._database.read() as connection:
-            return [SignOfLife(*row) for row in connection.execute(query)]
+            return [Heartbeat(*row) for row in connection.execute(query)]
 
     def check_writable(self) -> None:
         """Open a write transaction and end it without a change; what keeps workers from writing keeps it waiting too.
@@ -263,7 +267,7 @@ class Leases:
         with self._database.read() as connection:
             return connection.execute(select(func.count()).where(jobs.c.state == State.QUEUED)).scalar_one()
 
-    def expire(self, seen: SignOfLife) -> bool:
+    def expire(self, seen: Heartbeat) -> bool:
         """Take a job from a worker that shows no life, unless it has shown some since `seen`.
 
         A wish that the worker did not live to fulfil is fulfilled here: nobody who asked for a cancel wants a new
@@ -274,19 +278,19 @@ class Leases:
         """
         held = [jobs.c.id == seen.job_id, jobs.c.lease_token == seen.token, jobs.c.renewals == seen.renewals]
         with self._database.write() as connection:
-            return self._lose(connection, seen.job_id, held, "was lost")
+            return self._requeue(connection, seen.job_id, held, "was lost")
 
-    def lose(self, lease: Lease, reason: str) -> None:
+    def requeue(self, lease: Lease, reason: str) -> None:
         """Give a job back after a fault of this system (disk full, a bug): it counts as a loss, and is tried again.
 
         Raises:
             LeaseLost: see `renew`.
         """
         with self._database.write() as connection:
-            if not self._lose(connection, lease.job.id, _held(lease), f"could not go on: {reason}"):
+            if not self._requeue(connection, lease.job.id, _held(lease), f"could not go on: {reason}"):
                 raise LeaseLost(f"the lease on {lease.job.id} is gone")
 
-    def _lose(self, connection: Connection, job_id: str, held: Sequence[Any], what: str) -> bool:
+    def _requeue(self, connection: Connection, job_id: str, held: Sequence[Any], what: str) -> bool:
         c = jobs.c
         query = select(c.state, c.losses, c.worker, c.checkpoint_step).where(*held, c.state.in_(LEASED))
         row = connection.execute(query.with_for_update()).one_or_none()

@@ -1,7 +1,7 @@
-"""HOP 1: the doorbell between gateway and trainer. A Celery message without content; the SQL row is the truth.
+"""HOP 1: notifications from gateway to trainer. A Celery message without content; the SQL row is the truth.
 
-Celery on Redis alone loses and doubles jobs of hours (visibility timeout, early acks, BRPOP). So a ring only says "look
-into the database": it may be lost, doubled or come too late, and nothing is lost with it. JSON only, acknowledged
+Celery on Redis alone loses and doubles jobs of hours (visibility timeout, early acks, BRPOP). So a notification only
+says "look into the database": it may be lost, doubled or late, and nothing is lost with it. JSON only, acknowledged
 before the work, no result backend.
 """
 
@@ -13,12 +13,13 @@ from redis.exceptions import RedisError
 from shared.logs import get_logger
 
 QUEUE = "tunesmith"
-RING = "tunesmith.ring"
+# The name on the wire, which gateways and workers of different versions share.
+NOTIFY = "tunesmith.ring"
 SOCKET_TIMEOUT_SECONDS = 5
 
 
 def celery_app(redis_url: str) -> Celery:
-    """The Celery application on both ends of the bell."""
+    """The Celery application on both ends of the queue."""
     app = Celery("tunesmith", broker=redis_url)
     app.conf.update(
         accept_content=["json"],
@@ -48,12 +49,12 @@ def celery_app(redis_url: str) -> Celery:
     return app
 
 
-class Doorbell:
-    """The gateway's end: rings, and counts rings nobody has heard yet."""
+class NotificationQueue:
+    """The gateway's end: sends notifications, and counts those that no worker has taken."""
 
     def __init__(self, redis_url: str) -> None:
         self._app = celery_app(redis_url)
-        # A ringer gives up soon, whether Redis refuses or is silent; a worker waits for it as long as it takes.
+        # A sender gives up soon, whether Redis refuses or is silent; a worker waits for it as long as it takes.
         self._app.conf.broker_transport_options |= {
             "socket_timeout": SOCKET_TIMEOUT_SECONDS,
             "max_retries": 1,
@@ -62,19 +63,19 @@ class Doorbell:
         self._redis = Redis.from_url(
             redis_url, socket_timeout=SOCKET_TIMEOUT_SECONDS, socket_connect_timeout=SOCKET_TIMEOUT_SECONDS
         )
-        self._log = get_logger("doorbell")
+        self._log = get_logger("notifications")
 
-    def ring(self) -> bool:
-        """Wake one worker. False if Redis is away: the reaper rings again until the job is claimed."""
+    def notify(self) -> bool:
+        """Wake one worker. False if Redis is away: the reaper notifies again until the job is claimed."""
         try:
-            self._app.send_task(RING, queue=QUEUE, ignore_result=True, retry=False)
+            self._app.send_task(NOTIFY, queue=QUEUE, ignore_result=True, retry=False)
         except (OperationalError, RedisError, OSError) as error:
-            self._log.warning("doorbell unheard", error=str(error))
+            self._log.warning("notification not sent", error=str(error))
             return False
         return True
 
     def pending(self) -> int | None:
-        """Rings that wait in Redis; None if Redis is away."""
+        """Notifications that wait in Redis; None if Redis is away."""
         try:
             return int(self._redis.llen(QUEUE))
         except (RedisError, OSError):

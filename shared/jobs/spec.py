@@ -74,7 +74,7 @@ class Phase(StrEnum):
     SAVING = "saving"
 
 
-class Wish(StrEnum):
+class RequestedAction(StrEnum):
     """What a worker is asked to do with the job it holds, read with every renewal."""
 
     NONE = "none"

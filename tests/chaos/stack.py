@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 from redis import Redis
 
-from services.gateway.background.reaper import SILENCE_SECONDS
-from shared.jobs.notification import Doorbell
+from services.gateway.background.reaper import LEASE_SECONDS
+from shared.jobs.notification import NotificationQueue
 from tests.site import Site
 from tests.stack_processes import clean_environment, wait_until
 from tests.tiny import write_catalogue, write_tiny_model
@@ -107,12 +107,12 @@ class Stack:
             client.flushall()
 
     def ring_three_times(self) -> None:
-        doorbell = Doorbell(self.connection.redis_url)
+        notifications = NotificationQueue(self.connection.redis_url)
         try:
             for _ in range(3):
-                doorbell.ring()
+                notifications.notify()
         finally:
-            doorbell.close()
+            notifications.close()
 
 
 FAULTS: dict[str, Callable[[Stack], None]] = {
@@ -149,7 +149,7 @@ def running_stack(home: Path, leases: Mapping[str, str] = SHORT_LEASES, disk: Pa
         url, key, database = connection.url, connection.api_key, connection.database_url
         site = Site(url, key, database, disk or home / "artifacts", lambda: tails(home / "logs"))
         stack.callback(site.close)
-        yield Stack(home, site, float(leases.get("TUNESMITH_LEASE_SECONDS", SILENCE_SECONDS)), disk)
+        yield Stack(home, site, float(leases.get("TUNESMITH_LEASE_SECONDS", LEASE_SECONDS)), disk)
 
 
 def tails(folder: Path, characters: int = 3000) -> str:

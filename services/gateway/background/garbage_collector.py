@@ -24,7 +24,7 @@ UNTOUCHED_SECONDS = 3600.0
 SWEEP_EVERY_SECONDS = 600.0
 
 
-class Sweeper:
+class GarbageCollector:
     """One sweep at a time over one artifacts folder.
 
     Args:
@@ -51,7 +51,7 @@ class Sweeper:
         self._thread: threading.Thread | None = None
         self._log = get_logger("sweeper")
 
-    def sweep(self) -> list[Path]:
+    def collect(self) -> list[Path]:
         """Remove everything unwanted. Returns what went."""
         # The folders are listed before SQL is asked: what appears in between is not in the list.
         candidates = list(self._old_folders())
@@ -105,7 +105,7 @@ class Sweeper:
     def _run(self) -> None:
         while not self._stop.wait(SWEEP_EVERY_SECONDS):
             try:
-                self.sweep()
+                self.collect()
                 self._forget()
             except Exception:
                 # The database or the mount may be away for a while; the next sweep sees.

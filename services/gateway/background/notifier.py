@@ -1,26 +1,26 @@
-"""Rings the doorbell beside the request, so that creating a job never waits for Redis."""
+"""Notifies workers beside the request, so that creating a job never waits for Redis."""
 
 import queue
 import threading
 
-from shared.jobs.notification import Doorbell
+from shared.jobs.notification import NotificationQueue
 
 
-class Ringer:
-    """A thread that rings once per call of `ring`.
+class Notifier:
+    """A thread that sends one notification per call of `notify`.
 
-    While Redis is away rings are dropped: the reaper makes up for them.
+    While Redis is away notifications are dropped: the reaper makes up for them.
     """
 
-    def __init__(self, doorbell: Doorbell) -> None:
-        self._doorbell = doorbell
+    def __init__(self, notifications: NotificationQueue) -> None:
+        self._notifications = notifications
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="ringer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Returns at once."""
         self._wanted.put(True)
 
@@ -33,4 +33,4 @@ class Ringer:
         while self._wanted.get():
             # After a failure, what has piled up meanwhile is passed over instead of waiting for Redis once each.
             if redis_is_there or self._wanted.empty():
-                redis_is_there = self._doorbell.ring()
+                redis_is_there = self._notifications.notify()

@@ -1,4 +1,4 @@
-"""Finds jobs whose worker shows no life and jobs whose doorbell nobody heard.
+"""Finds jobs whose worker shows no life and jobs whose notification no worker took.
 
 Runs in every gateway; all it does is idempotent.
 """
@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from shared.jobs.leases import Leases, SignOfLife
-from shared.jobs.notification import Doorbell
+from shared.jobs.leases import Heartbeat, Leases
+from shared.jobs.notification import NotificationQueue
 from shared.logs import get_logger
 
-SILENCE_SECONDS = 15.0
-RING_EVERY_SECONDS = 5.0
+LEASE_SECONDS = 15.0
+NOTIFY_EVERY_SECONDS = 5.0
 TICK_SECONDS = 1.0
 # A look that comes later than this after the last one says nothing about workers: this process, or the database, stood.
 LATE_SECONDS = 3.0
@@ -29,28 +29,28 @@ class Reaper:
     def __init__(
         self,
         leases: Leases,
-        doorbell: Doorbell,
+        notifications: NotificationQueue,
         *,
-        silence: float = SILENCE_SECONDS,
+        silence: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
-        self._doorbell = doorbell
+        self._notifications = notifications
         self._silence = silence
         self._clock = clock
-        self._first_seen: dict[SignOfLife, float] = {}
+        self._first_seen: dict[Heartbeat, float] = {}
         self._last_look = float("-inf")
-        self._last_ring = float("-inf")
+        self._last_notify = float("-inf")
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._log = get_logger("reaper")
 
     def tick(self) -> None:
-        """One look: take what is silent, then ring for what waits."""
+        """One look: take what is silent, then notify for what waits."""
         self._reap()
-        if self._clock() - self._last_ring >= RING_EVERY_SECONDS:
-            self._last_ring = self._clock()
-            self._ring()
+        if self._clock() - self._last_notify >= NOTIFY_EVERY_SECONDS:
+            self._last_notify = self._clock()
+            self._notify()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
@@ -66,7 +66,7 @@ class Reaper:
         late = self._clock() - self._last_look > LATE_SECONDS
         self._last_look = self._clock()
         # If this fails nothing has been seen: while the database is away no worker can show life in it.
-        signs = self._leases.signs_of_life()
+        signs = self._leases.heartbeats()
         now = self._clock()
         # A sign seen for the first time starts its own clock: after a restart or a late look nobody is reaped early.
         first_seen = {sign: now if late else seen.get(sign, now) for sign in signs}
@@ -77,7 +77,7 @@ class Reaper:
             # If this fails `_first_seen` is still empty: workers could not write either, and get their full time again.
             if self._leases.expire(sign):
                 self._log.warning("worker lost", job_id=sign.job_id, lease_token=sign.token)
-                self._doorbell.ring()
+                self._notifications.notify()
         self._first_seen = first_seen
 
     def _writes_work(self) -> bool:
@@ -86,11 +86,11 @@ class Reaper:
         self._leases.check_writable()
         return self._clock() - started < LATE_SECONDS
 
-    def _ring(self) -> None:
+    def _notify(self) -> None:
         waiting = self._leases.queued()
-        pending = self._doorbell.pending() if waiting else None
+        pending = self._notifications.pending() if waiting else None
         for _ in range(max(0, waiting - pending) if pending is not None else 0):
-            self._doorbell.ring()
+            self._notifications.notify()
 
     def _run(self) -> None:
         while not self._stop.wait(TICK_SECONDS):

@@ -63,7 +63,7 @@ def create_fine_tuning_job(services: Using, project: Project, attempts: Attempts
             )
     except Answered as twin:
         return answered(twin.answer, again=True)
-    services.ringer.ring()
+    services.notifier.notify()
     return answered(_answer(job))
 
 
@@ -101,7 +101,7 @@ def pause_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> J
 def resume_fine_tuning_job(services: Using, project: Project, job_id: JobId) -> JobJson:
     """Queue a paused job again; it goes on from its newest checkpoint."""
     job = services.jobs.resume(project, job_id)
-    services.ringer.ring()
+    services.notifier.notify()
     return job_json(job)
 
 

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shared.http.disconnect import give_up, while_connected
+from shared.http.disconnect import abort, while_connected
 
 KEEP_ALIVE_SECONDS = 15.0
 
@@ -59,5 +59,5 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
                 upcoming = asyncio.ensure_future(anext(self._events, None))
         finally:
-            await give_up(upcoming)
+            await abort(upcoming)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

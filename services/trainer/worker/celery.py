@@ -11,7 +11,7 @@ from typing import Any
 from celery.signals import setup_logging, worker_shutting_down
 
 from services.trainer.settings import TrainerSettings
-from shared.jobs.notification import RING, celery_app
+from shared.jobs.notification import NOTIFY, celery_app
 from shared.logs import configure_logging
 from shared.openmp import spin_briefly
 
@@ -35,8 +35,8 @@ def _hand_over(**_: object) -> None:
     _handover[0] = 1
 
 
-@app.task(name=RING, ignore_result=True)
-def ring() -> None:
+@app.task(name=NOTIFY, ignore_result=True)
+def notify() -> None:
     """Work off every queued job, then wait for the next ring."""
     global _worker
     if _worker is None:

@@ -13,11 +13,11 @@ from typing import Any, Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.contract import EventType, Level
-from services.trainer.worker.retry import patiently
+from services.trainer.worker.retry import with_retries
 from shared.errors import LeaseLost
 from shared.jobs.leases import Lease, Leases
 from shared.jobs.rows import NewEvent
-from shared.jobs.spec import Phase, Progress, Wish
+from shared.jobs.spec import Phase, Progress, RequestedAction
 from shared.logs import get_logger
 
 PROGRESS_SECONDS = 0.5
@@ -56,7 +56,7 @@ class LeaseSession:
         self._progress: Progress | None = None
         self._untold: list[NewEvent] = []
         self._steps: deque[float] = deque(maxlen=101)
-        self._wish = Wish.NONE
+        self._wish = RequestedAction.NONE
         self._lost = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
@@ -72,7 +72,7 @@ class LeaseSession:
 
     def phase(self, phase: Phase) -> None:
         self._moved = self._clock()
-        patiently(lambda: self._leases.record(self._lease, phase=phase), give_up=self._handover)
+        with_retries(lambda: self._leases.record(self._lease, phase=phase), abort=self._handover)
         if phase is Phase.TRAINING and self._training_since is None:
             self._training_since = self._clock()
 
@@ -113,22 +113,22 @@ class LeaseSession:
         self._moved = self._clock()
         if self._lost:
             raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
-        return self._wish is not Wish.NONE or self._handover()
+        return self._wish is not RequestedAction.NONE or self._handover()
 
     def reserve_adapter(self) -> str:
-        return patiently(lambda: self._leases.reserve_adapter(self._lease), give_up=self._handover)
+        return with_retries(lambda: self._leases.reserve_adapter(self._lease), abort=self._handover)
 
     def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
         self._moved = self._clock()
-        patiently(
-            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), give_up=self._handover
+        with_retries(
+            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), abort=self._handover
         )
 
     def flush(self) -> None:
         """Write what was held back."""
         if self._progress is not None or self._untold:
             news, progress = self._untold, self._progress
-            patiently(lambda: self._leases.record(self._lease, news, progress=progress), give_up=self._handover)
+            with_retries(lambda: self._leases.record(self._lease, news, progress=progress), abort=self._handover)
             self._progress, self._untold = None, []
 
     def _write(self, *news: NewEvent) -> None:

@@ -12,7 +12,7 @@ from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.memory import FreeMemory, free_bytes
 from services.trainer.worker.lease_session import LeaseSession
-from services.trainer.worker.retry import patiently
+from services.trainer.worker.retry import with_retries
 from shared.errors import JobFailed, LeaseLost, TunesmithError
 from shared.jobs.leases import Lease, Leases
 from shared.jobs.spec import JobFault
@@ -78,7 +78,7 @@ class Worker:
             self._log.exception("training broke off")
             # Where it broke off, LoRA may be half attached.
             self._bases.discard()
-            self._lose(lease, f"{type(error).__name__}: {error}")
+            self._requeue(lease, f"{type(error).__name__}: {error}")
 
     def _train(self, lease: Lease) -> Outcome:
         checkpoints = self._leases.checkpoints(lease)
@@ -100,12 +100,12 @@ class Worker:
 
     def _end(self, lease: Lease, outcome: Outcome) -> None:
         if isinstance(outcome, Finished):
-            patiently(lambda: self._leases.succeed(lease, outcome.adapter_id, outcome.report), give_up=self._handover)
+            with_retries(lambda: self._leases.succeed(lease, outcome.adapter_id, outcome.report), abort=self._handover)
             ended = True
         else:
             step = outcome.step
             kept = f"the checkpoint of step {step} is kept" if step else "no new step was done"
-            ended = self._leases.let_go(lease, f"Stopped on worker {self._name}: {kept}").final
+            ended = self._leases.release(lease, f"Stopped on worker {self._name}: {kept}").final
         self._log.info("let go", outcome=type(outcome).__name__)
         if ended:
             self._store.remove(self._store.checkpoints(lease.job.id))
@@ -118,11 +118,11 @@ class Worker:
             self._store.remove(self._store.checkpoints(lease.job.id))
         else:
             self._log.error("system fault", code=error.code, error=error.message)
-            self._lose(lease, error.message)
+            self._requeue(lease, error.message)
 
-    def _lose(self, lease: Lease, reason: str) -> None:
+    def _requeue(self, lease: Lease, reason: str) -> None:
         try:
-            self._leases.lose(lease, reason[:500])
+            self._leases.requeue(lease, reason[:500])
         except (LeaseLost, SQLAlchemyError) as error:
             # The reaper will find the job silent.
             self._log.warning("could not give the job back", error=str(error))

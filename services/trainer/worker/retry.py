@@ -14,13 +14,13 @@ RETRY_SECONDS = 1.0
 T = TypeVar("T")
 
 
-def patiently(write: Callable[[], T], *, give_up: Callable[[], bool] = lambda: False) -> T:
+def with_retries(write: Callable[[], T], *, abort: Callable[[], bool] = lambda: False) -> T:
     """The result of `write`, repeated while the database is away; hours of training are worth minutes of waiting.
 
     A commit whose answer was lost is made twice, so `write` must be one that may be.
 
     Args:
-        give_up: true when there is no time to wait (shutdown).
+        abort: true when there is no time to wait (shutdown).
 
     Raises:
         SQLAlchemyError: the database was away for too long, or objects.
@@ -30,7 +30,7 @@ def patiently(write: Callable[[], T], *, give_up: Callable[[], bool] = lambda: F
         try:
             return write()
         except (OperationalError, InterfaceError) as error:
-            if give_up() or time.monotonic() > deadline:
+            if abort() or time.monotonic() > deadline:
                 raise
             get_logger("patience").warning("the database does not answer; trying again", error=str(error))
         time.sleep(RETRY_SECONDS)

@@ -8,9 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import select
 
 from shared.errors import InvalidRequest, LeaseLost
-from shared.jobs.leases import MAX_LOSSES, Lease, Leases, SignOfLife
+from shared.jobs.leases import MAX_LOSSES, Heartbeat, Lease, Leases
 from shared.jobs.rows import NewEvent
-from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, State, TrainingReport, Wish
+from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, RequestedAction, State, TrainingReport
 from shared.jobs.store import JobStore
 from shared.storage.database import Database
 from shared.storage.tables import adapters, events, jobs
@@ -60,7 +60,7 @@ def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases
     job = store.create("default", spec)
     lease = claimed(leases)
     adapter = leases.reserve_adapter(lease)
-    (sign,) = leases.signs_of_life()
+    (sign,) = leases.heartbeats()
     assert leases.expire(sign)
     before = store.events("default", job.id).items
     for write in (
@@ -70,7 +70,7 @@ def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases
         lambda: leases.commit_checkpoint(lease, 1, adapter, {}),
         lambda: leases.succeed(lease, adapter, REPORT),
         lambda: leases.fail(lease, JobFault(code="x", message="late")),
-        lambda: leases.let_go(lease, "late"),
+        lambda: leases.release(lease, "late"),
     ):
         with pytest.raises(LeaseLost):
             write()
@@ -82,7 +82,7 @@ def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases
 def test_an_adapter_of_an_earlier_lease_cannot_be_published(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     store.create("default", spec)
     stale = leases.reserve_adapter(claimed(leases))
-    leases.expire(leases.signs_of_life()[0])
+    leases.expire(leases.heartbeats()[0])
     with pytest.raises(LeaseLost):
         leases.succeed(claimed(leases), stale, REPORT)
 
@@ -90,10 +90,10 @@ def test_an_adapter_of_an_earlier_lease_cannot_be_published(store: JobStore, lea
 def test_life_shown_in_time_keeps_the_lease(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     store.create("default", spec)
     lease = claimed(leases)
-    (seen,) = leases.signs_of_life()
+    (seen,) = leases.heartbeats()
     leases.renew(lease)
     assert not leases.expire(seen)
-    assert leases.renew(lease) is Wish.NONE
+    assert leases.renew(lease) is RequestedAction.NONE
 
 
 def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases: Leases, spec: JobSpec) -> None:
@@ -101,13 +101,13 @@ def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases:
     for step in range(1, 6):
         lease = claimed(leases)
         leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {})
-        leases.expire(leases.signs_of_life()[0])
+        leases.expire(leases.heartbeats()[0])
     assert store.get("default", job.id).losses == 1
     for _ in range(MAX_LOSSES - 1):
         # The same step again is no progress.
         lease = claimed(leases)
         leases.commit_checkpoint(lease, 5, leases.reserve_adapter(lease), {})
-        leases.expire(leases.signs_of_life()[0])
+        leases.expire(leases.heartbeats()[0])
     failed = store.get("default", job.id)
     assert failed.state is State.FAILED
     assert failed.fault is not None
@@ -118,16 +118,16 @@ def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases:
 def test_handing_over_counts_no_loss(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     for _ in range(5):
-        assert leases.let_go(claimed(leases), "the worker is stopping") is State.QUEUED
+        assert leases.release(claimed(leases), "the worker is stopping") is State.QUEUED
     assert store.get("default", job.id).losses == 0
 
 
 def test_a_fault_of_the_system_is_tried_again_and_counts(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
-    leases.lose(lease, "OSError: {no space} left")
+    leases.requeue(lease, "OSError: {no space} left")
     with pytest.raises(LeaseLost):
-        leases.lose(lease, "again")
+        leases.requeue(lease, "again")
     assert (store.get("default", job.id).state, store.get("default", job.id).losses) == (State.QUEUED, 1)
     assert "OSError: {no space} left" in store.events("default", job.id, limit=2).items[1].message
 
@@ -141,16 +141,16 @@ def test_a_wish_is_fulfilled_with_or_without_its_worker(
     lease = claimed(leases)
     getattr(store, wish)("default", job.id)
     if lost:
-        leases.expire(leases.signs_of_life()[0])
+        leases.expire(leases.heartbeats()[0])
     else:
-        leases.let_go(lease, "as asked")
+        leases.release(lease, "as asked")
     assert store.get("default", job.id).state is end
 
 
 def test_what_stops_a_job_for_good_is_said(store: JobStore, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     for _ in range(MAX_LOSSES):
-        leases.lose(claimed(leases), "OSError: [Errno 28] No space left on device")
+        leases.requeue(claimed(leases), "OSError: [Errno 28] No space left on device")
     fault = store.get("default", job.id).fault
     assert fault is not None
     assert fault.message.endswith(
@@ -175,7 +175,7 @@ def test_a_step_committed_again_keeps_its_adapter(store: JobStore, leases: Lease
     lease = claimed(leases)
     first = leases.reserve_adapter(lease)
     assert leases.commit_checkpoint(lease, 3, first, {"train_loss": 1.5}) == first
-    leases.expire(leases.signs_of_life()[0])
+    leases.expire(leases.heartbeats()[0])
     lease = claimed(leases)
     assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {}) == first
     (checkpoint,) = store.checkpoints("default", job.id).items
@@ -196,7 +196,7 @@ def _work(url: str, worker: str) -> list[str]:
         turn += 1
         leases.record(lease, [NewEvent("step")], progress=Progress(step=turn))
         if turn % 4 == 0 and lease.job.losses == 0:
-            leases.expire(SignOfLife(lease.job.id, lease.token, 0))
+            leases.expire(Heartbeat(lease.job.id, lease.token, 0))
             continue
         leases.renew(lease)
         leases.succeed(lease, leases.reserve_adapter(lease), REPORT)
@@ -239,7 +239,7 @@ class JobLife(RuleBasedStateMachine):
         # Each example has a project of its own and empties the queue before it begins.
         while (lease := self.leases.claim("sweep")) is not None:
             self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
-        for sign in self.leases.signs_of_life():
+        for sign in self.leases.heartbeats():
             self.leases.expire(sign)
         while (lease := self.leases.claim("sweep")) is not None:
             self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
@@ -275,7 +275,7 @@ class JobLife(RuleBasedStateMachine):
             elif action == "record":
                 self.leases.record(lease, [NewEvent("x")])
             elif action == "let_go":
-                self.leases.let_go(lease, "x")
+                self.leases.release(lease, "x")
             elif action == "fail":
                 self.leases.fail(lease, JobFault(code="x", message="x"))
             else:
@@ -287,7 +287,7 @@ class JobLife(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        for sign in self.leases.signs_of_life():
+        for sign in self.leases.heartbeats():
             assert self.leases.expire(sign)
 
     @invariant()

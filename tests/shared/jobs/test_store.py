@@ -2,7 +2,7 @@ import pytest
 
 from shared.errors import InvalidRequest, NotFound
 from shared.jobs.leases import Leases
-from shared.jobs.spec import JobSpec, State, Wish
+from shared.jobs.spec import JobSpec, RequestedAction, State
 from shared.jobs.store import JobStore
 
 
@@ -60,11 +60,11 @@ def test_what_runs_is_asked(store: JobStore, leases: Leases, spec: JobSpec) -> N
     job = store.create("default", spec)
     lease = leases.claim("w")
     assert lease is not None
-    assert leases.renew(lease) is Wish.NONE
+    assert leases.renew(lease) is RequestedAction.NONE
     assert store.pause("default", job.id).state is State.PAUSING
-    assert leases.renew(lease) is Wish.PAUSE
+    assert leases.renew(lease) is RequestedAction.PAUSE
     assert store.cancel("default", job.id).state is State.CANCELLING
-    assert leases.renew(lease) is Wish.CANCEL
+    assert leases.renew(lease) is RequestedAction.CANCEL
     with pytest.raises(InvalidRequest, match="cancelling"):
         store.pause("default", job.id)
 

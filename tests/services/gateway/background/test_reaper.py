@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from services.gateway.background.reaper import LATE_SECONDS, RING_EVERY_SECONDS, SILENCE_SECONDS, Reaper
-from shared.jobs.leases import MAX_LOSSES, Lease, Leases, SignOfLife
-from shared.jobs.notification import Doorbell
+from services.gateway.background.reaper import LATE_SECONDS, LEASE_SECONDS, NOTIFY_EVERY_SECONDS, Reaper
+from shared.jobs.leases import MAX_LOSSES, Heartbeat, Lease, Leases
+from shared.jobs.notification import NotificationQueue
 from shared.jobs.spec import JobSpec, State
 from shared.jobs.store import JobStore
 from shared.storage.database import Database, migrate
@@ -31,7 +31,7 @@ class Clock:
 class Scene:
     store: JobStore
     leases: Leases
-    doorbell: Doorbell
+    notifications: NotificationQueue
     clock: Clock
     reaper: Reaper
 
@@ -56,17 +56,17 @@ class Scene:
 def scene(tmp_path: Path, redis_url: str) -> Iterator[Scene]:
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
-    database, doorbell, clock = Database(url), Doorbell(redis_url), Clock()
+    database, notifications, clock = Database(url), NotificationQueue(redis_url), Clock()
     leases = Leases(database)
-    yield Scene(JobStore(database), leases, doorbell, clock, Reaper(leases, doorbell, clock=clock))
-    doorbell.close()
+    yield Scene(JobStore(database), leases, notifications, clock, Reaper(leases, notifications, clock=clock))
+    notifications.close()
     database.close()
 
 
 def test_a_worker_that_renews_keeps_its_job(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    scene.pass_time(10 * SILENCE_SECONDS, alive=lease)
+    scene.pass_time(10 * LEASE_SECONDS, alive=lease)
     assert scene.state(lease) is State.RUNNING
 
 
@@ -74,11 +74,11 @@ def test_a_silent_workers_job_goes_to_the_next_one(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
     scene.reaper.tick()
-    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.pass_time(LEASE_SECONDS - 1)
     assert scene.state(lease) is State.RUNNING
     scene.pass_time(1)
     assert scene.state(lease) is State.QUEUED
-    assert scene.doorbell.pending() == 1
+    assert scene.notifications.pending() == 1
     again = scene.claimed()
     assert (again.job.id, again.job.attempt) == (lease.job.id, 2)
     assert again.token > lease.token
@@ -91,9 +91,9 @@ def test_one_sign_of_life_starts_the_count_again(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
     scene.reaper.tick()
-    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.pass_time(LEASE_SECONDS - 1)
     scene.leases.renew(lease)
-    scene.pass_time(SILENCE_SECONDS)
+    scene.pass_time(LEASE_SECONDS)
     assert scene.state(lease) is State.RUNNING
     scene.pass_time(1)
     assert scene.state(lease) is State.QUEUED
@@ -110,8 +110,8 @@ def test_a_reaper_that_starts_gives_everybody_its_full_time(scene: Scene) -> Non
 def test_two_reapers_take_a_job_once(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    other = Reaper(scene.leases, scene.doorbell, clock=scene.clock)
-    for _ in range(int(SILENCE_SECONDS) + 2):
+    other = Reaper(scene.leases, scene.notifications, clock=scene.clock)
+    for _ in range(int(LEASE_SECONDS) + 2):
         scene.clock.now += 1
         scene.reaper.tick()
         other.tick()
@@ -124,7 +124,7 @@ def test_a_job_that_kills_its_workers_fails_and_the_queue_goes_on(scene: Scene) 
     healthy = scene.store.create("default", SPEC)
     for _ in range(MAX_LOSSES):
         assert scene.claimed().job.id == poison.id
-        scene.pass_time(SILENCE_SECONDS + 1)
+        scene.pass_time(LEASE_SECONDS + 1)
     failed = scene.store.get("default", poison.id)
     assert failed.state is State.FAILED
     assert failed.fault is not None
@@ -137,18 +137,18 @@ def test_a_wish_its_worker_did_not_live_to_fulfil_is_fulfilled(scene: Scene, ver
     scene.store.create("default", SPEC)
     lease = scene.claimed()
     getattr(scene.store, verb)("default", lease.job.id)
-    scene.pass_time(SILENCE_SECONDS + 1)
+    scene.pass_time(LEASE_SECONDS + 1)
     assert scene.state(lease) is state
 
 
 def test_lost_rings_are_made_up_for_and_heard_ones_are_not_doubled(scene: Scene) -> None:
     for _ in range(3):
         scene.store.create("default", SPEC)
-    assert scene.doorbell.pending() == 0
+    assert scene.notifications.pending() == 0
     scene.pass_time(1)
-    assert scene.doorbell.pending() == 3
-    scene.pass_time(3 * RING_EVERY_SECONDS)
-    assert scene.doorbell.pending() == 3
+    assert scene.notifications.pending() == 3
+    scene.pass_time(3 * NOTIFY_EVERY_SECONDS)
+    assert scene.notifications.pending() == 3
 
 
 def test_a_flushed_redis_is_filled_again(scene: Scene, redis_url: str) -> None:
@@ -158,23 +158,23 @@ def test_a_flushed_redis_is_filled_again(scene: Scene, redis_url: str) -> None:
     scene.pass_time(1)
     with Redis.from_url(redis_url) as client:
         client.flushall()
-    scene.pass_time(RING_EVERY_SECONDS)
-    assert scene.doorbell.pending() == 1
+    scene.pass_time(NOTIFY_EVERY_SECONDS)
+    assert scene.notifications.pending() == 1
 
 
 def test_nothing_is_rung_for_an_empty_queue(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     scene.claimed()
-    scene.pass_time(RING_EVERY_SECONDS)
-    assert scene.doorbell.pending() == 0
+    scene.pass_time(NOTIFY_EVERY_SECONDS)
+    assert scene.notifications.pending() == 0
 
 
 def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
-    away = Doorbell("redis://127.0.0.1:9/0")
+    away = NotificationQueue("redis://127.0.0.1:9/0")
     reaper = Reaper(scene.leases, away, clock=scene.clock)
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    for _ in range(int(SILENCE_SECONDS) + 1):
+    for _ in range(int(LEASE_SECONDS) + 1):
         reaper.tick()
         scene.clock.now += 1
     away.close()
@@ -187,17 +187,17 @@ def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch:
     lease = scene.claimed()
     scene.reaper.tick()
 
-    def away() -> list[SignOfLife]:
+    def away() -> list[Heartbeat]:
         raise OSError("the database is away")
 
     with monkeypatch.context() as while_away:
-        while_away.setattr(scene.leases, "signs_of_life", away)
-        scene.clock.now += 10 * SILENCE_SECONDS
+        while_away.setattr(scene.leases, "heartbeats", away)
+        scene.clock.now += 10 * LEASE_SECONDS
         with pytest.raises(OSError, match="away"):
             scene.reaper.tick()
     scene.reaper.tick()
     assert scene.state(lease) is State.RUNNING
-    scene.pass_time(SILENCE_SECONDS)
+    scene.pass_time(LEASE_SECONDS)
     assert scene.state(lease) is State.QUEUED
 
 
@@ -205,11 +205,11 @@ def test_a_late_look_says_nothing_about_workers(scene: Scene) -> None:
     """The gateway was stopped, or waited for the database: workers may have shown life, or could not."""
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.pass_time(LEASE_SECONDS - 1)
     scene.clock.now += 60
     scene.reaper.tick()
     assert scene.state(lease) is State.RUNNING
-    scene.pass_time(SILENCE_SECONDS - 1)
+    scene.pass_time(LEASE_SECONDS - 1)
     assert scene.state(lease) is State.RUNNING
     scene.pass_time(1)
     assert scene.state(lease) is State.QUEUED
@@ -219,7 +219,7 @@ def test_after_an_outage_of_writes_workers_get_their_full_time_again(scene: Scen
     """Reads answer and writes do not: a stopped process holds the lock, or the database's disk is full."""
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    scene.pass_time(SILENCE_SECONDS)
+    scene.pass_time(LEASE_SECONDS)
     holder = sqlite3.connect(tmp_path / "tunesmith.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     scene.clock.now += 1
@@ -227,7 +227,7 @@ def test_after_an_outage_of_writes_workers_get_their_full_time_again(scene: Scen
         scene.reaper.tick()
     holder.execute("ROLLBACK")
     holder.close()
-    scene.pass_time(SILENCE_SECONDS, alive=lease)
+    scene.pass_time(LEASE_SECONDS, alive=lease)
     assert scene.state(lease) is State.RUNNING
     assert scene.store.get("default", lease.job.id).losses == 0
 
@@ -236,7 +236,7 @@ def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest
     """Whatever held the reaper's write back held the workers' renewals back as well."""
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    scene.pass_time(SILENCE_SECONDS)
+    scene.pass_time(LEASE_SECONDS)
 
     def slow() -> None:
         scene.clock.now += LATE_SECONDS
@@ -246,7 +246,7 @@ def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest
         scene.clock.now += 1
         scene.reaper.tick()
     assert scene.state(lease) is State.RUNNING
-    scene.pass_time(SILENCE_SECONDS + 1)
+    scene.pass_time(LEASE_SECONDS + 1)
     assert scene.state(lease) is State.QUEUED
 
 

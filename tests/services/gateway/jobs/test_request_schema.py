@@ -154,7 +154,7 @@ def test_what_is_wished_for_in_every_state(gateway: Gateway, file: str) -> None:
     assert wish(running, "resume").status_code == 400
     assert wish(running, "cancel").json()["state"] == "cancelling"
     assert wish(running, "pause").status_code == 400
-    leases.let_go(lease, "Stopped")
+    leases.release(lease, "Stopped")
     for verb, state in (("cancel", 200), ("pause", 400), ("resume", 400)):
         answer = wish(running, verb)
         assert answer.status_code == state

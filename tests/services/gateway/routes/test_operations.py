@@ -78,9 +78,9 @@ def test_without_redis_a_job_is_taken_at_once_and_rung_for_later(settings: Setti
         for _ in range(5):
             answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file}, timeout=3)
             assert answer.json()["status"] == "queued"
-        assert gateway.services.doorbell.pending() is None
+        assert gateway.services.notifications.pending() is None
         with ValkeyServer(port=port):
-            eventually(lambda: (gateway.services.doorbell.pending() or 0) >= 5)
+            eventually(lambda: (gateway.services.notifications.pending() or 0) >= 5)
 
 
 def test_a_database_that_is_away_is_503_until_it_is_back(settings: Settings) -> None:

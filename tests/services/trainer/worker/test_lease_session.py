@@ -78,7 +78,7 @@ def wait_for(leases: Renewals, times: int) -> None:
 def test_the_lease_is_renewed_beside_the_work(leases: Renewals, lease: Lease) -> None:
     with session(leases, lease, Clock()):
         wait_for(leases, 3)
-    assert leases.signs_of_life()[0].renewals >= 3
+    assert leases.heartbeats()[0].renewals >= 3
 
 
 @pytest.mark.parametrize("wish", ["pause", "cancel"])
@@ -97,7 +97,7 @@ def test_shutdown_is_seen_without_asking_the_database(leases: Renewals, lease: L
 def test_a_lost_lease_raises(leases: Renewals, lease: Lease) -> None:
     with session(leases, lease, Clock()) as line:
         wait_for(leases, 1)
-        while not leases.expire(leases.signs_of_life()[0]):
+        while not leases.expire(leases.heartbeats()[0]):
             pass
         leases.renewed.acquire(timeout=30)
         line._thread.join(30)

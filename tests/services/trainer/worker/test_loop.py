@@ -234,7 +234,7 @@ def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
     job = place.job(ROWS)
 
     def steal() -> bool:
-        signs = place.leases.signs_of_life()
+        signs = place.leases.heartbeats()
         return any(place.leases.expire(sign) for sign in signs if sign.token == 1) and False
 
     place.worker(handover=steal).work_off()

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from services.trainer.worker import retry as patience
-from services.trainer.worker.retry import patiently
+from services.trainer.worker.retry import with_retries
 
 
 @pytest.fixture(autouse=True)
@@ -28,21 +28,21 @@ def away(times: int, error: type[Exception] = OperationalError) -> tuple[list[in
 
 def test_it_waits_until_the_database_is_back() -> None:
     tries, write = away(5)
-    assert patiently(write) == "written"
+    assert with_retries(write) == "written"
     assert len(tries) == 6
 
 
 def test_what_the_database_objects_to_is_not_repeated() -> None:
     tries, write = away(5, IntegrityError)
     with pytest.raises(IntegrityError):
-        patiently(write)
+        with_retries(write)
     assert len(tries) == 1
 
 
 def test_at_a_shutdown_there_is_no_time() -> None:
     tries, write = away(5)
     with pytest.raises(OperationalError):
-        patiently(write, give_up=lambda: len(tries) == 2)
+        with_retries(write, abort=lambda: len(tries) == 2)
     assert len(tries) == 2
 
 
@@ -50,5 +50,5 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "PATIENCE_SECONDS", -1)
     tries, write = away(5)
     with pytest.raises(OperationalError):
-        patiently(write)
+        with_retries(write)
     assert len(tries) == 1
