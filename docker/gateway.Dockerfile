@@ -1,4 +1,4 @@
-# The gateway: HTTP, SQL and the doorbell. No torch.
+# The gateway: HTTP, SQL and notifications through Redis. No torch.
 FROM python:3.11-slim
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 WORKDIR /app

