@@ -13,9 +13,10 @@ from services.gateway.background.reaper import Reaper
 from services.gateway.bases.facts import PreparedBases
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
-from services.gateway.health import Pulse
+from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import Answers
 from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.inference.prober import Prober
 from services.gateway.inference.replicas import Replicas
 from services.gateway.jobs.resolution import JobResolver
 from services.gateway.metrics import Metrics
@@ -48,7 +49,7 @@ class Services:
     leases: Leases
     notifications: NotificationQueue
     notifier: Notifier
-    pulse: Pulse
+    health: HealthCache
     models: ModelStore
     replicas: Replicas
     metrics: Metrics
@@ -88,7 +89,7 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             leases=leases,
             notifications=notifications,
             notifier=Notifier(notifications),
-            pulse=Pulse(database, notifications),
+            health=HealthCache(database, notifications),
             models=ModelStore(database, catalogue),
             replicas=Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value()),
             metrics=metrics,
@@ -100,6 +101,9 @@ async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIte
             thread.start()
             stack.callback(thread.stop)
         if settings.inference_urls:
+            prober = Prober(services.replicas)
+            stack.push_async_callback(prober.stop)
+            await prober.start()
             prefetcher = Prefetcher(database, services.replicas, metrics.prefetched)
             prefetcher.start()
             stack.push_async_callback(prefetcher.stop)

@@ -54,7 +54,8 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
         version=VERSION,
         summary="Private API: generates with one base model and any of its adapters.",
         lifespan=lifespan,
-        middleware=[Middleware(RequestContext, observe=metrics.answered)],
+        # Every gateway asks for /info every other second.
+        middleware=[Middleware(RequestContext, observe=metrics.answered, unlogged=("/health", "/metrics", "/info"))],
         docs_url=None,
         redoc_url=None,
     )

@@ -121,11 +121,18 @@ class RequestContext:
 
     Args:
         observe: called with (method, route template, status, seconds) when an answer has been sent.
+        unlogged: beginnings of route templates that get no access line, since something asks for them all the time.
     """
 
-    def __init__(self, app: ASGIApp, observe: Callable[[str, str, int, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        observe: Callable[[str, str, int, float], None] | None = None,
+        unlogged: tuple[str, ...] = ("/health", "/metrics"),
+    ) -> None:
         self._app = app
         self._observe = observe
+        self._unlogged = unlogged
         self._log = get_logger("http")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,7 +168,7 @@ class RequestContext:
                 route = getattr(scope.get("route"), "path", "unmatched")
                 if self._observe:
                     self._observe(method, route, status, seconds)
-                if not route.startswith(("/health", "/metrics")):
+                if not route.startswith(self._unlogged):
                     self._log.info(
                         "request",
                         method=method,

@@ -85,7 +85,7 @@ class Prefetcher:
         for wait in self._waits:
             await asyncio.sleep(wait)
             try:
-                status = await self._replicas.load(target, gently=RECENT_SECONDS)
+                status = await self._replicas.load(target, protect_recent_seconds=RECENT_SECONDS)
             except Unavailable as error:
                 reason = error.message
                 continue

@@ -1,14 +1,15 @@
-"""The inference processes behind this gateway: who serves which base, and who should answer for which adapter.
+"""The inference processes behind this gateway: which serves which base, and which should answer for which adapter.
 
-Each one's base is learnt from its `/info`, on first use and again every few seconds. Requests for one adapter go to one
-process (rendezvous hashing), so that it is loaded once and not everywhere; if that process is away, to the next.
+What is known of them is the last state that `services.gateway.inference.prober` saw; requests read it and never wait
+for it. Requests for one adapter go to one process (rendezvous hashing), so that it is loaded once and not everywhere;
+if that process is down, to the next.
 """
 
 import asyncio
 import hashlib
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,56 +19,91 @@ from services.gateway.models.store import Target
 from shared.errors import Unavailable
 from shared.logs import get_logger
 
-FRESH_SECONDS = 10.0
-RETRY_SECONDS = 1.0
-INFO_TIMEOUT_SECONDS = 5.0
+UNLOAD_TIMEOUT_SECONDS = 5.0
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Replica:
-    """One inference process as last seen; `base` is None while it does not answer."""
+    """One inference process as last seen.
+
+    Attributes:
+        info: its last answer to `/info`; None while it is down.
+        waiting: the time limits of requests whose answer has not begun, none set.
+        reported_down: whether the log has said so since it was last up.
+    """
 
     url: str
-    base: str | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    asked_at: float = float("-inf")
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    info: dict[str, Any] | None = None
+    waiting: set[asyncio.Timeout] = field(default_factory=set)
+    reported_down: bool = False
+
+    @property
+    def base(self) -> str | None:
+        """Id of the base it serves; None while it is down."""
+        return str(self.info["base"]) if self.info else None
 
 
 class Replicas:
-    """Sends requests to inference.
+    """Chooses a process for each request and sends the request there.
 
     Args:
         client: without a base URL; closed by whoever made it.
         token: bearer token of inference; none is sent if empty.
-        clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        urls: tuple[str, ...],
-        client: httpx.AsyncClient,
-        token: str = "",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._replicas = [Replica(url) for url in urls]
+    def __init__(self, urls: tuple[str, ...], client: httpx.AsyncClient, token: str = "") -> None:
+        self.all = tuple(Replica(url) for url in urls)
         self._client = client
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
-        self._clock = clock
         self._log = get_logger("replicas")
 
-    async def served(self) -> list[str]:
-        """Ids of the bases that are served now, in the order of the configured URLs."""
-        await self._refresh()
-        return list(dict.fromkeys(replica.base for replica in self._replicas if replica.base))
+    # ------------------------------------------------------------------ state, written by the prober
 
-    async def info(self, base: str) -> dict[str, Any]:
+    async def ask(self, replica: Replica) -> dict[str, Any]:
+        """A process's `/info`.
+
+        Raises:
+            httpx.HTTPError: it is down or refuses.
+            ValueError: its answer is not understood.
+        """
+        answer = await self._client.get(f"{replica.url}/info", headers=self._headers)
+        answer.raise_for_status()
+        info = answer.json()
+        if not isinstance(info, dict) or not isinstance(info.get("base"), str):
+            raise ValueError("its /info names no base")
+        return info
+
+    def mark_up(self, replica: Replica, info: dict[str, Any]) -> None:
+        if replica.info is None:
+            self._log.info("inference is up", url=replica.url, base=info["base"])
+        replica.info, replica.reported_down = info, False
+
+    def mark_down(self, replica: Replica, reason: str) -> None:
+        """Pass a process over from now on; what waits for it goes to another one that serves the same base."""
+        if not replica.reported_down:
+            self._log.warning("inference is down", url=replica.url, reason=reason)
+        base, replica.info, replica.reported_down = replica.base, None, True
+        # With no other process, waiting is all that is left: it may only have been slow.
+        if any(other.base == base for other in self.all if base):
+            waiting, replica.waiting = replica.waiting, set()
+            for limit in waiting:
+                limit.reschedule(0)
+
+    # ------------------------------------------------------------------ requests
+
+    def served(self) -> list[str]:
+        """Ids of the bases that are served now, in the order of the configured URLs."""
+        return list(dict.fromkeys(replica.base for replica in self.all if replica.base))
+
+    def info(self, base: str) -> dict[str, Any]:
         """`/info` of a process that serves `base`.
 
         Raises:
-            Unavailable: none does.
+            Unavailable: code `base_not_served`.
         """
-        return (await self._serving(Target(base)))[0].info
+        info = self._serving(Target(base))[0].info
+        assert info is not None
+        return info
 
     async def send(
         self, target: Target, path: str, body: bytes, headers: Mapping[str, str], *, method: str = "POST"
@@ -75,18 +111,24 @@ class Replicas:
         """Ask the process that should answer; the response's body is not read yet and must be closed.
 
         Raises:
-            Unavailable: code `base_not_served`, or nobody could be reached.
+            Unavailable: code `base_not_served`, or no process could be reached.
         """
-        for replica in await self._serving(target):
+        for replica in self._serving(target):
+            if replica.base != target.base:
+                # It went down while another one was tried.
+                continue
             request = self._client.build_request(
                 method, replica.url + path, content=body, headers={**headers, **self._headers}
             )
             try:
-                response = await self._client.send(request, stream=True)
+                async with self._unless_down(replica):
+                    response = await self._client.send(request, stream=True)
+            except TimeoutError:
+                self._log.warning("request taken to another inference process", url=replica.url)
+                continue
             except httpx.ConnectError as error:
                 # Nothing was sent: another one can answer.
-                self._log.warning("inference is away", url=replica.url, error=str(error))
-                replica.base, replica.asked_at = None, self._clock()
+                self.mark_down(replica, str(error) or type(error).__name__)
                 continue
             except httpx.TimeoutException as error:
                 raise Unavailable("inference did not answer in time") from error
@@ -99,11 +141,11 @@ class Replicas:
             return response
         raise Unavailable(f"no inference process for {target.base} can be reached")
 
-    async def load(self, target: Target, *, gently: float) -> int:
+    async def load(self, target: Target, *, protect_recent_seconds: float) -> int:
         """Have the process that would answer for an adapter load it now.
 
         Args:
-            gently: seconds; what was used there within this time is not evicted for it.
+            protect_recent_seconds: an adapter used there within so many seconds is not evicted for it.
 
         Returns:
             The status of its answer: 200 if the adapter is loaded, 429 if there is no room.
@@ -111,53 +153,42 @@ class Replicas:
         Raises:
             Unavailable: as `send`.
         """
-        response = await self.send(target, f"/adapters/{target.adapter}?gently={gently:g}", b"", {}, method="PUT")
+        path = f"/adapters/{target.adapter}?gently={protect_recent_seconds:g}"
+        response = await self.send(target, path, b"", {}, method="PUT")
         await response.aclose()
         return response.status_code
 
     async def unload(self, adapter: str) -> None:
-        """Take an adapter out of every process's memory; who is away has none."""
-        await asyncio.gather(*(self._unload(replica, adapter) for replica in self._replicas))
+        """Take an adapter out of every process's memory; a process that is down has none."""
+        await asyncio.gather(*(self._unload(replica, adapter) for replica in self.all))
 
     async def _unload(self, replica: Replica, adapter: str) -> None:
         try:
             url = f"{replica.url}/adapters/{adapter}"
-            await self._client.delete(url, headers=self._headers, timeout=INFO_TIMEOUT_SECONDS)
+            await self._client.delete(url, headers=self._headers, timeout=UNLOAD_TIMEOUT_SECONDS)
         except httpx.HTTPError as error:
             self._log.warning("adapter not unloaded", url=replica.url, adapter=adapter, error=str(error))
 
-    async def _serving(self, target: Target) -> list[Replica]:
-        """Who serves the target's base, best first."""
-        await self._refresh()
-        found = [replica for replica in self._replicas if replica.base == target.base]
+    def _serving(self, target: Target) -> list[Replica]:
+        """The processes that serve the target's base, best first."""
+        found = [replica for replica in self.all if replica.base == target.base]
         if not found:
-            bases = list(dict.fromkeys(replica.base for replica in self._replicas if replica.base))
+            bases = self.served()
             served = f"served are: {', '.join(bases)}" if bases else "no inference process answers"
             raise Unavailable(f"nobody serves the base model {target.base}; {served}", code="base_not_served")
         # A base needs no loading: any process will do, a different one each time.
         key = target.adapter or secrets.token_hex(8)
         return sorted(found, key=lambda replica: rendezvous(key, replica.url), reverse=True)
 
-    async def _refresh(self) -> None:
-        await asyncio.gather(*(self._ask(replica) for replica in self._replicas))
-
-    async def _ask(self, replica: Replica) -> None:
-        async with replica.lock:
-            patience = FRESH_SECONDS if replica.base else RETRY_SECONDS
-            if self._clock() - replica.asked_at < patience:
-                return
+    @asynccontextmanager
+    async def _unless_down(self, replica: Replica) -> AsyncIterator[None]:
+        """Raise TimeoutError if the process is marked down before the block ends, and another one can take over."""
+        async with asyncio.timeout(None) as limit:
+            replica.waiting.add(limit)
             try:
-                answer = await self._client.get(
-                    f"{replica.url}/info", headers=self._headers, timeout=INFO_TIMEOUT_SECONDS
-                )
-                answer.raise_for_status()
-                replica.info = answer.json()
-                replica.base = str(replica.info["base"])
-            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-                if replica.base or replica.asked_at == float("-inf"):
-                    self._log.warning("inference does not answer", url=replica.url, error=str(error))
-                replica.base = None
-            replica.asked_at = self._clock()
+                yield
+            finally:
+                replica.waiting.discard(limit)
 
 
 def rendezvous(key: str, url: str) -> bytes:

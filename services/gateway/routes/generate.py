@@ -97,7 +97,7 @@ async def create_completion(request: Request, services: Using, project: Project)
 async def info(services: Using, project: Project, model: Annotated[str, Query(max_length=256)] = "") -> dict[str, Any]:
     """What serves a model: base, revision, precision, limits; of the default base if none is named."""
     target = await _target(services, project, model, "model")
-    return await services.replicas.info(target.base)
+    return services.replicas.info(target.base)
 
 
 async def _tgi(request: Request, services: Services, project: str) -> Response:
@@ -149,7 +149,7 @@ async def _target(services: Services, project: str, named: object, param: str) -
     default = services.settings.default_base
     if default:
         return Target(services.catalogue.get(default).id)
-    served = await services.replicas.served()
+    served = services.replicas.served()
     if not served:
         raise Unavailable("no inference process answers", code="base_not_served")
     return Target(served[0])

@@ -17,7 +17,7 @@ router = APIRouter(route_class=AuthenticatedRoute, tags=["models"], responses=OP
 @router.get("/v1/models")
 async def list_models(services: Using, project: Project) -> ModelListJson:
     """The bases, then adapters and checkpoints, newest first."""
-    served = await services.replicas.served()
+    served = services.replicas.served()
 
     def listed() -> ModelListJson:
         bases = [_base(services, base, served) for base in services.models.bases]
@@ -32,7 +32,7 @@ async def retrieve_model(services: Using, project: Project, model_id: ModelId) -
     """One model, by any of its names."""
     base = services.models.base(model_id)
     if base is not None:
-        served = await services.replicas.served()
+        served = services.replicas.served()
         return await run_in_threadpool(_base, services, base, served)
     return adapter_json(await run_in_threadpool(services.models.adapter, project, model_id), project)
 

@@ -39,8 +39,8 @@ async def health_live() -> LiveJson:
 @health.get("/health/ready", responses={503: {"model": ReadyJson}})
 async def health_ready(services: Using) -> Response:
     """The database answers; the body says the same of Redis and of every base."""
-    database, redis = await services.pulse.feel()
-    served = await services.replicas.served()
+    database, redis = await services.health.check()
+    served = services.replicas.served()
     state = ReadyJson(
         status="ready" if database else "not_ready",
         database=database,

@@ -25,7 +25,7 @@ class StandIn:
         unfinished: a stream waits after its first event while it is set.
         broken: a stream breaks after its first event.
         flooding: a stream goes on in chunks of 64 KiB, `flooded` counts those that have been taken off its hands.
-        slow: no answer before the client is gone.
+        slow: no answer to a generation while it is set; `hanging`: no answer to anything.
         started, closed: paths of slow or unfinished requests, when they began and when their client was gone.
     """
 
@@ -38,6 +38,7 @@ class StandIn:
     flooding: bool = False
     flooded: int = 0
     slow: bool = False
+    hanging: bool = False
     sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     loaded: list[tuple[str, str]] = field(default_factory=list)
     load_statuses: list[int] = field(default_factory=list)
@@ -49,6 +50,8 @@ class StandIn:
 
         @app.get("/info")
         async def info(request: Request) -> Response:
+            if self.hanging:
+                await self._held(request)
             if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                 return JSONResponse({"error": "no"}, 401)
             return JSONResponse({"base": self.base, "revision": "r", "precision": "fp32", "slots": 4})
@@ -76,11 +79,10 @@ class StandIn:
         if self.status != 200:
             own = {"error": {"message": "full", "type": "overloaded", "param": None, "code": "overloaded"}}
             return JSONResponse(own, self.status, {"retry-after": "7"})
-        if self.slow:
+        if self.slow or self.hanging:
             self.started.append(path)
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            self.closed.append(path)
+            if await self._held(request):
+                self.closed.append(path)
         headers = {"x-generated-tokens": "2", "x-request-id": "not-yours"}
         if path == "/generate_stream" or body.get("stream"):
             return StreamingResponse(self._tokens(request), media_type="text/event-stream", headers=headers)
@@ -98,6 +100,20 @@ class StandIn:
         else:
             answer = {"generated_text": "4"}
         return JSONResponse([answer] if path == "/" else answer, headers=headers)
+
+    async def _held(self, request: Request) -> bool:
+        """Wait while answers are held back. Whether the client has left."""
+
+        async def left() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        leaving = asyncio.ensure_future(left())
+        while (self.slow or self.hanging) and not leaving.done():  # noqa: ASYNC110 (set by the test's thread)
+            await asyncio.sleep(0.01)
+        gone = leaving.done()
+        leaving.cancel()
+        return gone
 
     async def _tokens(self, request: Request) -> AsyncIterator[bytes]:
         yield b'data:{"token":{"text":"first"}}\n\n'

@@ -11,6 +11,7 @@ from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
 from services.gateway.background.prefetcher import Prefetcher
+from services.gateway.inference.prober import Prober
 from services.gateway.inference.replicas import Replicas, rendezvous
 from services.gateway.models.store import Target
 from services.gateway.services import inference_client
@@ -49,7 +50,10 @@ class Scene:
     def prefetch(self, target: Target, urls: Sequence[str], waits: Sequence[float] = (0,) * 5) -> str:
         async def do() -> str:
             async with inference_client(30) as client:
-                return await Prefetcher(self.database, Replicas(tuple(urls), client), waits=waits).prefetch(target)
+                replicas = Replicas(tuple(urls), client)
+                for replica in replicas.all:
+                    await Prober(replicas).probe(replica)
+                return await Prefetcher(self.database, replicas, waits=waits).prefetch(target)
 
         return asyncio.run(do())
 

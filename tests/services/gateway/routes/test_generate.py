@@ -271,7 +271,7 @@ def test_a_process_that_is_away_is_passed_over(settings: Settings) -> None:
         running_gateway(settings(inference_urls=(alive.url, dying.url))) as gateway,
     ):
         assert gateway.http.post("/generate", json={"inputs": "a"}).is_success
-        replicas = gateway.services.replicas._replicas
+        replicas = gateway.services.replicas.all
         assert all(replica.base for replica in replicas)
         # As if it had died a moment ago: it is believed to serve, and nobody listens.
         replicas[1].url = "http://127.0.0.1:9"
