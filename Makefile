@@ -48,7 +48,7 @@ test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the ne
 chaos: .venv/ready ## the kill matrix: every fault, alone and repeated, at random moments
 	$(BIN)/pytest tests/chaos --chaos-rounds 3
 
-fuzz: .venv/ready ## 5,000 schemathesis requests over both OpenAPI documents
+fuzz: .venv/ready ## some 6,000 schemathesis requests over both OpenAPI documents
 	$(BIN)/python -m benchmarks.fuzz
 
 test-gpu: .venv/ready ## what needs a CUDA device
