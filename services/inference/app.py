@@ -15,7 +15,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
 from services.inference.metrics import Metrics
-from services.inference.routes.guard import guarded
+from services.inference.routes.internal_route import internal_route
 from services.inference.routes.openai import openai_router
 from services.inference.routes.operations import health_router, operations_router
 from services.inference.routes.tgi import tgi_router
@@ -60,7 +60,7 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
         redoc_url=None,
     )
     app.state.metrics = metrics
-    route_class = guarded(settings.internal_token.get_secret_value(), settings.body_bytes)
+    route_class = internal_route(settings.internal_token.get_secret_value(), settings.body_bytes)
     app.include_router(health_router(), responses=TGI_ERRORS)
     # It only documents: the route class has refused whoever has no token before this is asked.
     token = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="TUNESMITH_INTERNAL_TOKEN"))

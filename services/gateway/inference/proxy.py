@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from shared.errors import Unavailable
 from shared.http.disconnect import while_connected
+from shared.http.event_stream import MEDIA_TYPE, encode_event
 from shared.http.web import error_body
 
 # RFC 9110 §7.6.1, and what this gateway says itself.
@@ -41,10 +42,10 @@ class Relay(Response):
             async for chunk in self._upstream.aiter_raw():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except httpx.HTTPError:
-            if not self._upstream.headers.get("content-type", "").startswith("text/event-stream"):
+            if not self._upstream.headers.get("content-type", "").startswith(MEDIA_TYPE):
                 # The connection is closed before the announced length: no client takes that for a whole answer.
                 raise
             # The status is out; a stream can still say what happened.
             body = json.dumps(error_body(Unavailable("inference broke off the answer"), path))
-            await send({"type": "http.response.body", "body": f"data:{body}\n\n".encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": encode_event(body), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from starlette.concurrency import run_in_threadpool
 
 from services.gateway.jobs.response_schema import event_id, event_json
+from shared.http.event_stream import DONE, KEEP_ALIVE, encode_event
 from shared.jobs.rows import Event, Page
 from shared.jobs.store import JobStore
 
@@ -51,15 +52,15 @@ class EventStream:
             page = await self._next()
             for event in page.items:
                 self._after = event.number
-                yield f"id: {event_id(event)}\ndata: {event_json(event).model_dump_json()}\n\n".encode()
+                yield encode_event(event_json(event).model_dump_json(), event_id(event))
             if page.has_more:
                 continue
             if ended:
-                yield b"data: [DONE]\n\n"
+                yield encode_event(DONE)
                 return
             silent = 0 if page.items else silent + 1
             if silent and silent % PING_EVERY_POLLS == 0:
-                yield b": still here\n\n"
+                yield KEEP_ALIVE
             await asyncio.sleep(self._poll_seconds)
 
     async def _ended(self) -> bool:

@@ -13,12 +13,13 @@ from starlette.requests import ClientDisconnect
 from services.gateway.files.schemas import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
 from services.gateway.files.store import NewFile, StoredFile
 from services.gateway.files.upload import MAX_FORM_OVERHEAD, DatasetUpload
-from services.gateway.http.auth import AuthenticatedRoute, StreamingRoute, check_declared_length
+from services.gateway.http.auth import AuthenticatedRoute, StreamingRoute
 from services.gateway.http.idempotency import Answer, Answered, Attempt
 from services.gateway.routes.dependencies import After, Attempts, FileId, Project, Using
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, answered
 from services.gateway.services import Services
 from shared.errors import InvalidRequest, Unavailable
+from shared.http.bounded_route import check_declared_length
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 uploads = APIRouter(route_class=StreamingRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])

@@ -15,13 +15,13 @@ from fastapi.routing import APIRoute
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
 from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText
 from services.inference.routes import headers
-from services.inference.routes.event_stream import EventStream
 from services.inference.routes.schemas import MIN_DIVISOR, ChatCompletionBody, CompletionBody, plain
 from services.inference.routes.streaming import begin
 from services.inference.serving import Ask, Run, ServedBase, Serving
 from shared.bases.catalogue import NO_MODEL_IN_PARTICULAR
 from shared.errors import TunesmithError
 from shared.http.disconnect import while_connected
+from shared.http.event_stream import EventStreamResponse
 from shared.http.web import error_body
 
 _REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -251,4 +251,4 @@ async def _stream(request: Request, serving: Serving, ask: Ask, dialect: _Dialec
         except TunesmithError as error:
             yield json.dumps(error_body(error, request.url.path))
 
-    return EventStream(events(), begun.close, headers.early(run, serving.base))
+    return EventStreamResponse(events(), begun.close, headers.early(run, serving.base))

@@ -17,12 +17,12 @@ from fastapi.routing import APIRoute
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
 from services.inference.prompts import ChatSource, InstructionSource, PromptSource, RawText
 from services.inference.routes import headers
-from services.inference.routes.event_stream import EventStream
 from services.inference.routes.schemas import GenerateBody, Parameters, plain
 from services.inference.routes.streaming import begin
 from services.inference.serving import Ask, Run, Serving
 from shared.errors import InvalidRequest, TunesmithError
 from shared.http.disconnect import while_connected
+from shared.http.event_stream import EventStreamResponse
 from shared.http.web import error_body
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -209,4 +209,4 @@ async def _stream(request: Request, body: GenerateBody) -> Response:
         except TunesmithError as error:
             yield json.dumps(error_body(error, request.url.path))
 
-    return EventStream(events(), begun.close, headers.early(begun.run, serving.base))
+    return EventStreamResponse(events(), begun.close, headers.early(begun.run, serving.base))

@@ -1,4 +1,7 @@
-"""Server-sent events to a client that may read slowly or leave. Nothing here knows models."""
+"""Server-sent events: how one is written, and a response of them for a client that may read slowly or leave.
+
+The only place that knows the format (WHATWG HTML, section "Server-sent events"). Knows no models and no jobs.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,20 +14,38 @@ from starlette.types import Receive, Scope, Send
 
 from shared.http.disconnect import abort, while_connected
 
+MEDIA_TYPE = "text/event-stream"
+# What ends a stream in OpenAI's dialect, as the data of an event.
+DONE = "[DONE]"
+# A comment: every reader skips it, and proxies see that the connection is alive.
+KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
 
 
-class EventStream(Response):
-    """Server-sent events from an iterator of `data:` payloads.
+def encode_event(data: str, id: str = "") -> bytes:
+    """One event.
 
     With a space after the colon: huggingface_hub knows the end of a chat stream only as `data: [DONE]`.
 
     Args:
+        data: JSON in one line, or `DONE`.
+        id: what a client sends as `Last-Event-ID` to go on after this event; none if empty.
+    """
+    first = f"id: {id}\n" if id else ""
+    return f"{first}data: {data}\n\n".encode()
+
+
+class EventStreamResponse(Response):
+    """Server-sent events from an iterator of their data.
+
+    Args:
+        events: the data of each event.
         close: awaited at the end whatever happens, the client's leaving included.
-        keep_alive: seconds of silence after which a comment line tells proxies that the stream lives.
+        headers: added to those that keep caches and proxies from holding events back.
+        keep_alive: seconds of silence after which a comment is sent.
     """
 
-    media_type = "text/event-stream"
+    media_type = MEDIA_TYPE
 
     def __init__(
         self,
@@ -51,12 +72,12 @@ class EventStream(Response):
             while True:
                 await asyncio.wait({upcoming}, timeout=self._keep_alive)
                 if not upcoming.done():
-                    await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                     continue
-                payload = upcoming.result()
-                if payload is None:
+                data = upcoming.result()
+                if data is None:
                     break
-                await send({"type": "http.response.body", "body": f"data: {payload}\n\n".encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": encode_event(data), "more_body": True})
                 upcoming = asyncio.ensure_future(anext(self._events, None))
         finally:
             await abort(upcoming)

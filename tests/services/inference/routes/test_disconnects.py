@@ -7,15 +7,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
-from starlette.types import Message
 
-from services.inference.routes.event_stream import EventStream
 from services.inference.serving import Run
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running
@@ -273,30 +271,3 @@ def test_a_request_before_its_load_ends_can_be_left(tiny: Tiny, monkeypatch: pyt
         server.wait_until_idle()
         wait(lambda: server.serving.adapters.entries()[0].state == "resident")
         assert server.serving.adapters.entries()[0].references == 0
-
-
-def test_a_silent_stream_says_that_it_lives() -> None:
-    """Comment lines while nothing comes, which every reader of event streams skips; then the events, whole."""
-    sent: list[bytes] = []
-    closed: list[bool] = []
-
-    async def events() -> AsyncIterator[str]:
-        yield "one"
-        await asyncio.sleep(0.1)
-        yield "two"
-
-    async def close() -> None:
-        closed.append(True)
-
-    async def send(message: Message) -> None:
-        sent.append(message.get("body", b""))
-
-    async def receive() -> Message:
-        await asyncio.sleep(3600)
-        raise AssertionError
-
-    asyncio.run(EventStream(events(), close, {}, keep_alive=0.02)({"type": "http"}, receive, send))
-    text = b"".join(sent)
-    assert text.count(b": keep-alive\n\n") >= 2
-    assert text.replace(b": keep-alive\n\n", b"") == b"data: one\n\ndata: two\n\n"
-    assert closed == [True]
