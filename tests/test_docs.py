@@ -1,5 +1,6 @@
 """The pages in docs/ agree with the code: settings, routes, links, make targets."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -69,3 +70,15 @@ def test_the_states_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \|$", (DOCS / "architecture.md").read_text(), re.M)
     written = {state: (status, set(re.findall(r"`(\w+)`", targets))) for state, status, targets in rows}
     assert written == {s.value: (s.status, {t.value for t in targets}) for s, targets in TRANSITIONS.items()}
+
+
+def test_nothing_reads_what_could_run_code() -> None:
+    """SECURITY.md's promise: no pickle, no `torch.load`, no code that comes with a model."""
+    for folder in ("shared", "services", "tunesmith"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+                module = node.module if isinstance(node, ast.ImportFrom) else None
+                assert not {"pickle", "marshal", "shelve", "dill", "joblib"} & {*names, module}, path
+                assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"), path
+                assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), path
