@@ -33,6 +33,7 @@ from benchmarks.serve_workload import Workload, make_workload
 from services.inference.precision import ServingPrecision
 from shared.bases.base_model import library_versions, quiet_libraries
 from shared.logs import configure_logging
+from shared.processor import this_processor
 from tunesmith.output import interrupt_on_sigterm
 
 RESULT = Path("benchmarks/results/serve.json")
@@ -197,13 +198,9 @@ def _agreement(work: Workload, engine: EngineBench, merged: Any) -> float:
 
 def machine() -> Json:
     """What the figures were measured on."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     return {
-        "cpu": model,
+        "cpu": this_processor().name,
+        "instructions": this_processor().vectors,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

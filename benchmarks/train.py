@@ -40,6 +40,7 @@ from shared.bases.base_model import library_versions, prepare_base, quiet_librar
 from shared.bases.catalogue import Base, Catalogue, load_catalogue
 from shared.datasets.tokens import Tokenizer
 from shared.jobs.spec import PRESETS, JobSpec
+from shared.processor import this_processor
 from shared.storage.artifacts import LocalArtifactStore, sha256_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -291,15 +292,7 @@ def _ratios(name: str, rates: dict[str, float]) -> dict[str, float]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": str(this_processor()), "cores": os.cpu_count(), "threads": threads, "system": platform.platform()}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from shared.bases.hub import download
 from shared.datasets.tokens import Tokenizer
 from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
 from shared.jobs.spec import BasePrecision
+from shared.processor import this_processor
 from shared.storage.artifacts import ArtifactStore, Manifest, sha256_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -63,13 +64,9 @@ def compute_dtype(name: str, device: torch.device, precision: BasePrecision = "f
     if name != "auto":
         return _DTYPES[name]
     if device.type != "cuda":
-        return torch.bfloat16 if precision in _COARSE and multiplies_bf16() else torch.float32
+        coarse = precision in _COARSE
+        return torch.bfloat16 if coarse and this_processor().multiplies_bf16 else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
-def multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bf16 (AVX512_BF16, AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def prepare_base(base: Base, store: ArtifactStore) -> Manifest:

@@ -11,6 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from shared.logs import get_logger
+from shared.processor import this_processor
+
+_log = get_logger("frozen")
+
 
 class Buffer:
     """Memory for one widened matrix at a time, kept between products: fresh pages cost more than filling them."""
@@ -91,20 +96,26 @@ def multiply(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tenso
     oneDNN's kernels use AVX-512 on every processor that has it and bf16 instructions where there are any; MKL's use
     neither on AMD's (230 against 490 GFLOP/s in fp32, 1,000 in bf16, on two Zen 5 cores).
     """
-    if x.dtype in _ONEDNN and _has_avx512():
+    if _onednn_multiplies(x.dtype):
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")  # type: ignore[no-any-return]
     return x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
 
 
-_ONEDNN = (torch.float32, torch.bfloat16)
-
-
 @cache
-def _has_avx512() -> bool:
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(available) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product is the faster one on this processor, and runs: it raises where it has no kernel."""
+    if dtype not in (torch.float32, torch.bfloat16) or not this_processor().avx512:
+        return False
+    x = torch.ones(1, 16, dtype=dtype)
+    try:
+        torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")
+        torch.ops.mkldnn._linear_pointwise.binary(x, x[:, :1], x, None, "add")
+    except (RuntimeError, AttributeError) as error:
+        _log.warning("oneDNN kernel left out", dtype=str(dtype), error=str(error), processor=str(this_processor()))
+        return False
+    return True
 
 
 def _join(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
