@@ -31,10 +31,11 @@ def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = catalogue.get(settings.base) if settings.base else catalogue.bases[0]
-    prepare_base(base, store)
     device = choose_device()
     dtype = compute_dtype("auto", device)
+    # Before the base is downloaded: a precision that cannot be served is refused at once.
     precision = precision_to_load(settings.precision, device.type, "bf16" if dtype == torch.bfloat16 else "fp16")
+    prepare_base(base, store)
     return assemble(load_base(base, store, precision, device, dtype), settings, store)
 
 
@@ -50,7 +51,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactSto
         adapter_slots=settings.adapter_slots,
     )
     runner = chosen.runner
-    if chosen.kind == "llama":
+    if chosen.backend == "llama":
         # It holds weights of its own; the model's would lie beside them unused.
         loaded = replace(loaded, model=None)
     admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
@@ -69,7 +70,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactSto
         revision=loaded.base.revision,
         sha256=loaded.sha256,
         precision=chosen.precision,
-        runner=chosen.kind,
+        runner=chosen.backend,
         measured=tuple(asdict(each) for each in chosen.measured),
         dtype=str(dtype).removeprefix("torch."),
         device=loaded.device.type,

@@ -18,7 +18,7 @@ from services.inference.engine.key_values import KeyValues
 from services.inference.engine.packed import Embedding, Linear, PackedPrecision, pack
 from services.inference.engine.runner import Piece
 
-FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Rotary embeddings whose angles do not depend on how long the sequence has become.
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 # The fused products of a layer, in the order the forward pass needs them.
@@ -51,13 +51,13 @@ class _Layer:
     down: Linear
 
 
-def in_family(model: Any) -> bool:
+def has_llama_architecture(model: Any) -> bool:
     """Whether `LlamaRunner` computes what this transformers model computes."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     plain = all(type(module) is torch.nn.Linear for path, module in model.named_modules() if path.endswith("_proj"))
     return bool(
-        config.model_type in FAMILY
+        config.model_type in _ARCHITECTURES
         and config.hidden_act == "silu"
         and rope.get("rope_type", "default") in _FIXED_ROPE
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -67,7 +67,7 @@ def in_family(model: Any) -> bool:
 
 
 class LlamaRunner:
-    """A `ModelRunner` of its own weights; see `in_family` for what it takes.
+    """A `ModelRunner` of its own weights; see `has_llama_architecture` for what it takes.
 
     Args:
         model: transformers' causal LM, plain or bf16/fp16; read once, not kept.

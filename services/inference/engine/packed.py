@@ -1,18 +1,23 @@
 """Linear layers of the served base as fast matrix products: how weights are held, and the kernel that reads them.
 
-Decoding a few rows reads every weight once per step, so its speed is bytes per weight. Sums are fp32 in every form;
-which form is fast on this processor is the affair of `probe`. Knows matrices, no model.
+Decoding a few rows reads every weight once per step, so its speed is bytes per weight. Sums are fp32 in every form.
+Says which forms run on this processor (`unusable`); `probe` says which of them is fastest. Knows matrices, no model.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shared.logs import get_logger
+from shared.processor import this_processor
+
 PackedPrecision = Literal["plain", "fp16w", "bf16w", "int8w"]
 PACKED: tuple[PackedPrecision, ...] = get_args(PackedPrecision)
+_log = get_logger("engine")
 
 
 class PlainLinear:
@@ -75,23 +80,51 @@ class ByteLinear:
 Linear = PlainLinear | ReorderedLinear | HalfLinear | ByteLinear
 
 
-def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return ReorderedLinear(weight, bias, torch.float32)
-    return PlainLinear(weight, bias)
+def _reordered_fp32(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    return ReorderedLinear(weight, bias, torch.float32)
 
 
-def _brain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def _reordered_bf16(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return ReorderedLinear(weight, bias, torch.bfloat16)
 
 
-_KINDS: dict[PackedPrecision, Callable[[torch.Tensor, torch.Tensor | None], Linear]] = {
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return _reordered_fp32(weight, bias) if plain and _reorders_fp32() else PlainLinear(weight, bias)
+
+
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+_KINDS: dict[PackedPrecision, Pack] = {
     "plain": _plain,
     "fp16w": HalfLinear,
-    "bf16w": _brain,
+    "bf16w": _reordered_bf16,
     "int8w": ByteLinear,
 }
+
+
+@cache
+def _reorders_fp32() -> bool:
+    reason = _failure(_reordered_fp32)
+    if reason is not None:
+        _log.warning("kernel left out", kernel="oneDNN fp32", error=reason, processor=str(this_processor()))
+    return reason is None
+
+
+def unusable(precision: PackedPrecision) -> str | None:
+    """Why this processor cannot multiply weights packed so; None if it can, which a small product shows."""
+    if precision == "bf16w" and not this_processor().converts_bf16:
+        return f"bf16 weights need AVX-512, and this processor has none ({this_processor()})"
+    return _failure(_KINDS[precision])
+
+
+def _failure(kind: Pack) -> str | None:
+    """What is wrong with a kernel: it raises, or sixteen ones and a bias of one do not add up to about 17."""
+    ones = torch.ones(16, 16)
+    try:
+        product = kind(ones, ones[0])(ones[:2])
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None if torch.allclose(product.float(), torch.tensor(17.0), rtol=0.01) else "its product is wrong"
 
 
 def pack(layers: list[nn.Linear], precision: PackedPrecision) -> Linear:

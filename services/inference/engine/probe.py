@@ -4,6 +4,7 @@ Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measure
 and decode steps, and the loss on a fixed text, against plain weights. Knows runners and tensors, nothing of settings.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from services.inference.engine.llama import LlamaRunner
-from services.inference.engine.packed import PackedPrecision
+from services.inference.engine.packed import PackedPrecision, unusable
 from shared.logs import get_logger
 
 GATE = 0.005
@@ -69,21 +70,23 @@ class Measured:
 
 
 def measure(model: Any, ids: Sequence[int], precisions: Sequence[PackedPrecision]) -> list[Measured]:
-    """Measure plain weights and each of `precisions`; `ids` are the tokens of `TEXT`."""
+    """Measure plain weights and each of `precisions`, on the tokens of `TEXT`.
+
+    A precision that cannot be measured (its kernel does not run on this processor, its loss is not a number) is left
+    out and logged. Without plain weights there is nothing to compare with, and the result is empty.
+    """
     results: list[Measured] = []
     candidates: list[PackedPrecision] = ["plain", *(each for each in precisions if each != "plain")]
     for precision in candidates:
-        context = len(ids) + 32
-        runner = LlamaRunner(model, precision=precision, rows=max(_BATCHES), context=context, adapter_slots=1)
-        with torch.inference_mode():
-            loss = _loss(runner, list(ids)[: runner.context])
-            started = time.perf_counter()
-            _loss(runner, list(ids)[: runner.context])
-            prefill_ms = round((time.perf_counter() - started) * 1e3, 3)
-            step_ms = {rows: _step_ms(runner, rows) for rows in _BATCHES}
-        plain = results[0].loss if results else loss
-        results.append(Measured(precision, step_ms, prefill_ms, loss, loss / plain - 1))
-        _log.info("precision measured", precision=precision, step_ms=step_ms, loss_change=results[-1].loss_change)
+        try:
+            measured = _measure_one(model, list(ids), precision, results[0].loss if results else None)
+        except Exception as error:
+            _log.warning("precision left out", precision=precision, error=str(error))
+            if precision == "plain":
+                break
+            continue
+        results.append(measured)
+        _log.info("precision measured", precision=precision, step_ms=measured.step_ms, loss_change=measured.loss_change)
     return results
 
 
@@ -92,12 +95,33 @@ def fastest(results: Sequence[Measured]) -> PackedPrecision:
 
     Args:
         results: the most exact first; a less exact one must be faster by `MARGIN`.
+
+    Returns:
+        `plain` if none passes.
     """
-    best, *others = (each for each in results if each.passes)
-    for other in others:
-        if other.mean_ms < best.mean_ms * (1 - MARGIN):
-            best = other
-    return best.precision
+    best: Measured | None = None
+    for each in results:
+        if each.passes and (best is None or each.mean_ms < best.mean_ms * (1 - MARGIN)):
+            best = each
+    return best.precision if best else "plain"
+
+
+def _measure_one(model: Any, ids: list[int], precision: PackedPrecision, plain_loss: float | None) -> Measured:
+    reason = unusable(precision)
+    if reason is not None:
+        raise ValueError(reason)
+    context = len(ids) + 32
+    runner = LlamaRunner(model, precision=precision, rows=max(_BATCHES), context=context, adapter_slots=1)
+    with torch.inference_mode():
+        loss = _loss(runner, ids[: runner.context])
+        if not math.isfinite(loss):
+            raise ValueError(f"its loss is {loss}")
+        started = time.perf_counter()
+        _loss(runner, ids[: runner.context])
+        prefill_ms = round((time.perf_counter() - started) * 1e3, 3)
+        step_ms = {rows: _step_ms(runner, rows) for rows in _BATCHES}
+    change = 0.0 if plain_loss is None else (loss - plain_loss) / max(plain_loss, 1e-9)
+    return Measured(precision, step_ms, prefill_ms, loss, change)
 
 
 def _loss(runner: LlamaRunner, ids: list[int]) -> float:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from services.inference.engine.interface import Finished
-from services.inference.engine.llama import in_family
+from services.inference.engine.llama import has_llama_architecture
 from shared.bases.base_model import prepare_base
 from shared.storage.artifacts import LocalArtifactStore
 from tests.services.inference.adapters_on_disk import Oracle
@@ -66,7 +66,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             # At their initial size all layers say next to nothing beside the embedding.
             if parameter.ndim == 2 and "embed" not in path:
                 parameter.normal_(0, 0.1)
-    assert not in_family(model)
+    assert not has_llama_architecture(model)
     model.save_pretrained(folder)
     store, base = LocalArtifactStore(root / "artifacts"), tiny_catalogue(folder).get("tiny")
     tiny = Tiny(store, base, prepare_base(base, store), folder, Oracle(store, folder))
