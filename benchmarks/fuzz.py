@@ -39,8 +39,8 @@ from schemathesis.specs.openapi.checks import (
 from benchmarks.fuzz_chains import Chains
 from services.openapi import DOCUMENTS, rendered
 from shared.storage.artifacts import read_manifest
+from tests.cluster import TOKEN, Cluster, tiny_stack
 from tests.services.inference.adapters_on_disk import write_adapter
-from tests.tiny_stack import TOKEN, TinyStack, tiny_stack
 
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 REQUESTS = 5000
@@ -63,7 +63,7 @@ CHECKS = [
 class Things:
     """What exists on the stack, made as a case needs it."""
 
-    def __init__(self, stack: TinyStack, http: httpx.Client) -> None:
+    def __init__(self, stack: Cluster, http: httpx.Client) -> None:
         self._http, self._stack = http, stack
         base = read_manifest(stack.artifacts.base("tiny"), "base")
         self.adapter = write_adapter(stack.artifacts, stack.folder / "tiny-model", base, seed=1)
@@ -183,7 +183,7 @@ def call(url: str, bearer: dict[str, str]) -> dict[str, Any]:
 class Fuzz:
     """One run against one stack; `report` is what is written."""
 
-    def __init__(self, stack: TinyStack, http: httpx.Client, number: int) -> None:
+    def __init__(self, stack: Cluster, http: httpx.Client, number: int) -> None:
         self._stack = stack
         self._things = Things(stack, http)
         self._chance = random.Random(number)

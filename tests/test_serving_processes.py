@@ -12,48 +12,44 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cluster import TOKEN, Cluster, tiny_stack
 from tests.contract.server import trained
-from tests.stack_processes import Running, answers, wait_until
-from tests.tiny_stack import TOKEN, TinyStack, tiny_stack
+from tests.stack_processes import answers, wait_until
 
 LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos_token": True}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyStack]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One of its own: inference is stopped and started here."""
     with tiny_stack(tmp_path_factory.mktemp("stack")) as running:
         yield running
 
 
 @pytest.fixture
-def http(stack: TinyStack) -> Iterator[httpx.Client]:
+def http(stack: Cluster) -> Iterator[httpx.Client]:
     with stack.client() as client:
         yield client
 
 
-def inference(stack: TinyStack) -> httpx.Client:
+def inference(stack: Cluster) -> httpx.Client:
     headers = {"authorization": f"Bearer {TOKEN}"}
     return httpx.Client(base_url=stack.inference_url, headers=headers, timeout=60, trust_env=False)
 
 
-def metric(stack: TinyStack, name: str) -> float:
+def metric(stack: Cluster, name: str) -> float:
     """One of inference's own counters or gauges without labels."""
     with inference(stack) as client:
         lines = client.get("/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
 
-def idle(stack: TinyStack) -> bool:
+def idle(stack: Cluster) -> bool:
     return metric(stack, "tgi_batch_current_size") == metric(stack, "tgi_queue_size") == 0
 
 
-def process(stack: TinyStack, name: str) -> Running:
-    return next(each for each in stack.processes.running if each.name == name)
-
-
-def streamed(stack: TinyStack, client: httpx.Client, number: int, begun: list[int] | None = None) -> str:
+def streamed(stack: Cluster, client: httpx.Client, number: int, begun: list[int] | None = None) -> str:
     """The text of a long stream; `begun` learns when its first event is there."""
     body = {"inputs": f"prompt {number}", "parameters": LONG | (SAMPLED | {"seed": number} if number % 2 else {})}
     pieces, events = "", 0
@@ -72,7 +68,7 @@ def streamed(stack: TinyStack, client: httpx.Client, number: int, begun: list[in
     return pieces
 
 
-def test_a_published_adapter_is_warm_before_anybody_asks(stack: TinyStack, http: httpx.Client) -> None:
+def test_a_published_adapter_is_warm_before_anybody_asks(stack: Cluster, http: httpx.Client) -> None:
     job = trained(stack)
     model = http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
     adapter = http.get(f"/v1/models/{model}").json()["adapter"]
@@ -81,7 +77,7 @@ def test_a_published_adapter_is_warm_before_anybody_asks(stack: TinyStack, http:
         with inference(stack) as client:
             return {entry["id"]: entry for entry in client.get("/adapters").json()["data"]}
 
-    wait_until(lambda: entries().get(adapter, {}).get("state") == "resident", "a prefetch", tell=stack.processes.tails)
+    wait_until(lambda: entries().get(adapter, {}).get("state") == "resident", "a prefetch", logs=stack.processes.tails)
     assert not entries()[adapter]["in_flight"]
     # The final adapter alone: checkpoints are loaded by whoever asks for them.
     assert set(entries()) == {adapter}
@@ -102,7 +98,7 @@ def test_a_published_adapter_is_warm_before_anybody_asks(stack: TinyStack, http:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-def test_who_leaves_the_gateway_frees_the_slot(stack: TinyStack, path: str) -> None:
+def test_who_leaves_the_gateway_frees_the_slot(stack: Cluster, path: str) -> None:
     before, leaving = metric(stack, "tunesmith_engine_tokens_total"), 8
 
     def leave(number: int) -> None:
@@ -119,23 +115,23 @@ def test_who_leaves_the_gateway_frees_the_slot(stack: TinyStack, path: str) -> N
 
     with ThreadPoolExecutor(leaving) as pool:
         list(pool.map(leave, range(leaving)))
-    wait_until(partial(idle, stack), "the slots", tell=stack.processes.tails)
+    wait_until(partial(idle, stack), "the slots", logs=stack.processes.tails)
     assert metric(stack, "tunesmith_engine_tokens_total") - before < leaving * LONG["max_new_tokens"]
     with stack.client() as client:
         assert client.post("/generate", json={"inputs": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize("way", ["direct", "gateway"])
-def test_sigterm_lets_what_runs_and_what_waits_finish(stack: TinyStack, http: httpx.Client, way: str) -> None:
+def test_sigterm_lets_what_runs_and_what_waits_finish(stack: Cluster, http: httpx.Client, way: str) -> None:
     """More streams than slots: some wait in the queue when the signal comes."""
-    server, streams, begun = process(stack, "inference"), 12, list[int]()
+    server, streams, begun = stack.inference[0], 12, list[int]()
     with inference(stack) if way == "direct" else stack.client() as client, ThreadPoolExecutor(streams) as pool:
         undisturbed = list(pool.map(lambda number: streamed(stack, client, number), range(streams)))
         assert len(set(undisturbed)) > streams // 2
         futures = [pool.submit(streamed, stack, client, number, begun) for number in range(streams)]
-        wait_until(lambda: begun and _everybody_is_in(stack, begun, streams), "all of them", tell=stack.processes.tails)
+        wait_until(lambda: begun and _everybody_is_in(stack, begun, streams), "all of them", logs=stack.processes.tails)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(partial(_refused, stack), "inference to take no more", tell=stack.processes.tails)
+        wait_until(partial(_refused, stack), "inference to take no more", logs=stack.processes.tails)
         away = http.post("/generate", json={"inputs": "a"})
         assert (away.status_code, away.json()["error_type"]) == (503, "unavailable")
         assert not answers(f"{stack.inference_url}/health/ready")
@@ -144,18 +140,18 @@ def test_sigterm_lets_what_runs_and_what_waits_finish(stack: TinyStack, http: ht
     log = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     assert [line for line in log if line.get("level") in ("error", "critical")] == []
     server.restart()
-    wait_until(partial(answers, f"{stack.inference_url}/health/ready"), "inference", tell=stack.processes.tails)
+    wait_until(partial(answers, f"{stack.inference_url}/health/ready"), "inference", logs=stack.processes.tails)
     wait_until(lambda: http.post("/generate", json={"inputs": "a"}).status_code == 200, "the gateway to see it")
 
 
-def _everybody_is_in(stack: TinyStack, begun: list[int], streams: int) -> bool:
+def _everybody_is_in(stack: Cluster, begun: list[int], streams: int) -> bool:
     """Whether every stream has begun or is held by inference."""
     with suppress(httpx.TransportError):
         return len(begun) + metric(stack, "tgi_queue_size") >= streams
     return False
 
 
-def _refused(stack: TinyStack) -> bool:
+def _refused(stack: Cluster) -> bool:
     host, port = stack.inference_url.removeprefix("http://").split(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

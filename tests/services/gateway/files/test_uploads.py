@@ -294,7 +294,7 @@ def test_a_large_upload_streams_through(tmp_path: Path, redis_server: str) -> No
     with Processes(tmp_path) as processes:
         started = processes.start("gateway", [sys.executable, "-m", "services.gateway"], environment)
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(f"{url}/health/ready"), "the gateway", tell=processes.tails)
+        wait_until(lambda: answers(f"{url}/health/ready"), "the gateway", logs=processes.tails)
         headers = FORM | {"authorization": f"Bearer {settings.key_path.read_text().strip()}"}
         with httpx.Client(base_url=url, headers=headers, timeout=120, trust_env=False) as http:
             small = http.post("/v1/files", content=form(PURPOSE, FILE))

