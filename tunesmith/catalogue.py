@@ -1,4 +1,4 @@
-"""The base models of this installation, from the command line. What a catalogue is lies with the services.
+"""The base models of this installation, from the command line. `shared.bases` defines what a catalogue is.
 
 The rule: the catalogue is the file `TUNESMITH_CATALOGUE` names; else `catalogue.toml` in the stack's folder, if it is
 there; else the built-in list.
@@ -13,7 +13,7 @@ from tunesmith.local_stack.plan import CHECKOUT, check_checkout, environment, py
 
 
 class CatalogueError(Exception):
-    """It could not be done; the message says why."""
+    """The catalogue could not be changed, or a base not prepared; the message says why."""
 
 
 def add(home: Path, environ: Mapping[str, str], name: str, source: str, aliases: Sequence[str]) -> tuple[Path, str]:
@@ -32,7 +32,7 @@ def add(home: Path, environ: Mapping[str, str], name: str, source: str, aliases:
     place = Home(home)
     path = Path(environ.get("TUNESMITH_CATALOGUE") or place.catalogue_file).absolute()
     if source.startswith("folder:"):
-        # The child works in another folder than the person who typed this.
+        # The child runs in another folder than the user's.
         source = "folder:" + str(Path(source.removeprefix("folder:")).absolute())
     return path, _run(place, environ, "shared.bases.catalogue_entry", str(path), name, source, *aliases)
 

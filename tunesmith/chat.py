@@ -1,4 +1,4 @@
-"""A conversation in a terminal: what was said goes along with every question."""
+"""A conversation in a terminal: every question is sent with all that was said before."""
 
 import json as jsons
 import sys
@@ -15,7 +15,7 @@ RESET = "/reset"
 
 
 class Conversation:
-    """What was said so far; a question that fails is taken back, so that the next one can be asked.
+    """The messages so far; a question that fails is removed again, so that the next one can be asked.
 
     Args:
         stream: opens the answer to a chat request as OpenAI's chunks; raises ApiError.
@@ -32,10 +32,10 @@ class Conversation:
         self.messages = list(self._beginning)
 
     def ask(self, question: str) -> Iterator[str]:
-        """The pieces of the answer, as they come; it is part of the conversation once it is whole.
+        """The pieces of the answer, as they come; the whole answer then joins the conversation.
 
         Raises:
-            ApiError: refused, or broken off.
+            ApiError: refused, or the stream broke off.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         pieces: list[str] = []
@@ -48,7 +48,7 @@ class Conversation:
 
 
 def questions() -> Iterator[str]:
-    """Lines from stdin, with a prompt where somebody sits in front of it."""
+    """Lines from stdin, with a prompt on a terminal."""
     while True:
         try:
             if sys.stdin.isatty() and sys.stdout.isatty():
@@ -69,7 +69,7 @@ def questions() -> Iterator[str]:
 def converse(asked: Iterable[str], conversation: Conversation, *, json: bool = False) -> None:
     """Ask every question and print the answers; with `json` every message as one line.
 
-    A question that fails is said to have failed, and the next one is asked.
+    A question that fails is reported, and the next one is asked.
 
     Raises:
         ApiError: the key is refused or the model does not exist: no question can be answered.
@@ -91,7 +91,7 @@ def converse(asked: Iterable[str], conversation: Conversation, *, json: bool = F
             failed = True
             say(f"error: {error.message}")
         except KeyboardInterrupt:
-            # The answer is enough; the conversation goes on without it.
+            # Only this answer is cut short; the conversation goes on without it.
             print()
     if failed:
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""The `tunesmith` command, put together. Each command imports what it needs, so that `--help` comes at once."""
+"""The `tunesmith` command. Each subcommand imports what it needs when it runs, so that `--help` is fast."""
 
 from collections.abc import Callable
 

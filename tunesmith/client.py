@@ -22,11 +22,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ApiError(Exception):
-    """The server said no, or could not be reached.
+    """The server refused a request, or could not be reached.
 
     Attributes:
         status: HTTP status; None if no answer came.
-        code: the server's machine word.
+        code: the server's error code, for programs.
         param: the field at fault.
         retry_after: seconds after which to try again, if the server said so.
     """
@@ -46,7 +46,7 @@ class ApiError(Exception):
 
     @property
     def passing(self) -> bool:
-        """Whether the same request may succeed later: no answer, a server fault, or a full queue."""
+        """Whether the same request may succeed later: no response, a server error, or a full queue."""
         return self.status is None or self.status == 429 or self.status >= 500
 
     @property
@@ -59,7 +59,7 @@ class Client:
     """Speaks to one gateway.
 
     Args:
-        timeout: seconds without a byte before a request is given up.
+        timeout: seconds without a byte before a request fails.
         transport: in place of the network (tests).
     """
 
@@ -71,7 +71,7 @@ class Client:
             headers={"authorization": f"Bearer {connection.api_key}"} if connection.api_key else {},
             timeout=timeout,
             transport=transport,
-            # Proxy settings of the environment are not for this machine's own ports.
+            # The environment's proxy settings are not meant for this machine's own ports.
             trust_env=urlsplit(connection.url).hostname not in LOOPBACK,
         )
 
@@ -175,7 +175,7 @@ class Client:
             yield events
 
     def ready(self) -> bool:
-        """Whether the gateway says that jobs and requests would be served now."""
+        """Whether the gateway reports that it can take jobs and requests now."""
         try:
             return self._http.get("/health/ready").status_code == 200
         except httpx.HTTPError:

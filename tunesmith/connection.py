@@ -1,4 +1,4 @@
-"""Where a running stack is and how to speak to it: `.tunesmith/connection.json`, and what the environment overrides.
+"""Where a running stack is and how to reach it: `.tunesmith/connection.json`, and what the environment overrides.
 
 Owns the file's form. Does not know how a stack is started, nor whether what the file names still runs.
 """

@@ -24,22 +24,23 @@ LOG_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at; `remedy` says what to do unless all is well."""
+    """The result of one check; `remedy` says what to do unless all is well."""
 
     level: Literal["ok", "warn", "fail"]
     subject: str
-    told: str
+    detail: str
     remedy: str = ""
 
     def as_json(self) -> dict[str, str]:
-        return asdict(self)
+        # `told` is the name that `detail` had in 0.1; scripts may read it.
+        return asdict(self) | {"told": self.detail}
 
 
 def examine(home: Path, environ: Mapping[str, str], port: int = 8000) -> list[Finding]:
-    """Look at everything, in the order in which to mend it.
+    """Check everything, in the order in which to repair it.
 
     Args:
-        port: the one `tunesmith up` takes if nothing else is said.
+        port: the default of `tunesmith up`.
     """
     place = Home(home)
     findings = [_python(), _packages()]
@@ -49,7 +50,7 @@ def examine(home: Path, environ: Mapping[str, str], port: int = 8000) -> list[Fi
 
 
 def _python() -> Finding:
-    # An older one than 3.11 does not come so far: pip refuses to install this.
+    # Python before 3.11 does not get this far: pip refuses to install the package.
     return Finding("ok", "python", f"{sys.version.split()[0]} at {sys.executable}")
 
 
@@ -76,7 +77,7 @@ def _redis() -> Finding:
 
 def _children(place: Home, environ: Mapping[str, str]) -> Iterator[Finding]:
     remedies = {
-        "catalogue": "mend the catalogue file, or unset TUNESMITH_CATALOGUE for the built-in list",
+        "catalogue": "repair the catalogue file, or unset TUNESMITH_CATALOGUE for the built-in list",
         "schema": "'tunesmith up' brings the database to the newest schema",
         "torch": "run 'make setup' again; without a GPU with TORCH_INDEX=https://download.pytorch.org/whl/cpu",
     }
@@ -84,22 +85,22 @@ def _children(place: Home, environ: Mapping[str, str]) -> Iterator[Finding]:
     for check, remedy in remedies.items():
         command = python("shared.installation", check)
         done = subprocess.run(command, env=env, cwd=CHECKOUT, capture_output=True, text=True)
-        told = (done.stdout if done.returncode == 0 else done.stderr).strip()[-500:]
+        detail = (done.stdout if done.returncode == 0 else done.stderr).strip()[-500:]
         if done.returncode == 0:
-            yield Finding("ok", check, told)
+            yield Finding("ok", check, detail)
         else:
-            # A database that is not there yet is what every installation begins with.
-            yield Finding("warn" if check == "schema" else "fail", check, told, remedy)
+            # A new installation has no database yet.
+            yield Finding("warn" if check == "schema" else "fail", check, detail, remedy)
 
 
 def _disk(place: Home) -> Finding:
     folder = next(folder for folder in (place.root, *place.root.parents) if folder.exists())
     free = shutil.disk_usage(folder).free
-    told = f"{free / 1e9:.1f} GB free at {folder}"
+    detail = f"{free / 1e9:.1f} GB free at {folder}"
     if free >= LOW_DISK_BYTES:
-        return Finding("ok", "disk", told)
+        return Finding("ok", "disk", detail)
     level: Literal["warn", "fail"] = "warn" if free >= NO_DISK_BYTES else "fail"
-    return Finding(level, "disk", told, "delete datasets and models, or set TUNESMITH_ARTIFACTS to a bigger disk")
+    return Finding(level, "disk", detail, "delete datasets and models, or set TUNESMITH_ARTIFACTS to a bigger disk")
 
 
 def _folder(place: Home) -> Iterator[Finding]:

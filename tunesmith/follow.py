@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from tunesmith.client import ApiError
-from tunesmith.wait import PATIENCE_SECONDS
+from tunesmith.wait import RETRY_SECONDS
 
 Json = dict[str, Any]
 
@@ -16,22 +16,22 @@ def follow(
     note: Callable[[str], None],
     *,
     pause: float = 1.0,
-    patience: float = PATIENCE_SECONDS,
+    retry_seconds: float = RETRY_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Json]:
     """Every event until the job has ended.
 
     Args:
-        connect: opens the stream of what comes after the event of an id (None: from the first on); raises ApiError, on
-            its way in or while it is read.
-        note: told when the connection is lost and found.
+        connect: opens the stream of what comes after the event of an id (None: from the first on); raises ApiError,
+            when it is opened or while it is read.
+        note: called with a line when the connection is lost and when it is back.
         pause: seconds between two attempts.
-        patience: seconds without a connection after which to give up.
+        retry_seconds: how long to retry without a connection before the error is raised.
         clock: monotonic seconds.
 
     Raises:
-        ApiError: the gateway said no, or was away for too long.
+        ApiError: the gateway refused the request, or was away for too long.
     """
     seen: str | None = None
     lost_at: float | None = None
@@ -46,9 +46,9 @@ def follow(
                     yield event
             return
         except ApiError as error:
-            if not error.passing or (lost_at is not None and clock() - lost_at >= patience):
+            if not error.passing or (lost_at is not None and clock() - lost_at >= retry_seconds):
                 raise
             if lost_at is None:
-                note(f"{error.message}; trying again for {patience:.0f} s")
+                note(f"{error.message}; trying again for {retry_seconds:.0f} s")
                 lost_at = clock()
             sleep(max(pause, error.retry_after or 0))

@@ -1,4 +1,4 @@
-"""What `tunesmith wait` leaves for GitHub Actions: the step's summary and its outputs.
+"""What `tunesmith wait` writes for GitHub Actions: the step's summary and its outputs.
 
 GitHub names two files in the environment; what is appended to them shows on the run's page and feeds later steps
 (docs.github.com, "Workflow commands").
@@ -13,7 +13,7 @@ from tunesmith.wait import Ending
 
 
 def report(job_id: str, ending: Ending, environ: Mapping[str, str]) -> None:
-    """Append to the files that `GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name, as far as they are set.
+    """Append to the files that `GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name, where they are set.
 
     Raises:
         OSError: a file cannot be written.
@@ -27,7 +27,7 @@ def report(job_id: str, ending: Ending, environ: Mapping[str, str]) -> None:
             "status": job.get("status") or "unknown",
             "fine_tuned_model": job.get("fine_tuned_model") or "",
         }
-        # One line per value: a line break inside one would set outputs of its own.
+        # One line per value: a line break inside a value would set another output.
         _append(path, "".join(f"{name}={plain(value)}\n" for name, value in outputs.items()))
 
 

@@ -13,7 +13,7 @@ from tunesmith.wait import Exit
 
 
 def say(text: str) -> None:
-    """A message for the person at the terminal."""
+    """Print a message for the user to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -23,7 +23,7 @@ def fail(text: str, code: int = 1) -> NoReturn:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that what it started is stopped."""
+    """Handle SIGTERM as Ctrl-C, so that what this process started is stopped."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -32,7 +32,7 @@ def show_json(value: Any) -> None:
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns wide enough for their content, never cut: other programs read them too."""
+    """Columns as wide as their content, never cut: programs read them too."""
     texts = [list(header), *([plain(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
     for row in texts:
@@ -40,14 +40,14 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def plain(value: object) -> str:
-    """Text without control characters: names and messages come from others, and a terminal obeys what it is sent."""
+    """Text without control characters: names and messages come from others, and a terminal would act on them."""
     text = "-" if value is None else str(value)
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 @contextmanager
 def session(timeout: float = 60) -> Iterator[Client]:
-    """A client of the running stack; what goes wrong inside ends the command.
+    """A client of the running stack; an error inside ends the command.
 
     Exit codes: 4 when the key is refused or the thing does not exist, else 1.
     """

@@ -1,4 +1,4 @@
-"""How a job's progress looks: a bar on a terminal, plain lines elsewhere. Writes to stderr only."""
+"""How a job's progress is shown: a bar on a terminal, plain lines elsewhere. Writes to stderr only."""
 
 import time
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Lines:
 
     def saw(self, job: Json) -> None:
         if job["status"] in FINAL:
-            # Whoever waits says how it ended.
+            # The caller reports how it ended.
             return
         stage, text = stage_of(job), " ".join([stage_of(job), *figures(job)])
         stale = self._clock() - self._written >= LINE_EVERY_SECONDS
@@ -96,14 +96,14 @@ def stage_of(job: Json) -> str:
 
 
 def figures(job: Json) -> list[str]:
-    """Step, loss, speed and remaining time, as far as they are known; the step first, if any."""
+    """Step, loss, speed and remaining time, those that are known; the step comes first."""
     progress = job.get("progress") or {}
     total = progress.get("total_steps")
     if not total:
         return []
     texts = [f"{progress.get('step') or 0}/{total}"]
     if job["status"] != "running":
-        # The last speed of a job that waits is not its speed.
+        # The last speed of a job that waits is out of date.
         return texts
     for key, form in (("loss", "loss {:.3f}"), ("tokens_per_second", "{:.0f} tokens/s")):
         if progress.get(key) is not None:

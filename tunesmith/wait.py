@@ -1,4 +1,4 @@
-"""Waiting for a job to end, through restarts of the gateway. Knows no terminal: a watcher is told what is seen."""
+"""Waiting for a job to end, through restarts of the gateway. Knows no terminal: it reports to a watcher."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from tunesmith.client import ApiError
 
 Json = dict[str, Any]
-PATIENCE_SECONDS = 300.0
+RETRY_SECONDS = 300.0
 
 
 class Exit(IntEnum):
@@ -30,7 +30,7 @@ END = {"succeeded": Exit.SUCCEEDED, "failed": Exit.FAILED, "cancelled": Exit.CAN
 
 
 class Watcher(Protocol):
-    """Shows what happens."""
+    """Shows a job's progress, and notes about the connection."""
 
     def saw(self, job: Json) -> None: ...
     def note(self, text: str) -> None: ...
@@ -38,7 +38,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What became of the waiting.
+    """How the waiting ended.
 
     Attributes:
         job: as last seen; None if it never was.
@@ -55,17 +55,17 @@ def wait_for_job(
     *,
     timeout: float | None = None,
     interval: float = 1.0,
-    patience: float = PATIENCE_SECONDS,
+    retry_seconds: float = RETRY_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ending:
-    """Ask until the job has ended.
+    """Poll until the job has ended.
 
     Args:
         fetch: gets the job; raises ApiError.
         timeout: seconds after which to stop waiting (the job goes on); None for never.
-        interval: seconds between two questions.
-        patience: seconds without a usable answer after which the job's fate counts as unknown.
+        interval: seconds between two requests.
+        retry_seconds: how long to retry without a usable answer before the job's end counts as unknown.
         clock: monotonic seconds.
     """
     started = answered = clock()
@@ -78,10 +78,10 @@ def wait_for_job(
         except ApiError as error:
             if error.denied:
                 return Ending(Exit.DENIED, job, error.message)
-            if not error.passing or clock() - answered >= patience:
+            if not error.passing or clock() - answered >= retry_seconds:
                 return Ending(Exit.COULD_NOT_TELL, job, f"could not tell what became of the job: {error.message}")
             if not lost:
-                watcher.note(f"{error.message}; trying again for {patience:.0f} s")
+                watcher.note(f"{error.message}; trying again for {retry_seconds:.0f} s")
             lost = True
             pause = max(interval, error.retry_after or 0)
         else:

@@ -26,11 +26,11 @@ PREVIEW = {
 }
 
 
-def test_preview_marks_what_is_learnt_and_obeys_no_foreign_escape() -> None:
+def test_preview_marks_supervised_text_and_prints_no_foreign_escape() -> None:
     with FakeGateway({"GET /v1/files/file-1/preview": (200, PREVIEW)}) as gateway:
         code, out, err = run(gateway, "preview", "file-1", "--model", "tiny")
         assert (code, out) == (0, "### Instruction:\nHi [31m\n»Hello<eos>«\n\n")
-        assert err == "row 1: 9 tokens, 3 learnt\nrow 2: 0 tokens, dropped: nothing is left to learn\n"
+        assert err == "row 1: 9 tokens, 3 supervised\nrow 2: 0 tokens, dropped: no supervised token is left\n"
         code, out, _ = run(gateway, "preview", "file-1", "--model", "tiny", "--json")
         assert (code, json.loads(out)) == (0, PREVIEW)
 
@@ -43,7 +43,7 @@ def test_estimate_says_what_is_known() -> None:
         gateway.answers["POST /v1/fine_tuning/estimates"] = lambda _body: (200, answers.pop(0))
         code, out, _ = run(gateway, "estimate", "file-1", "--epochs", "2", "--precision", "fp32")
         assert code == 0
-        assert out == "12 steps, 900 tokens, 600 of them learnt\nabout 1.2 minutes, 1700 MB at the peak\n"
+        assert out == "12 steps, 900 tokens, 600 of them supervised\nabout 1.2 minutes, 1700 MB at the peak\n"
         assert gateway.bodies[-1][1]["hyperparameters"] == {"n_epochs": 2}
         assert gateway.bodies[-1][1]["base_precision"] == "fp32"
         assert "not calibrated" in run(gateway, "estimate", "file-1")[1]

@@ -24,14 +24,15 @@ def test_a_fresh_installation_can_work_and_a_broken_catalogue_is_named(tmp_path:
     code, found = examined(tmp_path)
     assert code == 0
     assert found["torch"]["level"] == found["catalogue"]["level"] == found["redis"]["level"] == "ok"
-    assert "smollm2-135m-instruct (prepared when first used)" in found["catalogue"]["told"]
-    assert (found["schema"]["level"], found["stack"]["told"]) == ("warn", "not running")
-    # It looks, and changes nothing.
+    assert "smollm2-135m-instruct (prepared when first used)" in found["catalogue"]["detail"]
+    assert (found["schema"]["level"], found["stack"]["detail"]) == ("warn", "not running")
+    assert found["stack"]["told"] == found["stack"]["detail"]
+    # The doctor changes nothing.
     assert not (tmp_path / ".tunesmith").exists()
     (tmp_path / "bad.toml").write_text("not toml")
     code, found = examined(tmp_path, TUNESMITH_CATALOGUE="bad.toml")
     assert (code, found["catalogue"]["level"]) == (1, "fail")
-    assert "bad.toml" in found["catalogue"]["told"]
+    assert "bad.toml" in found["catalogue"]["detail"]
 
 
 def test_folder_disk_port_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,4 +52,4 @@ def test_folder_disk_port_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     events = [{"level": "error", "event": "failed", "error": "no"}, {"level": "info", "event": "up"}]
     log.write_text("\n".join(map(json.dumps, events)) + "\nplain\n[1]\n")
     (finding,) = doctor._logs(place)
-    assert (finding.level, finding.told) == ("warn", "failed: no")
+    assert (finding.level, finding.detail) == ("warn", "failed: no")

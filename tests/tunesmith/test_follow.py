@@ -12,7 +12,7 @@ AWAY = ApiError("away")
 
 
 class Line:
-    """A FAKE connection: yields parts of a story, each attempt as the script says."""
+    """A FAKE connection: yields parts of an event log, each attempt as scripted."""
 
     def __init__(self, *attempts: list[int] | ApiError, end: ApiError | None = AWAY) -> None:
         self.attempts = list(attempts)
@@ -40,7 +40,7 @@ class Line:
         self.now += seconds
 
     def follow(self) -> list[str]:
-        events = follow(self.connect, self.notes.append, patience=10, clock=lambda: self.now, sleep=self.sleep)
+        events = follow(self.connect, self.notes.append, retry_seconds=10, clock=lambda: self.now, sleep=self.sleep)
         return [event["id"] for event in events]
 
 
@@ -51,12 +51,12 @@ def test_it_goes_on_after_the_last_event_it_saw() -> None:
     assert line.notes == ["away; trying again for 10 s", "connected again"] * 3
 
 
-def test_patience_counts_from_the_loss_and_ends() -> None:
+def test_retry_time_counts_from_the_lost_connection_and_ends() -> None:
     line = Line([1], [2])
     line.attempts.append(AWAY)
     with pytest.raises(ApiError, match="away"):
         line.follow()
-    # Long silence between events is no loss.
+    # A long silence between events is no lost connection.
     assert 2010 <= line.now <= 2012
 
 

@@ -40,7 +40,7 @@ class Notes:
 
 
 def wait_on(gateway: Callable[[float], httpx.Response], **options: Any) -> tuple[Ending, Notes, Clock]:
-    """Wait on a fake gateway that is told the time."""
+    """Wait on a fake gateway that gets the time."""
     clock, notes = Clock(), Notes()
     transport = httpx.MockTransport(lambda request: gateway(clock()))
     with Client(Connection("http://fake", "ts-key"), transport=transport) as client:
@@ -105,7 +105,7 @@ def test_gateway_that_stays_away_leaves_the_fate_unknown() -> None:
     assert 300 <= clock.now - 4 <= 302
 
 
-def test_patience_starts_anew_after_every_answer() -> None:
+def test_retry_time_starts_anew_after_every_answer() -> None:
     def flapping(now: float) -> httpx.Response:
         if now >= 1500:
             return job("cancelled")
@@ -143,7 +143,7 @@ def test_timeout_ends_waiting_not_the_job(away: bool) -> None:
     assert clock.now <= 10
 
 
-def test_plain_lines_tell_changes_at_once_and_steps_now_and_then() -> None:
+def test_plain_lines_show_changes_at_once_and_steps_now_and_then() -> None:
     out, clock = io.StringIO(), Clock()
     lines = Lines(out, clock)
     step = {"status": "running", "state": "running", "phase": "training"}

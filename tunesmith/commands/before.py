@@ -1,4 +1,4 @@
-"""`preview` and `estimate`: what a job would learn and take, before it is started."""
+"""`preview` and `estimate`: what a job would train on and what it would take, before it is started."""
 
 import sys
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from tunesmith.commands.options import DEFAULT_BASE, AsJson
 
 Dataset = Annotated[str, typer.Argument(metavar="FILE", help="A dataset to upload, or the id of one (file-…).")]
 Model = Annotated[str, typer.Option(help="Base model.")]
-_LEARNT, _PLAIN = "\x1b[32m", "\x1b[0m"
+_GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
 
 def preview(
@@ -20,7 +20,7 @@ def preview(
     max_length: Annotated[int, typer.Option(min=8)] = 512,
     json: AsJson = False,
 ) -> None:
-    """Show rows as the model will be given them; what is learnt is green, or between »« where there is no colour."""
+    """Show rows as the model will be given them; supervised text is green, or between »« where there is no colour."""
     from tunesmith.output import say, session, show_json
 
     with session(timeout=600) as client:
@@ -29,8 +29,9 @@ def preview(
         show_json(answer)
         return
     for row in answer["data"]:
-        left = "dropped: nothing is left to learn" if row["dropped"] else f"{row['supervised_tokens']} learnt"
-        say(f"row {row['row']}: {row['tokens']} tokens, {left}")
+        supervised = f"{row['supervised_tokens']} supervised"
+        result = "dropped: no supervised token is left" if row["dropped"] else supervised
+        say(f"row {row['row']}: {row['tokens']} tokens, {result}")
         print("".join(map(_marked, row["pieces"])))
 
 
@@ -39,7 +40,7 @@ def _marked(piece: dict[str, Any]) -> str:
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in piece["text"])
     if not piece["supervised"]:
         return text
-    return f"{_LEARNT}{text}{_PLAIN}" if sys.stdout.isatty() else f"»{text}«"
+    return f"{_GREEN}{text}{_RESET}" if sys.stdout.isatty() else f"»{text}«"
 
 
 def estimate(
@@ -60,7 +61,7 @@ def estimate(
     if json:
         show_json(answer)
         return
-    print(f"{answer['total_steps']} steps, {answer['tokens']} tokens, {answer['supervised_tokens']} of them learnt")
+    print(f"{answer['total_steps']} steps, {answer['tokens']} tokens, {answer['supervised_tokens']} of them supervised")
     if answer["minutes"] is None:
         print("time and memory: not calibrated, no job of this base and precision has finished here yet")
     else:

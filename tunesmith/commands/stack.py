@@ -70,7 +70,7 @@ def status(json: AsJson = False) -> None:
 
 
 def doctor(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
-    """Look for what is wrong with this installation, and say what to do. Exit 1 if something is."""
+    """Check this installation for faults, and say how to repair them. Exit 1 if something is."""
     from tunesmith.doctor import examine
     from tunesmith.output import plain, show_json
 
@@ -79,7 +79,7 @@ def doctor(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
         show_json([finding.as_json() for finding in findings])
     else:
         for finding in findings:
-            print(f"{finding.level:4}  {finding.subject}: {plain(finding.told)}")
+            print(f"{finding.level:4}  {finding.subject}: {plain(finding.detail)}")
             if finding.remedy:
                 print(f"      → {plain(finding.remedy)}")
     raise SystemExit(1 if any(finding.level == "fail" for finding in findings) else 0)

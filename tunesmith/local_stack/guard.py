@@ -1,8 +1,8 @@
 """Ends what a killed supervisor leaves behind.
 
-A supervisor that is SIGKILLed cannot stop its children. So it keeps a second small process, told over a pipe which
-process groups exist. The pipe's end is the supervisor's end, however it came: the guard then stops every group that was
-not reported as gone. It inherits the stack's lock, so the stack counts as running until that is done.
+A supervisor that is SIGKILLed cannot stop its children. So it keeps a second small process and reports to it, over a
+pipe, which process groups exist. When the supervisor ends, however it ends, the pipe closes: the guard then stops every
+group that was not reported as gone. It inherits the stack's lock, so the stack counts as running until that is done.
 
 Works on every POSIX system and reaches grandchildren, which Linux' PR_SET_PDEATHSIG does not.
 """
@@ -36,11 +36,11 @@ class Guard:
 
     def watch(self, leader: int, grace_seconds: float) -> None:
         self._watched[leader] = grace_seconds
-        self._tell(f"+{leader} {grace_seconds}")
+        self._send(f"+{leader} {grace_seconds}")
 
     def forget(self, leader: int) -> None:
         self._watched.pop(leader, None)
-        self._tell(f"-{leader}")
+        self._send(f"-{leader}")
 
     def renew_if_lost(self) -> None:
         """Start another guard if this one was killed."""
@@ -49,15 +49,15 @@ class Guard:
         self._close_pipe()
         self._process = self._start()
         for leader, grace_seconds in self._watched.items():
-            self._tell(f"+{leader} {grace_seconds}")
+            self._send(f"+{leader} {grace_seconds}")
 
     def close(self) -> None:
-        """Let the guard go; it stops what is still watched."""
+        """End the guard; it first stops the groups it still watches."""
         self._close_pipe()
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
-        # By path and isolated: it must start however the supervisor's environment looks, and fast.
+        # By path and isolated: it must start fast, and whatever the supervisor's environment is.
         return subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__)), *self._arguments],
             stdin=subprocess.PIPE,
@@ -67,10 +67,10 @@ class Guard:
             text=True,
         )
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         pipe = self._process.stdin
         assert pipe is not None
-        # A guard that is gone is renewed at the next tick, and told everything again.
+        # The next tick replaces a guard that is gone, and sends everything again.
         with contextlib.suppress(BrokenPipeError):
             pipe.write(line + "\n")
             pipe.flush()
@@ -112,7 +112,7 @@ def _end(watched: dict[int, float]) -> None:
 
 
 def _alive(leader: int) -> bool:
-    """Whether the process runs; one that has ended and that nobody reaps does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         os.kill(leader, 0)
         with open(f"/proc/{leader}/stat", "rb") as stat:
@@ -120,7 +120,7 @@ def _alive(leader: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        # No /proc here: then the signal's answer stands.
+        # There is no /proc here: the signal was delivered, so the process exists.
         return True
 
 

@@ -1,7 +1,7 @@
 """The folder of one stack on this machine: names in it, and the lock that says whether the stack runs.
 
 The lock is flock(2) on an open file. The supervisor and its guard hold it for as long as any process of the stack may
-live, so a free lock means that nothing runs; no pid has to be believed for that.
+live, so a free lock means that nothing runs; no pid has to be trusted.
 """
 
 import fcntl
@@ -51,7 +51,7 @@ class Home:
         except FileNotFoundError:
             return False
         try:
-            # A shared lock: two who ask at once do not see each other.
+            # A shared lock: two processes that ask at once do not see each other.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -60,7 +60,7 @@ class Home:
         return False
 
     def supervisor_pid(self) -> int | None:
-        """Who to tell to stop; meaningful only while `is_running`."""
+        """The process to signal to stop; meaningful only while `is_running`."""
         try:
             return int(self._lock_file.read_text())
         except (FileNotFoundError, ValueError):

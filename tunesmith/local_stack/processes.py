@@ -18,7 +18,7 @@ from tunesmith.local_stack.guard import Guard
 
 FIRST_RESTART_SECONDS = 0.5
 LAST_RESTART_SECONDS = 30.0
-# A child that lived this long has started well: its next death is a new story.
+# A child that lived this long started well: its next death is not held against it.
 STEADY_SECONDS = 60.0
 POLL_SECONDS = 0.05
 
@@ -60,8 +60,12 @@ class Child:
         self.started = time.monotonic()
         guard.watch(self.pid, spec.grace_seconds)
 
-    def exited(self) -> int | None:
-        """The exit status (negative: the signal) once the leader is gone and its group with it; None while it runs."""
+    def reap(self) -> int | None:
+        """Clean up after a leader that has ended: kill the rest of its group, reap it, and tell the guard.
+
+        Returns:
+            The exit status (negative: the signal); None, and nothing is done, while the leader runs.
+        """
         if self._process.returncode is None:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return None
@@ -73,10 +77,10 @@ class Child:
 
     def stop(self) -> None:
         """SIGTERM to the leader; after the grace SIGKILL to the group."""
-        if self.exited() is None:
+        if self.reap() is None:
             self._process.terminate()
         deadline = time.monotonic() + self.spec.grace_seconds
-        while self.exited() is None:
+        while self.reap() is None:
             if time.monotonic() > deadline:
                 logging.warning("%s did not stop within %g s: killed", self.spec.name, self.spec.grace_seconds)
                 kill_group(self.pid)
@@ -91,7 +95,7 @@ def kill_group(leader: int) -> None:
 
 
 class Supervisor:
-    """Starts children in order, restarts those that die, and stops them in the reverse order.
+    """Starts children in order, restarts those that die, and stops them in reverse order.
 
     Args:
         on_change: called with the process ids by name whenever one has changed.
@@ -121,15 +125,15 @@ class Supervisor:
         return {name: child.pid for name, child in self.children.items()}
 
     def dead(self) -> list[Child]:
-        """Children that have exited and were not replaced."""
-        return [child for child in self.children.values() if child.exited() is not None]
+        """Children that have ended and were not replaced; reaps them."""
+        return [child for child in self.children.values() if child.reap() is not None]
 
     def tick(self) -> None:
-        """One look: note who died, and replace those whose pause is over."""
+        """Check once: notice children that died, and restart those whose delay is over."""
         self._guard.renew_if_lost()
         for child in self.dead():
             if child.spec.name not in self._restart_at:
-                logging.warning("%s died with status %s", child.spec.name, child.exited())
+                logging.warning("%s died with status %s", child.spec.name, child.reap())
                 self._schedule(child.spec.name, steady=time.monotonic() - child.started >= STEADY_SECONDS)
         due = [name for name, when in self._restart_at.items() if self._clock() >= when]
         for name in due:

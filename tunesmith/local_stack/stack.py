@@ -1,6 +1,6 @@
-"""A whole stack on this machine: start it, stop it, say how it does.
+"""A whole stack on this machine: start it and stop it.
 
-Owns the order (lock, base model, schema, processes) and what is said when something goes wrong.
+Owns the order (lock, base model, schema, processes) and the messages when something goes wrong.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ def up(
         home: folder of everything this stack keeps; several stacks live side by side in several folders.
         port: of the gateway on 127.0.0.1; 0 for a free one.
         base: catalogue id or alias of the model served, or `auto` for the first in the catalogue that can be had.
-        environ: what the processes inherit; `TUNESMITH_DATABASE_URL`, `TUNESMITH_CATALOGUE` and the like go through.
-        say: told what is going on, line by line.
+        environ: what the processes inherit; `TUNESMITH_DATABASE_URL`, `TUNESMITH_CATALOGUE` and the like are passed on.
+        say: called with each line of progress.
 
     Raises:
         StackError: it did not start; nothing is left running.
@@ -66,7 +66,7 @@ def up(
     try:
         check_checkout()
         while (lock := place.acquire()) is None:
-            # It runs, starts or stops: the file is there, will be, or the lock becomes free.
+            # It runs, starts or stops: the file is there or will be, or the lock becomes free.
             with contextlib.suppress(NoConnection):
                 return Started(connections.read(place.connection_file), fresh=False)
             time.sleep(0.1)
@@ -107,7 +107,7 @@ def down(home: Path, say: Say = lambda line: None) -> bool:
 
 
 def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, str], say: Say) -> Connection:
-    # What a killed stack left here is not true any more.
+    # One that a killed stack left here is out of date.
     place.connection_file.unlink(missing_ok=True)
     common = environment(place, environ)
     env = {**environ, **common}
@@ -144,14 +144,19 @@ def _launch(place: Home, lock: int, plan: str, env: Mapping[str, str], say: Say)
             with contextlib.suppress(BrokenPipeError):
                 launcher.stdin.write(plan)
                 launcher.stdin.close()
-            _follow(launcher.stdout, place, say)
+            _wait_until_ready(launcher.stdout, place, say)
         except BaseException:
-            # Ctrl-C included: half a stack is left to nobody.
+            # On Ctrl-C too: half a stack must not stay.
             _abort(launcher.stdout, place)
             raise
 
 
-def _follow(events: IO[str], place: Home, say: Say) -> None:
+def _wait_until_ready(events: IO[str], place: Home, say: Say) -> None:
+    """Read the supervisor's events (JSON lines) until it reports that the stack is ready.
+
+    Raises:
+        StackError: it reports a failure, or ends.
+    """
     for line in events:
         event = json.loads(line)
         if event["event"] == "ready":
@@ -166,7 +171,7 @@ def _follow(events: IO[str], place: Home, say: Say) -> None:
 def _abort(events: IO[str], place: Home) -> None:
     """Stop a supervisor and wait for its end, which closes the pipe."""
     if place.supervisor_pid() is None:
-        # It has not come so far; its first line follows the recording of its id.
+        # It has not recorded its id yet; it writes its first line right after that.
         events.readline()
     supervisor = place.supervisor_pid()
     if supervisor is not None:
@@ -197,6 +202,6 @@ def _group_exists(leader: int) -> bool:
     try:
         os.killpg(leader, 0)
     except (ProcessLookupError, PermissionError):
-        # A group of that number that is not ours is another user's by now.
+        # A group of that number which is not ours belongs to another user by now.
         return False
     return True

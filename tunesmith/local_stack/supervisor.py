@@ -1,7 +1,7 @@
 """`python -m tunesmith.local_stack.supervisor LOCK_FD HOME < plan`: the process that keeps a stack alive.
 
-Reads its plan from stdin, tells on stdout (JSON lines) how the start goes, and then runs until SIGTERM. Detached from
-the `tunesmith up` that started it.
+Reads its plan from stdin, reports on stdout (JSON lines) how the start goes, and then runs until SIGTERM. It is
+detached from the `tunesmith up` that started it.
 """
 
 import contextlib
@@ -65,19 +65,19 @@ class StackProcess:
         self._stopping = True
 
     def run(self) -> int:
-        """Start, tell, keep, stop. Returns the exit status."""
+        """Start the stack, report, keep it running, stop it. Returns the exit status."""
         try:
             self._supervisor.start()
             self._wait_until_ready()
             self._write_connection(self._supervisor.pids())
-            tell({"event": "ready"})
+            report({"event": "ready"})
             self._keep()
         except StartFailed as error:
             logging.error("start failed: %s", error)
-            tell({"event": "failed", "message": str(error)})
+            report({"event": "failed", "message": str(error)})
             return 1
         except Stopped:
-            tell({"event": "failed", "message": "stopped while starting"})
+            report({"event": "failed", "message": "stopped while starting"})
         finally:
             self._home.connection_file.unlink(missing_ok=True)
             self._supervisor.stop()
@@ -90,10 +90,10 @@ class StackProcess:
             if self._stopping:
                 raise Stopped
             for child in self._supervisor.dead():
-                raise StartFailed(died(child))
-            for name in [name for name, url in waiting.items() if answers(url)]:
+                raise StartFailed(exit_message(child))
+            for name in [name for name, url in waiting.items() if responds(url)]:
                 del waiting[name]
-                tell({"event": "child_ready", "name": name})
+                report({"event": "child_ready", "name": name})
             if waiting and time.monotonic() > deadline:
                 tails = "\n".join(tail(self._supervisor.children[name]) for name in waiting)
                 raise StartFailed(f"not ready after {self._plan.start_seconds:g} s: {', '.join(waiting)}\n{tails}")
@@ -108,28 +108,28 @@ class StackProcess:
         try:
             self._write_connection(pids)
         except OSError as error:
-            # A full disk must not end the stack; the file then names a process that is gone.
+            # A full disk must not end the stack; until the next change the file names a process that is gone.
             logging.error("%s could not be written: %s", self._home.connection_file, error)
 
     def _write_connection(self, pids: Mapping[str, int]) -> None:
         key_file = self._home.api_key_file
-        # With a database that already has keys, the gateway makes no new one; then the caller knows his.
+        # With a database that already has keys, the gateway makes no new one; then the caller names one.
         key = key_file.read_text().strip() if key_file.exists() else os.environ.get("TUNESMITH_API_KEY", "")
         connection = Connection(api_key=key, pids=dict(pids), **self._plan.connection)
         connection.write(self._home.connection_file)
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     """Whether a GET gives 200."""
     try:
-        # Proxy settings of the environment are not for this machine's own ports.
+        # The environment's proxy settings are not meant for this machine's own ports.
         return httpx.get(url, timeout=5, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def died(child: Child) -> str:
-    status = child.exited()
+def exit_message(child: Child) -> str:
+    status = child.reap()
     how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
     return f"{child.spec.name} ended with {how}\n{tail(child)}"
 
@@ -138,8 +138,8 @@ def tail(child: Child) -> str:
     return f"last lines of {child.spec.log}:\n{log_tail(child.spec.log, child.log_start)}"
 
 
-def tell(event: dict[str, Any]) -> None:
-    """One line to whoever started us; he may be gone."""
+def report(event: dict[str, Any]) -> None:
+    """Write one line to the `tunesmith up` that started us, if it still reads."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
@@ -152,14 +152,14 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     plan = decode(sys.stdin.read())
     if os.fork():
-        # The starter's child ends here: the supervisor belongs to init, and nobody has to wait for it.
+        # The child of `tunesmith up` ends here: the supervisor now belongs to init, and nobody has to wait for it.
         os._exit(0)
     guard = Guard(keep_open=(lock,), remove=home.connection_file)
     stack = StackProcess(home, plan, guard)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stack.stop_soon)
     record_supervisor(lock)
-    tell({"event": "started"})
+    report({"event": "started"})
     try:
         return stack.run()
     finally:
