@@ -1,8 +1,8 @@
-"""(`make bench-estimates`): what is said of a job before and while it runs, beside what then happens
+"""(`make bench-estimates`): what is estimated before a job and while it runs, beside what then happens
 
-A stack of its own trains a real model. Before each job its estimate is asked for, once a short job of the same base and
-precision has been measured; while it runs, its expected end is read after each share of its steps. Both are compared
-with the end, and with the worker's memory as the operating system saw it. Writes `benchmarks/results/estimates.json`.
+A stack of its own trains a real model. Before each job, and after a short job of the same base and precision, its
+estimate is fetched; while it runs, its expected end is read after each share of its steps. Both are compared with the
+end, and with the worker's memory as the operating system reports it. Writes `benchmarks/results/estimates.json`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def docstrings(count: int) -> list[Row]:
 
 
 def chapters(count: int) -> list[Row]:
-    """Rows of some 200 to 1,500 tokens: several docstrings, one behind the other."""
+    """Rows of some 200 to 1,500 tokens: several docstrings, one after the other."""
     rows, chapters = docstrings(count * 11), []
     for number in range(count):
         size = 3 + 5 * number % 13
@@ -64,7 +64,7 @@ SETTINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
-    parser.add_argument("--home", type=Path, help="folder of the stack, kept for the next time")
+    parser.add_argument("--home", type=Path, help="folder of the stack, kept for the next run")
     arguments = parser.parse_args()
     known: Json = json.loads(RESULT.read_text()) if RESULT.is_file() else {"model": BASE, "settings": {}}
     with live_stack(arguments.home) as live:
@@ -89,23 +89,23 @@ def measure(live: LiveStack, setting: Setting, calibration: str) -> Json:
     live.run(body | {"training_file": calibration})
     body |= {"training_file": live.upload("training", setting.rows())}
     body |= {"hyperparameters": {"n_epochs": 1} | setting.hyper}
-    said = live.client.estimate(body)
+    estimate = live.client.estimate(body)
     watched = live.run(body)
     report = watched.job["report"]
-    began = next(at for at, job in watched.seen if job["status"] == "running")
+    started = next(at for at, job in watched.seen if job["status"] == "running")
     return {
         "steps": report["steps"],
         "tokens": report["total_tokens"],
         "tokens_per_second": report["tokens_per_second"],
-        "peak_memory_mb": compared(said["peak_memory_mb"], report["peak_memory_mb"]),
+        "peak_memory_mb": compared(estimate["peak_memory_mb"], report["peak_memory_mb"]),
         "sampled_memory_mb": round(watched.largest_mb),
-        "minutes": compared(said["minutes"], (watched.ended - began) / 60),
+        "minutes": compared(estimate["minutes"], (watched.ended - started) / 60),
         "seconds_left": {f"{share:.0%}": left(watched, share) for share in SHARES},
     }
 
 
 def left(watched: Watched, share: float) -> Json:
-    """The time that was said to be left after a share of the steps, and what was."""
+    """The time estimated to be left after a share of the steps, and the time it took."""
     steps = math.ceil(share * watched.job["report"]["steps"])
     at, job = next(
         (at, job)
@@ -115,18 +115,18 @@ def left(watched: Watched, share: float) -> Json:
     return {"step": job["progress"]["step"]} | compared(job["estimated_finish"] - at, watched.ended - at)
 
 
-def compared(said: float, was: float) -> Json:
-    return {"said": round(said, 2), "was": round(was, 2), "error": round(said / was - 1, 3)}
+def compared(estimate: float, actual: float) -> Json:
+    return {"estimate": round(estimate, 2), "actual": round(actual, 2), "error": round(estimate / actual - 1, 3)}
 
 
 def table(settings: Json) -> str:
     """The results for people."""
-    lines = [f"{'':28}{'steps':>6}{'peak MB said':>14}{'was':>7}{'':>8}{'s left after 5 %':>18}{'was':>7}"]
+    lines = [f"{'':28}{'steps':>6}{'peak MB est.':>14}{'actual':>7}{'':>8}{'s left after 5 %':>18}{'actual':>7}"]
     for name, found in settings.items():
         memory, time = found["peak_memory_mb"], found["seconds_left"]["5%"]
         lines.append(
-            f"{name:28}{found['steps']:6}{memory['said']:14.0f}{memory['was']:7.0f}{memory['error']:+8.1%}"
-            f"{time['said']:18.1f}{time['was']:7.1f}{time['error']:+8.1%}"
+            f"{name:28}{found['steps']:6}{memory['estimate']:14.0f}{memory['actual']:7.0f}{memory['error']:+8.1%}"
+            f"{time['estimate']:18.1f}{time['actual']:7.1f}{time['error']:+8.1%}"
         )
     return "\n".join(lines)
 

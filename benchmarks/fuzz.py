@@ -1,9 +1,9 @@
 """`python -m benchmarks.fuzz`: requests that schemathesis makes from both OpenAPI documents, against real processes.
 
-Half are valid by the document, half are not. Valid ones are steered: ids are those of things that exist, models are
-served, generation is short; otherwise nearly everything would end at 404. More follow in chains, by ids that earlier
-answers gave. Every answer is checked against the document, and a request that breaks its schema must be refused. Writes
-benchmarks/results/fuzz.json.
+Half are valid by the document, half are not. Valid ones are adjusted: they name things that exist and models that are
+served, and generate few tokens; otherwise nearly all would end at 404. More follow in chains, with ids from earlier
+responses. Every response is checked against the document, and a request that breaks its schema must be refused. Some
+6,000 in all: `REQUESTS` and `CHAINED`, rounded up to whole rounds. Writes benchmarks/results/fuzz.json.
 """
 
 import argparse
@@ -43,8 +43,8 @@ from tests.cluster import TOKEN, Cluster, tiny_stack
 from tests.services.inference.adapters_on_disk import write_adapter
 
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
-REQUESTS = 5000
-CHAINED = 1000
+REQUESTS = 5_000
+CHAINED = 1_000
 MAX_VIOLATIONS = 50
 AnyCase = Case[Any]
 MAX_NEW_TOKENS = 3
@@ -90,7 +90,7 @@ class Things:
         return made
 
     def steer(self, case: AnyCase, chance: random.Random, *, chained: bool = False) -> None:
-        """Let a valid case name what exists, most of the time. A chain's ids come from the answers before."""
+        """Make a valid case name what exists, most of the time. A chain takes its ids from earlier responses."""
         if chance.random() < 0.2:
             return
         path_parameters: Any = case.path_parameters
@@ -136,7 +136,7 @@ class Things:
 
 
 def shorten(case: AnyCase) -> None:
-    """Tokens prove nothing here and cost most of the time."""
+    """Limit new tokens: they prove nothing here and cost most of the time."""
     body: Any = case.body
     if not isinstance(body, dict) or case.method != "POST":
         return
@@ -148,13 +148,13 @@ def shorten(case: AnyCase) -> None:
             body["max_tokens"] = MAX_NEW_TOKENS
     elif isinstance(body.get("parameters", {}), dict):
         parameters = body.setdefault("parameters", {})
-        asked = parameters.get("max_new_tokens", 100)
-        if isinstance(asked, int):
-            parameters["max_new_tokens"] = min(asked, MAX_NEW_TOKENS)
+        wanted = parameters.get("max_new_tokens", 100)
+        if isinstance(wanted, int):
+            parameters["max_new_tokens"] = min(wanted, MAX_NEW_TOKENS)
 
 
 def with_key(case: AnyCase) -> None:
-    """Take a made-up key out, so that the right one is sent."""
+    """Remove a generated key, so that the right one is sent."""
     headers: Any = case.headers
     for name in [name for name in headers or () if name.lower() == "authorization"]:
         del headers[name]
@@ -167,8 +167,8 @@ def wrong_elsewhere(case: AnyCase) -> bool:
 
 
 def document(name: str, *modes: str) -> Any:
-    """schemathesis' view of one of our API documents, generating requests of some modes, of both unless said."""
-    # Parameters that are not known are passed over, so that clients written for more go on working.
+    """schemathesis' schema of one of our API documents; it generates requests of the given mode, of both by default."""
+    # The services ignore unknown parameters, so that clients written for later versions work.
     generation: dict[str, Any] = {"allow-extra-parameters": False} | ({"mode": modes[0]} if modes else {})
     config = SchemathesisConfig.from_dict({"generation": generation})
     return schemathesis.openapi.from_dict(json.loads(rendered(name)), config=config)
@@ -176,12 +176,12 @@ def document(name: str, *modes: str) -> Any:
 
 def call(url: str, bearer: dict[str, str]) -> dict[str, Any]:
     """How a case is sent."""
-    # A stream of a job's events ends with the job: nobody trains here.
+    # JSON, not an event stream, which would end with the job: no job is trained here.
     return {"base_url": url, "headers": bearer | {"Accept": "application/json"}, "timeout": 60}
 
 
 class Fuzz:
-    """One run against one stack; `report` is what is written."""
+    """One run against one stack; `report` is what the results file holds."""
 
     def __init__(self, stack: Cluster, http: httpx.Client, number: int) -> None:
         self._stack = stack
@@ -203,7 +203,7 @@ class Fuzz:
             for name, operation in operations:
                 with suppress(Unsatisfiable):
                     self._operation(name, operation, mode, each)
-        # Operations without parameters have no invalid form: what is missing goes to those that have.
+        # Operations without parameters have no invalid form: the others get the requests that are missing.
         while self.sent < requests and time.monotonic() < self._deadline:
             self._seed += 1
             for name, operation in operations:
@@ -211,7 +211,7 @@ class Fuzz:
                     self._operation(name, operation, GenerationMode.POSITIVE, 10)
 
     def chains(self, requests: int, seconds: float = float("inf")) -> None:
-        """About `requests` requests more, most of them by ids of earlier answers; fewer if `seconds` have passed."""
+        """About `requests` more, most of them with ids of earlier responses; fewer if `seconds` have passed."""
         for name, begin, share in (
             ("gateway.json", self._things.renew, 0.8),
             ("inference.json", self._things.load, 0.2),
@@ -221,7 +221,7 @@ class Fuzz:
                 begin,
                 self._steer_chained,
                 partial(self._judge_chained, name),
-                call(*self._door(name)),
+                call(*self._endpoint(name)),
             )
             chains.run(partial(self._has_sent, self.sent + share * requests), share * seconds, self._seed)
 
@@ -240,14 +240,14 @@ class Fuzz:
     def sent(self) -> int:
         return sum(sum(counts.values()) for counts in self.statuses.values())
 
-    def _door(self, document: str) -> tuple[str, dict[str, str]]:
-        """Where a document's operations are, and the key to them."""
-        inner = document == "inference.json"
-        url = self._stack.inference_url if inner else self._stack.url
-        return url, {"Authorization": f"Bearer {TOKEN if inner else self._stack.key}"}
+    def _endpoint(self, document: str) -> tuple[str, dict[str, str]]:
+        """The URL of a document's operations, and the header that authorises them."""
+        private = document == "inference.json"
+        url = self._stack.inference_url if private else self._stack.url
+        return url, {"Authorization": f"Bearer {TOKEN if private else self._stack.key}"}
 
     def _operation(self, document: str, operation: Any, mode: GenerationMode, examples: int) -> None:
-        url, bearer = self._door(document)
+        url, bearer = self._endpoint(document)
         label = f"{document.removesuffix('.json')} {operation.label}"
 
         @seed(self._seed)
@@ -271,7 +271,7 @@ class Fuzz:
         if mode is GenerationMode.POSITIVE:
             self._things.steer(case, self._chance)
         elif self._chance.random() < 0.8:
-            # Most of what is wrong should be seen by handlers, not end at the key.
+            # Most invalid requests should reach a handler, not be refused for their key.
             with_key(case)
             checks = (
                 CHECKS if wrong_elsewhere(case) else [check for check in CHECKS if check != negative_data_rejection]
@@ -282,15 +282,15 @@ class Fuzz:
 
     def _judge(self, label: str, case: AnyCase, answer: Any, check: Callable[[], None]) -> None:
         self.statuses[label][answer.status_code] += 1
-        told = {"operation": label, "status": answer.status_code, "request": case.as_curl_command()[:600]}
-        told["answer"] = answer.text[:300]
+        finding = {"operation": label, "status": answer.status_code, "request": case.as_curl_command()[:600]}
+        finding["answer"] = answer.text[:300]
         if answer.status_code >= 500:
-            self.server_errors.append(told)
+            self.server_errors.append(finding)
         try:
             check()
         except (Failure, FailureGroup) as failure:
-            whys = failure.exceptions if isinstance(failure, FailureGroup) else [failure]
-            self.violations += [told | {"why": f"{type(why).__name__}: {why}"[:500]} for why in whys]
+            causes = failure.exceptions if isinstance(failure, FailureGroup) else [failure]
+            self.violations += [finding | {"why": f"{type(cause).__name__}: {cause}"[:500]} for cause in causes]
 
     def report(self) -> dict[str, Any]:
         total = sum(sum(counts.values()) for counts in self.statuses.values())
@@ -311,7 +311,7 @@ class Fuzz:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--chained", type=int, default=CHAINED, help="requests more that follow from others' answers")
+    parser.add_argument("--chained", type=int, default=CHAINED, help="further requests, in chains")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     given_arguments = parser.parse_args(arguments)

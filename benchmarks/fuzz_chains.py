@@ -1,8 +1,8 @@
-"""Chains of requests: schemathesis infers from the documents which answer's id another operation takes.
+"""Chains of requests: schemathesis infers from the documents which operation takes the id in which response.
 
-A dataset is uploaded, read and deleted; a job is created, paused, resumed and cancelled, in any order. Besides each
-answer's form, what was made must be there and what was deleted must not. Knows no stack: each request's answer is given
-to a judge.
+A dataset is uploaded, read and deleted; a job is created, paused, resumed and cancelled, in any order. Each response is
+checked for its form; besides, what was created must exist and what was deleted must not. Knows no stack: every response
+is passed to `judge`.
 """
 
 import time
@@ -29,7 +29,7 @@ class Chains:
         schema: schemathesis' schema, which generates valid requests only.
         begin: called before each chain.
         prepare: called with each case before it is sent.
-        judge: gets a case, its answer, and what checks the answer by a list of checks and raises what is wrong.
+        judge: gets a case, its response, and a function that runs a list of checks on it and raises their failures.
         call: keyword arguments of every call.
     """
 

@@ -1,5 +1,5 @@
 """Training speed on a CUDA device, on a model of TinyLlama-1.1B's shape with random weights (speed does not depend on
-them), so that nothing is downloaded. `python -m benchmarks.gpu`; says 'not run' where there is no CUDA device.
+them), so that nothing is downloaded. `python -m benchmarks.gpu`; prints 'not run' where there is no CUDA device.
 
 Packed micro-batches on a bf16 and an int8 base, beside the tutorial's layout: rows padded to 512, 2 x 4, in bf16.
 """

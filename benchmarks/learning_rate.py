@@ -35,7 +35,7 @@ def main() -> None:
     configure_logging("bench", "WARNING")
     known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     with TemporaryDirectory(prefix="bench-rate-") as folder:
-        found = sweep(Path(folder), arguments.preset, arguments.precision, arguments.rates)
+        found = losses_by_rate(Path(folder), arguments.preset, arguments.precision, arguments.rates)
     losses = known.get("held_out_loss", {}) | found.pop("held_out_loss")
     known |= found | {
         "held_out_loss": dict(sorted(losses.items(), key=lambda found: float(found[0].split(", ")[-1]))),
@@ -46,7 +46,7 @@ def main() -> None:
     print(json.dumps(known["held_out_loss"], indent=2))
 
 
-def sweep(root: Path, preset: str, precision: str, rates: list[float]) -> dict[str, Any]:
+def losses_by_rate(root: Path, preset: str, precision: str, rates: list[float]) -> dict[str, Any]:
     """Held-out loss before and after one epoch, by preset, precision and rate."""
     store, base = LocalArtifactStore(root / "artifacts"), load_catalogue().get("smollm2-135m-instruct")
     prepare_base(base, store)

@@ -1,4 +1,4 @@
-"""Jobs on a stack that benchmarks start for themselves: made, watched from outside, and compared with what was said."""
+"""Jobs on a stack that benchmarks start for themselves: created, and watched through the API and the system."""
 
 import os
 import time
@@ -24,10 +24,10 @@ class Watched:
     """One job as a client and the operating system saw it.
 
     Attributes:
-        job: its last answer.
+        job: its last response.
         ended: epoch seconds at which it was seen to have ended.
         largest_mb: largest resident memory of the worker while the job ran, sampled from /proc, MB of 10^6 bytes.
-        seen: (epoch seconds, answer) whenever its step had changed.
+        seen: (epoch seconds, response) whenever its step had changed.
     """
 
     job: Json = field(default_factory=dict)
@@ -51,8 +51,8 @@ class LiveStack:
         file_id: str = self.client.upload(path)["id"]
         return file_id
 
-    def run(self, body: Json, glance: Callable[[Json], None] = lambda _job: None) -> Watched:
-        """Make a job and watch it to its end.
+    def run(self, body: Json, on_poll: Callable[[Json], None] = lambda _job: None) -> Watched:
+        """Create a job and poll it until it ends.
 
         Raises:
             RuntimeError: it did not succeed.
@@ -67,7 +67,7 @@ class LiveStack:
             step = watched.job["progress"]["step"]
             if not watched.seen or watched.seen[-1][1]["progress"]["step"] != step:
                 watched.seen.append((watched.ended, watched.job))
-            glance(watched.job)
+            on_poll(watched.job)
         if watched.job["status"] != "succeeded":
             raise RuntimeError(f"{job_id} {watched.job['status']}: {watched.job['error']}")
         return watched
@@ -83,14 +83,14 @@ class LiveStack:
 
 @contextmanager
 def live_stack(home: Path | None = None) -> Iterator[LiveStack]:
-    """A stack with nothing else to do, stopped at the end.
+    """A stack that does nothing else, stopped at the end.
 
     Args:
-        home: kept for the next time, with the prepared base in it; a folder that is thrown away if None.
+        home: kept for the next run, with the converted base in it; a temporary folder if None.
     """
     with TemporaryDirectory(prefix="tunesmith-bench-") as scratch:
         place = home or Path(scratch) / "home"
-        # What inference would measure at its start is not asked for here.
+        # A fixed precision: inference need not measure at its start.
         environ = dict(os.environ) | {"TUNESMITH_INFERENCE_PRECISION": "fp32"}
         started = stack.up(place, port=0, base=BASE, environ=environ)
         try:

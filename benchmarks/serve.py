@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serve` (`make bench-serve`): the engine beside what one would do without it.
+"""`python -m benchmarks.serve` (`make bench-serve`): the engine beside its alternatives.
 
 Same machine, process, weights, prompts and number of tokens; rounds alternate between all servers and medians are
 reported. Writes `benchmarks/results/serve.json` and prints a table with what each figure must reach.
@@ -135,7 +135,7 @@ def measurements(
     table: dict[str, Callable[[], float]] = {}
     for rows in (1, 8, 16, 32):
         table[f"hf batch {rows}"] = partial(serve_peers.batch_speed, merged, work, rows)
-    # Some of the clients are enough: one after another, all of them take longer and give the same speed.
+    # Four clients are enough: one after another, all sixteen take longer and give the same speed.
     table["peft swap"] = partial(serve_peers.swap_speed, peft, work, clients[:4], 1)
     table["peft swap, requests of one adapter batched"] = partial(
         serve_peers.swap_speed, peft, work, by_adapter[:8], CLIENTS // SWAPPED
@@ -152,7 +152,7 @@ def measurements(
 
 
 def alternate(table: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """All figures once per round, so that a slow minute of the machine meets them all; a first round warms up."""
+    """All figures once per round, so that a slow minute of the machine affects all of them; a first round warms up."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for name, once in table.items():
         if name.startswith("engine"):
@@ -190,9 +190,9 @@ def _ratios(speeds: dict[str, list[float]], precision: str) -> Json:
 
 
 def _agreement(work: Workload, engine: EngineBench, merged: Any) -> float:
-    """Share of rows whose greedy tokens are all HF's; merging rounds weights, so that near ties may fall otherwise."""
+    """Share of rows whose greedy tokens are all HF's; merging rounds weights, so near ties may differ."""
     theirs = serve_peers.generate(merged, [work.prompt(number) for number in range(8)], work.tokens)
-    mine = [heard.ids for heard in engine.batch(8, 1)]
+    mine = [recording.ids for recording in engine.batch(8, 1)]
     return sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
 
 

@@ -19,8 +19,8 @@ ROWS = 32
 
 
 @dataclass(eq=False)
-class Heard:
-    """One request's tokens and when they came."""
+class Recording:
+    """The tokens of one request and when each arrived."""
 
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Heard:
             self.error = event.error if isinstance(event, Failed) else None
             self.over.set()
 
-    def wait(self) -> "Heard":
+    def wait(self) -> "Recording":
         assert self.over.wait(300), "the engine is stuck"
         if self.error:
             raise self.error
@@ -77,17 +77,17 @@ class EngineBench:
 
         self._call(do())
 
-    def submit(self, number: int, uid: str | None, tokens: int) -> Heard:
-        heard = Heard()
+    def submit(self, number: int, uid: str | None, tokens: int) -> Recording:
+        recording = Recording()
         request = GenerationRequest(self._work.prompt(number), adapter=uid, max_new_tokens=tokens, ignore_eos=True)
-        self.serving.engine.submit(request, heard)
-        return heard
+        self.serving.engine.submit(request, recording)
+        return recording
 
-    def batch(self, rows: int, adapters: int, tokens: int | None = None) -> list[Heard]:
-        """`rows` requests at once over so many adapters (0: the base), waited for."""
+    def batch(self, rows: int, adapters: int, tokens: int | None = None) -> list[Recording]:
+        """`rows` requests at once over so many adapters (0: the base); waits for their ends."""
         uids = [self._uids[row % adapters] if adapters else None for row in range(rows)]
-        heard = [self.submit(row, uid, tokens or self._work.tokens) for row, uid in enumerate(uids)]
-        return [each.wait() for each in heard]
+        recordings = [self.submit(row, uid, tokens or self._work.tokens) for row, uid in enumerate(uids)]
+        return [each.wait() for each in recordings]
 
     def batch_speed(self, rows: int, adapters: int) -> float:
         """Tokens per second of such a batch, prefill included."""
@@ -97,9 +97,9 @@ class EngineBench:
 
     def decode_speed(self, rows: int, adapters: int) -> float:
         """Tokens per second once all rows decode: from the last first token to the first last one."""
-        heard = self.batch(rows, adapters, self._work.tokens + 2 * rows)
-        begin, end = max(each.times[0] for each in heard), min(each.times[-1] for each in heard)
-        tokens = sum(sum(begin < moment <= end for moment in each.times) for each in heard)
+        recordings = self.batch(rows, adapters, self._work.tokens + 2 * rows)
+        begin, end = max(each.times[0] for each in recordings), min(each.times[-1] for each in recordings)
+        tokens = sum(sum(begin < moment <= end for moment in each.times) for each in recordings)
         return tokens / (end - begin)
 
     def first_token_ms(self, times: int) -> float:
@@ -111,7 +111,7 @@ class EngineBench:
         return median(waits) * 1e3
 
     def loads_beside_streams(self, spare: list[str], *, streams: int, seconds: float, pause: float) -> dict[str, Any]:
-        """Hot loads and unloads while streams run: how long a load takes, and what the streams notice.
+        """Hot loads and unloads while streams run: how long a load takes, and how the streams are delayed.
 
         Quiet and loaded stretches alternate on the same streams, so that both see the same lengths and neighbours.
         """
@@ -119,9 +119,9 @@ class EngineBench:
             GenerationRequest(self._work.prompt(row), adapter=self._uids[row % 8], max_new_tokens=900, ignore_eos=True)
             for row in range(streams)
         ]
-        heard = [Heard() for _ in requests]
-        handles = [self.serving.engine.submit(*pair) for pair in zip(requests, heard, strict=True)]
-        for each in heard:
+        recordings = [Recording() for _ in requests]
+        handles = [self.serving.engine.submit(*pair) for pair in zip(requests, recordings, strict=True)]
+        for each in recordings:
             while not each.times:
                 time.sleep(0.01)
         loads: list[float] = []
@@ -138,12 +138,12 @@ class EngineBench:
                 time.sleep(pause)
             stretches.append((started, time.perf_counter(), loading))
         gaps: dict[bool, list[float]] = {False: [], True: []}
-        for each in heard:
+        for each in recordings:
             for before, after in zip(each.times, each.times[1:], strict=False):
                 for started, ended, loading in stretches:
                     if started <= before and after <= ended:
                         gaps[loading].append((after - before) * 1e3)
-        for handle, each in zip(handles, heard, strict=True):
+        for handle, each in zip(handles, recordings, strict=True):
             self.serving.engine.cancel(handle)
             each.wait()
         return {"loads": loads, "quiet": gaps[False], "during": gaps[True]}

@@ -12,28 +12,28 @@ _BODY = {"inputs": "def f(x):", "parameters": {"max_new_tokens": 8, "ignore_eos_
 Times = dict[str, list[float]]
 
 
-def compare(doors: dict[str, tuple[str, str]], requests: int) -> dict[str, Any]:
+def compare(endpoints: dict[str, tuple[str, str]], requests: int) -> dict[str, Any]:
     """One request after the other, by `direct` and `gateway` in turn.
 
     Args:
-        doors: name → URL and bearer token.
+        endpoints: name → URL and bearer token.
 
     Returns:
-        Median milliseconds of a whole request, of the first streamed token and between two tokens, by each door, and
-        of the difference between neighbours.
+        Median milliseconds of a whole request, of the first streamed token and between two tokens, by endpoint, and of
+        the differences between neighbours.
     """
     clients = {
         name: httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False)
-        for name, (url, token) in doors.items()
+        for name, (url, token) in endpoints.items()
     }
-    whole, first, between = ({name: list[float]() for name in doors} for _ in range(3))
+    whole, first, between = ({name: list[float]() for name in endpoints} for _ in range(3))
     for number in range(_WARM + requests):
         for name, client in clients.items():
-            asked = _whole_ms(client)
-            began, gap = _streamed_ms(client)
+            total = _whole_ms(client)
+            start, gap = _streamed_ms(client)
             if number >= _WARM:
-                whole[name].append(asked)
-                first[name].append(began)
+                whole[name].append(total)
+                first[name].append(start)
                 between[name].append(gap)
     for client in clients.values():
         client.close()

@@ -28,8 +28,8 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
-    """One of the two ways in."""
+class Endpoint:
+    """One of the two servers that a request can be sent to."""
 
     url: str
     token: str
@@ -47,13 +47,13 @@ def measure(home: Path, base: str, precision: str, names: list[str], *, requests
         `gateway` (see `serve_gateway.compare`) and `http` (see `loops`).
     """
     with running_stack(home, base, precision) as connection:
-        introduce(names, base, connection.database_url)
-        doors = {
-            "direct": Door(connection.inference_url, _inference_token(connection)),
-            "gateway": Door(connection.url, connection.api_key),
+        register_adapters(names, base, connection.database_url)
+        endpoints = {
+            "direct": Endpoint(connection.inference_url, _inference_token(connection)),
+            "gateway": Endpoint(connection.url, connection.api_key),
         }
-        pairs = {name: (door.url, door.token) for name, door in doors.items()}
-        return {"gateway": serve_gateway.compare(pairs, requests), "http": loops(doors, names, seconds)}
+        pairs = {name: (endpoint.url, endpoint.token) for name, endpoint in endpoints.items()}
+        return {"gateway": serve_gateway.compare(pairs, requests), "http": loops(endpoints, names, seconds)}
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def running_stack(home: Path, base: str, precision: str) -> Iterator[Connection]
         stack.down(home)
 
 
-def introduce(names: list[str], base: str, database_url: str) -> None:
-    """Let the gateway know adapters that no job of its own has made: rows of a job that is over."""
+def register_adapters(names: list[str], base: str, database_url: str) -> None:
+    """Register adapters that no job trained with the gateway: as rows of a job that has ended."""
     database = Database(database_url)
     store = JobStore(database)
     spec = JobSpec(base=base, base_revision="", training_file="file-none", training_sha256="0" * 64)
@@ -79,24 +79,24 @@ def introduce(names: list[str], base: str, database_url: str) -> None:
     database.close()
 
 
-def loops(doors: dict[str, Door], names: list[str], seconds: float, *, tokens: int = 32) -> Json:
-    """The most that inference does, then both doors in turn under a part of it.
+def loops(endpoints: dict[str, Endpoint], names: list[str], seconds: float, *, tokens: int = 32) -> Json:
+    """Inference at its limit, then both endpoints in turn at a share of that load.
 
     Returns:
-        `closed_loop`: requests and tokens per second of so many clients that ask again at once. `direct` and `gateway`:
-        first tokens (from when a request was due) and gaps between tokens in milliseconds, and how many requests were
+        `closed_loop`: requests and tokens per second of clients that send again at once. `direct` and `gateway`: times
+        to the first token (from when a request was due) and between tokens in milliseconds, and how many requests were
         answered, refused (429, 503) and broken, at `rate` requests per second.
     """
     work = ["--tokens", str(tokens), "--adapters", *names]
     # The first stretch loads the adapters and warms everything.
     for stretch in (seconds / 4, seconds):
-        most = load(doors["direct"], *work, "--clients", str(CLIENTS), "--seconds", str(stretch))
+        most = load(endpoints["direct"], *work, "--clients", str(CLIENTS), "--seconds", str(stretch))
     capacity = most["statuses"].get("200", 0) / most["seconds"]
-    seen: dict[str, list[Json]] = {name: [] for name in doors}
+    seen: dict[str, list[Json]] = {name: [] for name in endpoints}
     for number in range(ROUNDS):
-        for name, door in doors.items():
+        for name, endpoint in endpoints.items():
             arrivals = ["--rate", f"{LOADED_SHARE * capacity:.3f}", "--seed", str(number), "--seconds", str(seconds)]
-            seen[name].append(load(door, *work, *arrivals))
+            seen[name].append(load(endpoint, *work, *arrivals))
     return {
         "adapters": len(names),
         "new_tokens": tokens,
@@ -110,11 +110,11 @@ def loops(doors: dict[str, Door], names: list[str], seconds: float, *, tokens: i
     }
 
 
-def load(door: Door, *arguments: str) -> Json:
-    """What a load process saw."""
+def load(endpoint: Endpoint, *arguments: str) -> Json:
+    """The measurements of a load process."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serve_load", "--url", door.url, *arguments],
-        env={**os.environ, TOKEN_VARIABLE: door.token},
+        [sys.executable, "-m", "benchmarks.serve_load", "--url", endpoint.url, *arguments],
+        env={**os.environ, TOKEN_VARIABLE: endpoint.token},
         stdout=subprocess.PIPE,
         check=True,
     )
@@ -140,7 +140,7 @@ def _spread(values: list[float]) -> Json:
 
 
 def _inference_token(connection: Connection) -> str:
-    """The secret between gateway and inference, made anew at each start: read from our own child's environment."""
+    """The secret between gateway and inference, new at each start: read from our own child's environment."""
     for entry in Path(f"/proc/{connection.pids['inference']}/environ").read_bytes().split(b"\0"):
         name, _, value = entry.partition(b"=")
         if name == b"TUNESMITH_INTERNAL_TOKEN":

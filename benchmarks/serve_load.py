@@ -1,8 +1,8 @@
-"""A process that loads a server over HTTP and says what its clients saw: `python -m benchmarks.serve_load`.
+"""A process that loads a server over HTTP and prints what its clients measured: `python -m benchmarks.serve_load`.
 
-Of its own, so that it does not share an interpreter with what it measures, and without torch, so that it starts fast.
-In an open loop requests come when they come, whatever the server does: a slow answer delays no other client, and a
-first token is late from the moment its request was due (Schroeder, Wierman & Harchol-Balter 2006).
+It is a process of its own, so that it shares no interpreter with what it measures, and has no torch, so that it starts
+fast. In an open loop requests arrive whatever the server does: a slow response delays no other client, and the time to
+the first token counts from when its request was due (Schroeder, Wierman & Harchol-Balter 2006).
 """
 
 import argparse
@@ -23,8 +23,8 @@ _SUBJECTS = sorted(name for name in sys.stdlib_module_names if not name.startswi
 
 
 @dataclass
-class Seen:
-    """What came back; times in milliseconds.
+class Measurements:
+    """What the clients measured; times in milliseconds.
 
     Attributes:
         first_ms: from when a request was due to its first token.
@@ -44,7 +44,7 @@ class Load:
 
     def __init__(self, client: httpx.AsyncClient, adapters: list[str], tokens: int) -> None:
         self._client, self._adapters, self._tokens = client, adapters, tokens
-        self.seen = Seen()
+        self.measured = Measurements()
 
     async def open_loop(self, rate: float, seconds: float, seed: int) -> None:
         """Requests at `rate` per second with exponential pauses: a Poisson process, the same one for the same seed."""
@@ -56,10 +56,10 @@ class Load:
                 await asyncio.sleep(due - time.perf_counter())
                 group.create_task(self._ask(number, due))
                 due, number = due + chance.expovariate(rate), number + 1
-        self.seen.seconds = time.perf_counter() - started
+        self.measured.seconds = time.perf_counter() - started
 
     async def closed_loop(self, clients: int, seconds: float) -> None:
-        """So many clients, each asking again as soon as it has its answer."""
+        """So many clients, each sending again as soon as it has its response."""
         started = time.perf_counter()
 
         async def client(number: int) -> None:
@@ -68,7 +68,7 @@ class Load:
                 number += clients
 
         await asyncio.gather(*(client(number) for number in range(clients)))
-        self.seen.seconds = time.perf_counter() - started
+        self.measured.seconds = time.perf_counter() - started
 
     async def _ask(self, number: int, due: float) -> None:
         subject = _SUBJECTS[number % len(_SUBJECTS)]
@@ -88,18 +88,18 @@ class Load:
                         if line.startswith("data:") and '"error"' not in line:
                             moments.append(time.perf_counter())
         except httpx.HTTPError:
-            self.seen.statuses["broken"] += 1
+            self.measured.statuses["broken"] += 1
             return
         if response.status_code == 200 and len(moments) != self._tokens:
-            self.seen.statuses["broken"] += 1
+            self.measured.statuses["broken"] += 1
             return
-        self.seen.statuses[str(response.status_code)] += 1
+        self.measured.statuses[str(response.status_code)] += 1
         if moments:
-            self.seen.first_ms.append((moments[0] - due) * 1e3)
-            self.seen.gaps_ms += [(b - a) * 1e3 for a, b in pairwise(moments)]
+            self.measured.first_ms.append((moments[0] - due) * 1e3)
+            self.measured.gaps_ms += [(b - a) * 1e3 for a, b in pairwise(moments)]
 
 
-async def run(options: argparse.Namespace) -> Seen:
+async def run(options: argparse.Namespace) -> Measurements:
     headers = {"authorization": f"Bearer {os.environ.get(TOKEN_VARIABLE, '')}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
     async with httpx.AsyncClient(
@@ -110,7 +110,7 @@ async def run(options: argparse.Namespace) -> Seen:
             await load.closed_loop(options.clients, options.seconds)
         else:
             await load.open_loop(options.rate, options.seconds, options.seed)
-        return load.seen
+        return load.measured
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What one would do without Tunesmith: transformers' `generate` with one merged adapter, and PEFT in its two ways.
+"""The alternatives to Tunesmith: transformers' `generate` with one merged adapter, and PEFT in its two ways.
 
 Everything greedy, fp32, the same prompts, exactly as many new tokens.
 """

@@ -57,10 +57,10 @@ LABELS = {
 
 @dataclass(slots=True)
 class Peer:
-    """A peer's process and what came of it."""
+    """A peer's process and its results."""
 
     name: str
-    line: Connection
+    pipe: Connection
     process: Any
     rounds: list[Round] = field(default_factory=list)
     report: Report | None = None
@@ -80,7 +80,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the judge found: the held-out loss of the base alone, and how many weights its products have."""
+    """The judge's result: the held-out loss of the base alone, and the number of weights in its matrix products."""
 
     loss_before: float
     matmul_weights: int
@@ -111,7 +111,7 @@ def main() -> None:
     print(table(results))
     path = RESULTS / "train.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    # Each way of running keeps what the other has found.
+    # Each way of running keeps the results of the other.
     if arguments.parity:
         known["parity"] = parity(results)
         print(known["parity"])
@@ -144,7 +144,7 @@ def measure_memory(peers: Sequence[str], threads: int) -> None:
 
 
 def parity(results: dict[str, Any]) -> dict[str, Any]:
-    """Whether the same order of the same rows teaches the same, whoever trains."""
+    """Whether the same rows in the same order give the same loss with every trainer."""
     losses = {name: peer["held_out_loss"] for name, peer in results["peers"].items()}
     return {
         "steps": results["steps"],
@@ -176,14 +176,14 @@ def lay_out(root: Path, max_steps: int, steps_per_round: int, threads: int) -> t
     order = [row for step in range(layout.steps_per_epoch) for row in layout.rows(step)]
     ordered = [[part.tolist() for part in data.training[row]] for row in order]
     (root / "rows.json").write_text(json.dumps(ordered))
-    # Held-out rows are the judge's: no peer is to spend time on them.
+    # The judge uses the held-out rows: no peer is to spend time on them.
     spec = whole.model_copy(update={"validation_file": None, "validation_sha256": None})
     task = Task(root / "artifacts", base, root / "rows.json", spec, max_steps, steps_per_round, threads, root)
     return task, data, base
 
 
 def docstrings(store: LocalArtifactStore) -> dict[str, str]:
-    """Write the docstrings to train on and to hold out into a store; returns what a `JobSpec` says of the two files."""
+    """Write the docstrings to train on and to hold out into a store; returns a `JobSpec`'s fields for the two files."""
     files: dict[str, str] = {}
     for role, rows in zip(("training", "validation"), build_dataset(300, 40), strict=True):
         path = store.file(f"file-{role}") / "data"
@@ -209,13 +209,13 @@ def take_turns(names: Sequence[str], task: Task, rounds: int) -> tuple[list[Peer
     for number in range(rounds):
         peak = max(peak, measure_peak_flops(CPU))
         for peer in peers:
-            peer.line.send("go")
-            peer.rounds.append(peer.line.recv())
+            peer.pipe.send("go")
+            peer.rounds.append(peer.pipe.recv())
             last = peer.rounds[-1]
             print(f"round {number + 1}: {peer.name} {last.tokens / last.seconds:.1f} tokens/s", flush=True)
     for peer in peers:
-        peer.line.send("end")
-        peer.report = peer.line.recv()
+        peer.pipe.send("end")
+        peer.report = peer.pipe.recv()
         peer.process.join()
     return peers, peak
 

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What every peer is given.
+    """The input of every peer.
 
     Attributes:
         rows: JSON file of [ids, supervised] in training order.
@@ -67,7 +67,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a peer says at its end.
+    """A peer's report at its end.
 
     Attributes:
         adapter: folder of its adapter, in peft's format.
@@ -81,10 +81,10 @@ class Report:
 
 
 class Gate:
-    """Lets a trainer run so many steps, tells how long they took, and waits."""
+    """Lets a trainer run so many steps, reports how long they took, and waits."""
 
-    def __init__(self, line: Connection, steps: int) -> None:
-        self._line = line
+    def __init__(self, pipe: Connection, steps: int) -> None:
+        self._pipe = pipe
         self._steps = steps
         self._done = 0
         self._round = Round()
@@ -92,8 +92,8 @@ class Gate:
 
     def open(self) -> None:
         """Wait for the first round; its peak of memory is counted from here."""
-        self._line.send("ready")
-        self._line.recv()
+        self._pipe.send("ready")
+        self._pipe.recv()
         reset_peak_memory(CPU)
         self._started = time.perf_counter()
 
@@ -105,19 +105,19 @@ class Gate:
         self._done += 1
         if self._done % self._steps == 0:
             self._round.seconds = time.perf_counter() - self._started
-            self._line.send(self._round)
-            self._line.recv()
+            self._pipe.send(self._round)
+            self._pipe.recv()
             self._round = Round()
             self._started = time.perf_counter()
 
 
-def run_peer(name: str, task: Task, line: Connection) -> None:
-    """A peer's whole life: entry point of its process."""
+def run_peer(name: str, task: Task, pipe: Connection) -> None:
+    """Run a peer: the entry point of its process."""
     warnings.simplefilter("ignore")
     quiet_libraries()
     configure_logging("bench", "WARNING")
     torch.set_num_threads(task.threads)
-    line.send(PEERS[name](task, Gate(line, task.steps_per_round)))
+    pipe.send(PEERS[name](task, Gate(pipe, task.steps_per_round)))
 
 
 def _ours(precision: BasePrecision) -> Callable[[Task, Gate], Report]:
@@ -149,7 +149,7 @@ def _tokens_of_steps(task: Task) -> list[int]:
 
 
 class SilentSession:
-    """Our recipe's line to an outside that does not listen and never asks it to stop."""
+    """A session that records nothing and never asks the recipe to stop."""
 
     def phase(self, phase: Phase) -> None: ...
 
@@ -171,7 +171,7 @@ class SilentSession:
 
 
 class GateSession(SilentSession):
-    """The same with a gate; without one it stops before the first step."""
+    """A silent session with a gate; without a gate it stops before the first step."""
 
     def __init__(self, gate: Gate | None, tokens_of_steps: list[int]) -> None:
         self._gate = gate
@@ -195,7 +195,7 @@ class GateSession(SilentSession):
 
 
 def _counting(trainer_class: Any, gate: Gate) -> Any:
-    """A trainer that tells the gate what it computes on and when a step is done."""
+    """A trainer that reports to the gate what it computes on and when a step is done."""
     base = importlib.import_module("transformers").TrainerCallback
 
     class Counting(trainer_class):  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """(`make bench-warm`): from a worker's claim of a job to its first optimizer step, on a cold and on a warm base
 
-Jobs of one step run through a stack of its own, without and with a validation file, whose loss before training is part
-of the way. The worker's own events hold the times. Writes `benchmarks/results/warm_start.json`.
+Jobs of one step run on a stack of its own, without a validation file and with one, whose loss before training is part
+of that time. The worker's events hold the times. Writes `benchmarks/results/warm_start.json`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=5, help="warm jobs of each kind")
-    parser.add_argument("--home", type=Path, help="folder of the stack, kept for the next time")
+    parser.add_argument("--home", type=Path, help="folder of the stack, kept for the next run")
     arguments = parser.parse_args()
     with live_stack(arguments.home) as live:
         found = measure(live, arguments.jobs)
@@ -48,8 +48,8 @@ def measure(live: LiveStack, jobs: int) -> Json:
 
 
 def first_step(live: LiveStack, body: Json) -> Json:
-    told = live.event_data(live.run(body).job["id"], "claim_to_training_seconds")
-    return {key: told[f"claim_to_{key}_seconds"] for key in ("training", "first_step")}
+    times = live.event_data(live.run(body).job["id"], "claim_to_training_seconds")
+    return {key: times[f"claim_to_{key}_seconds"] for key in ("training", "first_step")}
 
 
 def medians(found: list[Json]) -> Json:

@@ -10,20 +10,20 @@ import time
 import httpx
 import pytest
 
-from benchmarks.serve_load import Load, Seen
+from benchmarks.serve_load import Load, Measurements
 from tests.services.gateway.conftest import eventually
 from tests.services.gateway.inference_stand_in import StandIn, standing_in
 from tests.stack_processes import ROOT
 
-TOKENS = 2  # What the stand-in says.
+TOKENS = 2  # Of the stand-in's responses.
 
 
-def open_loop(server: StandIn, *, rate: float = 100, seconds: float = 0.5, seed: int = 1) -> Seen:
-    async def run() -> Seen:
+def open_loop(server: StandIn, *, rate: float = 100, seconds: float = 0.5, seed: int = 1) -> Measurements:
+    async def run() -> Measurements:
         async with httpx.AsyncClient(base_url=server.url, timeout=20, trust_env=False) as client:
             load = Load(client, ["adapter-1", ""], TOKENS)
             await load.open_loop(rate, seconds, seed)
-            return load.seen
+            return load.measured
 
     return asyncio.run(run())
 
@@ -42,32 +42,32 @@ def test_one_seed_is_one_sequence_of_arrivals() -> None:
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
     with standing_in("tiny", unfinished=True) as server:
-        seen: list[Seen] = []
-        thread = threading.Thread(target=lambda: seen.append(open_loop(server)))
+        measured: list[Measurements] = []
+        thread = threading.Thread(target=lambda: measured.append(open_loop(server)))
         thread.start()
-        # Nobody has been answered, and they keep coming.
+        # No request has been answered, and they keep coming.
         eventually(lambda: len(server.sent) > 25)
         time.sleep(0.6)
         server.unfinished = False
         thread.join()
-        assert seen[0].statuses["200"] == len(server.sent)
+        assert measured[0].statuses["200"] == len(server.sent)
         # The second of two tokens was held back for all of them.
-        assert max(seen[0].gaps_ms) > 500
+        assert max(measured[0].gaps_ms) > 500
 
 
 def test_refused_and_broken_requests_are_counted_and_not_timed() -> None:
     with standing_in("tiny", status=429) as server:
-        seen = open_loop(server)
-        assert set(seen.statuses) == {"429"}
-        assert seen.first_ms == []
+        measured = open_loop(server)
+        assert set(measured.statuses) == {"429"}
+        assert measured.first_ms == []
     with standing_in("tiny", broken=True) as server:
-        seen = open_loop(server)
-        assert set(seen.statuses) == {"broken"}
-        assert seen.first_ms == []
+        measured = open_loop(server)
+        assert set(measured.statuses) == {"broken"}
+        assert measured.first_ms == []
 
 
 @pytest.mark.parametrize("arguments", [["--clients", "3"], ["--rate", "40", "--seed", "5"]])
-def test_it_is_a_process_that_prints_what_it_saw(arguments: list[str]) -> None:
+def test_it_is_a_process_that_prints_what_it_measured(arguments: list[str]) -> None:
     with standing_in("tiny", token="between-us") as server:
         work = ["--url", server.url, "--tokens", str(TOKENS), "--seconds", "0.3", "--adapters", "a", "b"]
         done = subprocess.run(
@@ -78,7 +78,7 @@ def test_it_is_a_process_that_prints_what_it_saw(arguments: list[str]) -> None:
             timeout=60,
             check=True,
         )
-        seen = json.loads(done.stdout)
-        assert seen["statuses"] == {"200": len(server.sent)}
-        assert len(seen["first_ms"]) == len(server.sent) > 0
-        assert seen["seconds"] > 0
+        measured = json.loads(done.stdout)
+        assert measured["statuses"] == {"200": len(server.sent)}
+        assert len(measured["first_ms"]) == len(server.sent) > 0
+        assert measured["seconds"] > 0

@@ -69,7 +69,7 @@ class Upgraded:
         assert_kept(self.get(path), self.old["gets"][path], path)
 
     def wait(self, role: str, true: Callable[[Json], object]) -> Json:
-        wait_until(lambda: true(self.get(self.job(role))), f"the {role} job", tell=self.logs)
+        wait_until(lambda: true(self.get(self.job(role))), f"the {role} job", logs=self.logs)
         return self.get(self.job(role))
 
     def succeeds(self, role: str) -> Json:
