@@ -2,8 +2,7 @@
 
 Builds a dataset from the standard library's documentation, starts the stack (or uses the one that runs), trains a LoRA
 adapter on an 8-bit base through the official `openai` client, and asks the base and the new adapter the same questions.
-Writes what came out to `.tunesmith/demo.json`, stops what it started, and ends with 1 if anything is not as it should
-be.
+Writes the results to `.tunesmith/demo.json`, stops what it started, and exits with 1 if anything is wrong.
 """
 
 import json
@@ -40,11 +39,11 @@ Question = tuple[str, str]
 
 
 class DemoFailed(Exception):
-    """Something is not as it should be; the message says what."""
+    """A check of the demo failed; the message says which."""
 
 
 def run(home: Path, *, base: str = BASE, port: int = 8000, rows: int = TRAINING_ROWS) -> Json:
-    """The journey. Returns what `demo.json` holds.
+    """Run the demo. Returns the content of `demo.json`.
 
     Raises:
         DemoFailed: the job did not succeed, or did not learn.
@@ -88,8 +87,8 @@ def write_dataset(folder: Path, training: Sequence[Row], held_out: Sequence[Row]
 
 @contextmanager
 def running_stack(home: Path, base: str, port: int) -> Iterator[Connection]:
-    """A stack to work with; stopped at the end, however it comes, if it was started here."""
-    # A stack that runs keeps its port; a stranger's program keeps it, too.
+    """A running stack; one that was started here is stopped at the end in any case."""
+    # A stack that runs keeps its port; if another program has it, any free port is taken.
     started = stack.up(home, port=port if is_free(port) else 0, base=base, say=say)
     say(f"stack: {started.connection.url}" + ("" if started.fresh else " (it was running and stays)"))
     try:
@@ -122,7 +121,7 @@ def wait(client: Client, job_id: str) -> Json:
         with watcher_for(sys.stderr) as watcher:
             ending = wait_for_job(lambda: client.job(job_id), watcher)
     except KeyboardInterrupt:
-        # Left alone, it would go on with the next start, before the next demo's job.
+        # Otherwise it would go on at the next start, before the next demo's job.
         with suppress(ApiError):
             client.act(job_id, "cancel")
         raise
@@ -133,7 +132,7 @@ def wait(client: Client, job_id: str) -> Json:
 
 
 def check(job: Json) -> None:
-    """Raise DemoFailed unless the job trained what it should have and the held-out loss fell."""
+    """Raise DemoFailed unless the job trained an 8-bit base and the held-out loss fell."""
     report = job["report"]
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     if job["base_precision"] != "int8" or report["quantized_layers"] == 0:
@@ -143,7 +142,7 @@ def check(job: Json) -> None:
 
 
 def ask(client: Client, questions: Sequence[Question], adapter: str | None) -> tuple[list[Json], float | None]:
-    """Greedy answers to the questions, and what loading the adapter took (ms; None for the base).
+    """Greedy answers to the questions, and how long loading the adapter took (ms; None for the base).
 
     Raises:
         DemoFailed: an adapter answered that was never loaded.
@@ -157,7 +156,7 @@ def ask(client: Client, questions: Sequence[Question], adapter: str | None) -> t
         {"question": question, "split": split, "answer": body["generated_text"].strip()}
         for (question, split), (body, _) in zip(questions, replies, strict=True)
     ]
-    # Whether the first answer waited for the load or it was over by then.
+    # The header is there whether the answer waited for the load or came after it.
     loads = [float(headers[LOADED_IN]) for _, headers in replies if LOADED_IN in headers]
     if adapter and not loads:
         raise DemoFailed("no answer says how long the adapter's load took")
@@ -167,7 +166,7 @@ def ask(client: Client, questions: Sequence[Question], adapter: str | None) -> t
 def show(result: Json, console: Console) -> None:
     table = Table("question", f"base {result['base_model']}", "tuned", show_lines=True)
     for base, tuned in zip(result["base_answers"], result["tuned_answers"], strict=True):
-        # Models write brackets, too; they are not markup.
+        # A model's text may hold brackets, which are no markup here.
         cells = (f"({base['split']}) {base['question']}", base["answer"], tuned["answer"])
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     console.print(table)
@@ -187,7 +186,7 @@ def main() -> int:
     started = time.monotonic()
     interrupt_on_sigterm()
     path = HOME / "demo.json"
-    # An earlier run's figures must not pass for this one's.
+    # The results of an earlier run must not be taken for this one's.
     path.unlink(missing_ok=True)
     try:
         result = run(HOME)

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 Row = dict[str, str]
-# Importing these opens a browser or a window, prints, or takes the import system apart.
+# Importing these opens a browser or a window, prints, or breaks the import system.
 SKIPPED = frozenset(
     {
         *("antigravity", "this", "idlelib", "test", "turtle", "turtledemo", "tkinter", "lib2to3", "distutils"),
@@ -51,7 +51,7 @@ def all_rows() -> list[Row]:
     seen: set[str] = set()
     texts: dict[str, str] = {}
     with warnings.catch_warnings():
-        # Old names warn when they are imported, and some when they are only looked at.
+        # Deprecated names warn when they are imported, some even when an attribute is read.
         warnings.simplefilter("ignore")
         documented = sorted((name, _doc(thing)) for name, thing in _documented())
     for name, doc in documented:
@@ -71,7 +71,7 @@ def normalised(doc: str) -> str:
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(doc).strip())
     if _SIGNATURE.fullmatch(paragraphs[0].split("\n")[0]):
-        # C functions repeat their signature; the question has the name already.
+        # C functions repeat their signature, and the question names the function already.
         paragraphs[0] = "\n".join(paragraphs[0].split("\n")[1:])
     kept: list[str] = []
     for paragraph in filter(None, (part.strip() for part in paragraphs)):
@@ -92,7 +92,7 @@ def _documented() -> Iterator[tuple[str, Any]]:
     for module in _modules():
         yield module.__name__, module
         for name, thing in sorted(vars(module).items()):
-            # What a module merely imports belongs to another.
+            # Names that the module imports belong to other modules.
             if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
                 continue
             if inspect.isclass(thing):
@@ -112,7 +112,7 @@ def _modules() -> Iterator[ModuleType]:
             try:
                 module = importlib.import_module(name)
             except ImportError:
-                # Of another platform, or left out of this build.
+                # A module of another platform, or one left out of this build.
                 continue
         yield module
 

@@ -1,4 +1,4 @@
-"""What every process is told from outside. Owns names and defaults; built by each process's entry, never at import."""
+"""The settings that all processes share. Owns names and defaults; built by each process's entry, never at import."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What the gateway is told from outside, beside what all services share."""
+"""The gateway's settings, beside those all services share."""
 
 from pathlib import Path
 from typing import Annotated

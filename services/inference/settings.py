@@ -1,4 +1,4 @@
-"""What the inference process is told from outside. Built by the entry only."""
+"""The inference process's settings, beside those all services share. Built by the entry only."""
 
 from typing import Annotated, Self
 

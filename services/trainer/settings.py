@@ -1,4 +1,4 @@
-"""What a training worker is told from outside."""
+"""A training worker's settings, beside those all services share."""
 
 import os
 import socket

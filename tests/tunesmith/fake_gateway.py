@@ -15,7 +15,7 @@ KEY = "ts-fake-key-of-the-tests"
 
 
 def job(status: str = "running", state: str | None = None, **more: Any) -> Json:
-    """A job as the gateway shows it, as far as the client looks."""
+    """A job as the gateway returns it, with the keys the client reads."""
     fields: Json = {
         "id": "ftjob-1",
         "object": "fine_tuning.job",
@@ -45,7 +45,7 @@ def error(status: int, message: str, code: str, param: str | None = None, **more
 
 
 class FakeGateway:
-    """Answers `METHOD /path` from a table; a callable is asked anew each time and gets the request's JSON body."""
+    """Answers `METHOD /path` from a table; a callable is called for each request with the request's JSON body."""
 
     def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
         self.answers = answers

@@ -129,7 +129,7 @@ def run_on_terminal(gateway: FakeGateway, *arguments: str, **env: str) -> tuple[
             try:
                 drawn += os.read(ours, 65536)
             except OSError:
-                # Linux' word for the other end being closed.
+                # What Linux reports once the other end is closed.
                 break
     os.close(ours)
     return process.returncode, drawn.decode()
@@ -258,8 +258,8 @@ def test_wait_leaves_githubs_summary_and_outputs(gateway: FakeGateway, tmp_path:
     summary, outputs = tmp_path / "summary.md", tmp_path / "outputs"
     outputs.write_text("before=1\n")
     environ = {"GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(outputs)}
-    told: dict[str, Any] = {"report": {"train_loss": 2.5}, "trained_tokens": 99, "progress": {"step": 7}}
-    gateway.answers["GET " + JOB] = (200, job("succeeded", fine_tuned_model="ft:a|b\nstatus=x", **told))
+    outcome: dict[str, Any] = {"report": {"train_loss": 2.5}, "trained_tokens": 99, "progress": {"step": 7}}
+    gateway.answers["GET " + JOB] = (200, job("succeeded", fine_tuned_model="ft:a|b\nstatus=x", **outcome))
     assert run(gateway, "wait", "ftjob-1", **environ)[0] == 0
     # A line break in a value sets no output of its own.
     model = "fine_tuned_model=ft:a|b status=x"
@@ -272,7 +272,7 @@ def test_wait_leaves_githubs_summary_and_outputs(gateway: FakeGateway, tmp_path:
     assert run(gateway, "wait", "ftjob-1", **environ)[0] == 5
     assert outputs.read_text().splitlines()[-2:] == ["status=failed", "fine_tuned_model="]
     assert "| End | failed: too big |" in summary.read_text()
-    # Its files are GitHub's affair: how the job ended is said all the same.
+    # A file that cannot be written is no reason to keep quiet how the job ended.
     code, _, err = run(gateway, "wait", "ftjob-1", GITHUB_OUTPUT=str(tmp_path / "no" / "folder"))
     assert (code, err.splitlines()[0]) == (5, "failed: too big")
     assert "GitHub's summary could not be written" in err
@@ -320,7 +320,7 @@ def test_chat_keeps_the_conversation_and_goes_on_after_a_refusal(gateway: FakeGa
     first, _, third, last = [body for _, body in gateway.bodies]
     assert (first["model"], first["stream"], first["temperature"]) == ("ft:tiny:1", True, 0)
     assert first["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    # What was refused is no part of it.
+    # A refused question is not part of it.
     went = [(message["role"], message["content"]) for message in third["messages"]]
     assert went[1:] == [("user", "Hi"), ("assistant", "Hello."), ("user", "And now?")]
     assert last["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]

@@ -29,7 +29,7 @@ def test_file_is_private_has_the_agreed_keys_and_reads_back(tmp_path: Path) -> N
         "pids": {"gateway": 7},
     }
     assert read(path) == HERE
-    # Written anew over an old one that somebody made readable.
+    # Written again over an old file that somebody made readable.
     path.chmod(0o644)
     written(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -49,7 +49,7 @@ def test_environment_overrides(tmp_path: Path) -> None:
     assert find(tmp_path, environ={"TUNESMITH_API_KEY": "ts-other"}).api_key == "ts-other"
     elsewhere = {"TUNESMITH_URL": "https://host/v1/", "TUNESMITH_API_KEY": "ts-other", "TUNESMITH_HOME": str(tmp_path)}
     assert find(environ=elsewhere) == Connection("https://host", "ts-other")
-    # A home said by the caller is more than what the environment says.
+    # A home given by the caller overrides the environment.
     assert find(tmp_path, environ={"TUNESMITH_URL": "https://host"}) == HERE
 
 
