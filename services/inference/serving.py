@@ -1,6 +1,6 @@
 """What the HTTP routes call: a request's prompt, its adapter and the engine, brought together for its lifetime.
 
-Owns the order of things (place in the queue → adapter → engine → release) and the bridge from the engine's thread to
+Owns the order of things (permit in the queue → adapter → engine → release) and the bridge from the engine's thread to
 the event loop. Knows no HTTP and no torch.
 """
 
@@ -205,7 +205,7 @@ class Serving:
     async def _run(self, ask: Ask) -> AsyncIterator[Run]:
         times = Times()
         # Bounded before anything is read from disk. The prompt's length is known only with the adapter's template.
-        place = self._admission.enter(min(ask.source.size_hint, self.engine.context))
+        permit = self._admission.acquire(min(ask.source.size_hint, self.engine.context))
         adapter: Entry | None = None
         load_ms: float | None = None
         handed_over = False
@@ -218,11 +218,11 @@ class Serving:
             release = partial(self.adapters.release, adapter) if adapter else None
             run = Run(request, text, adapter, load_ms, times, release)
             times.submitted = time.perf_counter()
-            handle = self.engine.submit(request, run.sink, place)
+            handle = self.engine.submit(request, run.sink, permit)
             handed_over = True
         finally:
             if not handed_over:
-                place.leave()
+                permit.release()
                 if adapter is not None:
                     self.adapters.release(adapter)
         try:

@@ -1,6 +1,6 @@
-"""What is let in: sequences that fit the context, and only so many requests and prompt tokens at once.
+"""Which requests are admitted: sequences that fit the context, and only so many requests and prompt tokens at once.
 
-A full queue answers at once instead of growing.
+A full queue refuses at once instead of growing.
 """
 
 import threading
@@ -8,34 +8,34 @@ import threading
 from shared.errors import InvalidRequest, Overloaded
 
 
-class Place:
-    """One request's place in the queue; left exactly once."""
+class Permit:
+    """One request's permission to wait in the queue; released exactly once."""
 
     def __init__(self, admission: "Admission", tokens: int) -> None:
         self._admission: Admission | None = admission
         self.tokens = tokens
 
     def resize(self, tokens: int) -> None:
-        """Count the prompt's real length instead of the estimate it entered with.
+        """Count the prompt's real length instead of the estimate that it was acquired with.
 
         Raises:
-            Overloaded: it is longer, and the others leave no room for it; the place is still held.
+            Overloaded: the prompt is longer and does not fit beside the others; the permit is still held.
         """
         if self._admission is not None:
             self._admission._resized(self.tokens, tokens)
             self.tokens = tokens
 
-    def leave(self) -> None:
-        """Give the place back; a second call does nothing."""
+    def release(self) -> None:
+        """Give the permit back; a second call does nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._left(self.tokens)
+            admission._released(self.tokens)
 
 
 class Admission:
     """Counts requests between their acceptance and their slot, over all threads.
 
-    A request waiting for its adapter counts too: it holds its prompt as one in the engine's queue does.
+    A request that waits for its adapter counts too: it holds its prompt as one in the engine's queue does.
     """
 
     def __init__(self, *, requests: int, tokens: int) -> None:
@@ -44,8 +44,8 @@ class Admission:
         self.requests = 0
         self.tokens = 0
 
-    def enter(self, tokens: int) -> Place:
-        """Take a place for a prompt of so many tokens.
+    def acquire(self, tokens: int) -> Permit:
+        """A permit for a prompt of so many tokens.
 
         Raises:
             Overloaded: the queue is full. An empty queue takes any prompt.
@@ -56,7 +56,7 @@ class Admission:
                 raise self._overloaded()
             self.requests += 1
             self.tokens += tokens
-        return Place(self, tokens)
+        return Permit(self, tokens)
 
     def _resized(self, before: int, after: int) -> None:
         with self._lock:
@@ -68,7 +68,7 @@ class Admission:
     def _overloaded(self) -> Overloaded:
         return Overloaded(f"the queue is full ({self.requests} requests, {self.tokens} prompt tokens); try again later")
 
-    def _left(self, tokens: int) -> None:
+    def _released(self, tokens: int) -> None:
         with self._lock:
             self.requests -= 1
             self.tokens -= tokens

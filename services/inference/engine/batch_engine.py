@@ -1,25 +1,24 @@
-"""The engine: one thread that takes requests in, prefills, decodes, and lets tokens out, step by step.
+"""The engine: one thread that takes requests, prefills, decodes and sends tokens, step by step.
 
-Requests join and leave between steps. Decoding rows lie at the front of the cache, the one sequence being prefilled
-right behind them; when a row leaves, the last one moves into its place. Nothing is evicted in flight: a sequence is
-admitted only when its prompt and all its new tokens fit its row.
+A step is: schedule, run, postprocess. Requests join and leave between steps. The scheduler says what runs, the runner
+computes it, and this file carries results and errors to the requests.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
 
-from services.inference.engine.admission import Admission, Place, check_length
+from services.inference.engine.admission import Admission, Permit, check_length
 from services.inference.engine.interface import Cancelled, GenerationRequest, Sink, Started, Stats
 from services.inference.engine.lora import LoraWeights
-from services.inference.engine.runner import ModelRunner, Piece
+from services.inference.engine.runner import ModelRunner
 from services.inference.engine.sampling import choose
-from services.inference.engine.sequence import Sequence
+from services.inference.engine.scheduler import PromptPass, Scheduler
+from services.inference.engine.sequence import SequenceState
 from services.inference.engine.threads import StepThreads
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, TunesmithError, Unavailable
@@ -32,7 +31,7 @@ class BatchEngine:
     """Continuous batching over a `ModelRunner`.
 
     Args:
-        prefill_chunk: prompt tokens computed between two decode steps; bounds how long a prompt stalls the others.
+        prefill_chunk: prompt tokens computed between two decode steps; bounds how long a prompt delays the others.
     """
 
     def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, admission: Admission, *, prefill_chunk: int) -> None:
@@ -42,16 +41,15 @@ class BatchEngine:
         self._chunk = prefill_chunk
         added = tokenizer.fast.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
+        # What other threads hand over, under the condition.
         self._condition = threading.Condition()
-        self._waiting: deque[Sequence] = deque()
+        self._submitted: deque[SequenceState] = deque()
         self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._closing = False
         self._cancelling = False
-        # From here on the engine thread's own.
-        self._rows: list[Sequence] = []
-        self._prefilling: Sequence | None = None
-        self._joining: list[Sequence] = []
+        # From here on only the engine's thread writes.
         self._slots: dict[str, tuple[int, int]] = {}
+        self._scheduler = Scheduler(runner.cache, rows=runner.rows, context=runner.context, slots=self._slots)
         self._threads = StepThreads(torch.get_num_threads() if runner.device.type == "cpu" else 1)
         self._steps = self._tokens = 0
         self._last_token_at = 0.0
@@ -67,25 +65,25 @@ class BatchEngine:
         """Path of every layer an adapter may target → (in, out) features."""
         return self._runner.lora.modules
 
-    def submit(self, request: GenerationRequest, sink: Sink, place: Place | None = None) -> Sequence:
-        """See `Engine.submit`. `place` is one in this engine's `Admission`, if the caller has taken it already."""
+    def submit(self, request: GenerationRequest, sink: Sink, permit: Permit | None = None) -> SequenceState:
+        """See `Engine.submit`. `permit` is of this engine's `Admission`, if the caller has acquired it already."""
         check_length(len(request.prompt), request.max_new_tokens, self.context)
         if not all(0 <= token < self._runner.vocabulary for token in request.prompt):
             raise InvalidRequest("a token id is outside the vocabulary", param="inputs")
-        if place is None:
-            place = self._admission.enter(len(request.prompt))
+        if permit is None:
+            permit = self._admission.acquire(len(request.prompt))
         else:
-            place.resize(len(request.prompt))
-        sequence = Sequence(request, sink, place, self._tokenizer, self._runner.device)
+            permit.resize(len(request.prompt))
+        sequence = SequenceState(request, sink, permit, self._tokenizer, self._runner.device)
         with self._condition:
             if self._closing:
-                place.leave()
+                permit.release()
                 raise Unavailable("the server is shutting down")
-            self._waiting.append(sequence)
+            self._submitted.append(sequence)
             self._condition.notify()
         return sequence
 
-    def cancel(self, handle: Sequence) -> None:
+    def cancel(self, handle: SequenceState) -> None:
         handle.cancelled = True
         with self._condition:
             self._cancelling = True
@@ -98,7 +96,7 @@ class BatchEngine:
         return self._between_steps(lambda: self._unload(uid))
 
     def stats(self) -> Stats:
-        rows = [*self._rows, *self._joining, *([self._prefilling] if self._prefilling else [])]
+        rows = self._scheduler.in_flight()
         return Stats(
             running=len(rows),
             waiting=self._admission.requests,
@@ -124,19 +122,19 @@ class BatchEngine:
                 try:
                     self._step()
                 except Exception as error:
-                    self._start_afresh(error)
+                    self._restart(error)
         self._fail_everything()
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is nothing to do; False when the engine is closed."""
         with self._condition:
-            while not (self._closing or self._waiting or self._commands or self._rows or self._prefilling):
+            while not (self._closing or self._submitted or self._commands or self._scheduler.has_work):
                 self._condition.wait()
             return not self._closing
 
     def _step(self) -> None:
         self._run_commands()
-        self._drop_cancelled()
+        self._take_submitted()
         self._prefill()
         self._decode()
         self._steps += 1
@@ -151,144 +149,84 @@ class BatchEngine:
             else:
                 done.set_result(None)
 
-    def _drop_cancelled(self) -> None:
+    def _take_submitted(self) -> None:
+        """Queue what was submitted since the last step, and end what was cancelled."""
         with self._condition:
-            if not self._cancelling:
-                return
-            self._cancelling = False
-            gone = [sequence for sequence in self._waiting if sequence.cancelled]
-            for sequence in gone:
-                self._waiting.remove(sequence)
-        if self._prefilling and self._prefilling.cancelled:
-            gone.append(self._prefilling)
-            self._drop_prefilling()
-        for sequence in [row for row in self._rows if row.cancelled]:
-            gone.append(sequence)
-            self._remove(sequence)
-        for sequence in gone:
+            while self._submitted:
+                self._scheduler.add(self._submitted.popleft())
+            cancelling, self._cancelling = self._cancelling, False
+        for sequence in self._scheduler.cancelled() if cancelling else ():
+            self._scheduler.remove(sequence)
             sequence.end(Cancelled())
 
-    def _admit(self, most_tokens: int | None = None) -> Sequence | None:
-        """The oldest waiting sequence, if a row is free for it and its prompt has no more than `most_tokens`."""
-        with self._condition:
-            if not self._waiting or len(self._rows) + len(self._joining) >= self._runner.rows:
-                return None
-            if most_tokens is not None and len(self._waiting[0].prompt) > most_tokens:
-                return None
-            sequence = self._waiting.popleft()
-        sequence.place.leave()
-        sequence.queue_seconds = time.monotonic() - sequence.submitted_at
-        adapter = sequence.request.adapter
-        if adapter is not None and adapter not in self._slots:
-            sequence.fail(TunesmithError("the adapter was unloaded before the request ran", code="adapter_gone"))
-            return self._admit(most_tokens)
-        sequence.slot, sequence.rank = (0, 0) if adapter is None else self._slots[adapter]
-        return sequence
-
     def _prefill(self) -> None:
-        """Compute up to `prefill_chunk` prompt tokens, oldest sequence first."""
+        """Compute up to `prefill_chunk` prompt tokens."""
         budget = self._chunk
-        while budget > 0:
-            if self._prefilling is None:
-                budget -= self._prefill_whole_prompts(budget)
-            sequence = self._prefilling = self._prefilling or self._admit()
-            if sequence is None or budget <= 0:
+        while (prompts := self._scheduler.next_prompts(budget)) is not None:
+            budget -= prompts.tokens
+            self._run_prompts(prompts)
+
+    def _run_prompts(self, prompts: PromptPass) -> None:
+        try:
+            logits = self._prompt_logits(prompts)
+        except Exception as error:
+            self._scheduler.failed(prompts)
+            if len(prompts.sequences) == 1:
+                self._fail(prompts.sequences[0], error)
                 return
-            piece = sequence.prompt[sequence.prefilled : sequence.prefilled + budget]
-            budget -= len(piece)
-            self._prefill_alone(sequence, piece)
-
-    def _prefill_whole_prompts(self, budget: int) -> int:
-        """Prompts that fit `budget` as a whole, in one pass; returns how many tokens they had."""
-        spent = 0
-        while (sequence := self._admit(budget - spent)) is not None:
-            self._joining.append(sequence)
-            spent += len(sequence.prompt)
-            if sequence.request.prompt_logprobs:
-                break
-        first, joined = len(self._rows), list(self._joining)
-        if len(joined) < 2 or any(each.request.prompt_logprobs for each in joined):
-            self._prefill_one_by_one(joined)
-            return spent
-        pieces = [Piece(first + i, each.prompt, 0, each.slot, each.rank) for i, each in enumerate(joined)]
-        try:
-            with self._threads.step("prefill", spent):
-                logits = self._runner.prefill_together(pieces)
-        except Exception as error:
-            _log.warning("prompts together failed; trying them one by one", exc_info=error)
-            for piece in pieces:
-                self._runner.cache.clear(piece.row, len(piece.ids))
-            self._prefill_one_by_one(joined)
-            return spent
-        for sequence in joined:
-            sequence.prefilled = len(sequence.prompt)
-            self._begin(sequence)
-        self._joining.clear()
-        self._advance(joined, logits)
-        return spent
-
-    def _prefill_one_by_one(self, joined: Many[Sequence]) -> None:
-        for sequence in joined:
-            self._joining.remove(sequence)
-            self._prefilling = sequence
-            self._prefill_alone(sequence, sequence.prompt)
-
-    def _prefill_alone(self, sequence: Sequence, piece: list[int]) -> None:
-        try:
-            self._prefill_piece(sequence, piece)
-        except Exception as error:
-            self._drop_prefilling()
-            self._fail(sequence, error)
-
-    def _prefill_piece(self, sequence: Sequence, piece: list[int]) -> None:
-        wanted = sequence.request.prompt_logprobs
-        with self._threads.step("prefill", len(piece)):
-            logits = self._runner.prefill(
-                len(self._rows), piece, sequence.prefilled, sequence.slot, sequence.rank, all_logits=wanted
-            )
-        start = sequence.prefilled
-        sequence.prefilled += len(piece)
-        if wanted:
-            # Logits at position i speak of token i + 1; the last of the prompt speak of the first new token.
-            following = torch.tensor(sequence.prompt[start + 1 : sequence.prefilled + 1], device=logits.device).long()
-            log_probabilities = logits[: len(following)].log_softmax(-1).gather(1, following[:, None])
-            sequence.prompt_logprobs += log_probabilities[:, 0].tolist()
-        if sequence.prefilled < len(sequence.prompt):
+            _log.warning("prefill of several prompts failed; they run one by one", exc_info=error)
+            for sequence in prompts.sequences:
+                self._run_prompts(self._scheduler.alone(sequence))
             return
-        self._prefilling = None
-        self._begin(sequence)
-        self._advance([sequence], logits[-1:])
+        begun = self._scheduler.prefilled(prompts)
+        for sequence in begun:
+            sequence.emit(Started(sequence.queue_seconds, tuple(sequence.prompt_logprobs)))
+        if begun:
+            self._advance(begun, logits[-len(begun) :])
 
-    def _begin(self, sequence: Sequence) -> None:
-        """Its prompt is in the cache: from now on it decodes with the others."""
-        self._rows.append(sequence)
-        sequence.emit(Started(sequence.queue_seconds, tuple(sequence.prompt_logprobs)))
+    def _prompt_logits(self, prompts: PromptPass) -> torch.Tensor:
+        """Logits of each piece's last token [pieces, vocabulary]."""
+        with self._threads.step("prefill", prompts.tokens):
+            if len(prompts.pieces) > 1:
+                return self._runner.prefill_together(prompts.pieces)
+            sequence, piece = prompts.sequences[0], prompts.pieces[0]
+            with_logprobs = sequence.request.prompt_logprobs
+            logits = self._runner.prefill(
+                piece.row, piece.ids, piece.start, piece.slot, piece.rank, all_logits=with_logprobs
+            )
+        if with_logprobs:
+            # Logits at position i predict token i + 1; the last of the prompt predict the first new token.
+            end = piece.start + len(piece.ids)
+            targets = torch.tensor(sequence.prompt[piece.start + 1 : end + 1], device=logits.device).long()
+            log_probs = logits[: len(targets)].log_softmax(-1).gather(1, targets[:, None])
+            sequence.prompt_logprobs += log_probs[:, 0].tolist()
+        return logits[-1:]
 
     def _decode(self) -> None:
         """One token for every decoding row."""
-        rows = list(self._rows)
+        rows = list(self._scheduler.running)
         if not rows:
             return
         try:
-            logits = self._logits(0, rows)
+            logits = self._decode_logits(0, rows)
         except Exception as error:
-            _log.warning("a decode step failed; trying its rows one by one", exc_info=error)
+            _log.warning("a decode step failed; its rows run one by one", exc_info=error)
             self._decode_one_by_one()
         else:
             self._advance(rows, logits)
 
     def _decode_one_by_one(self) -> None:
         """Find the row that breaks the batch: the others go on."""
-        # From the back: a row that leaves is replaced by the last, which has had its turn.
-        for sequence in reversed(list(self._rows)):
+        # From the back: a row that leaves is replaced by the last, which has been computed already.
+        for sequence in reversed(list(self._scheduler.running)):
             try:
-                logits = self._logits(self._rows.index(sequence), [sequence])
+                logits = self._decode_logits(self._scheduler.running.index(sequence), [sequence])
             except Exception as error:
                 self._fail(sequence, error)
             else:
                 self._advance([sequence], logits)
 
-    def _logits(self, first: int, rows: Many[Sequence]) -> torch.Tensor:
+    def _decode_logits(self, first: int, rows: Sequence[SequenceState]) -> torch.Tensor:
         with self._threads.step("decode", len(rows)):
             return self._runner.decode(
                 first,
@@ -298,8 +236,8 @@ class BatchEngine:
                 [row.rank for row in rows],
             )
 
-    def _advance(self, rows: Many[Sequence], logits: torch.Tensor) -> None:
-        """Choose a token for each row and let it out; rows that end leave the batch."""
+    def _advance(self, rows: Sequence[SequenceState], logits: torch.Tensor) -> None:
+        """Choose a token for each row and send it; rows that end leave the batch."""
         choices = choose(logits, [row.chooser for row in rows])
         self._last_token_at = time.monotonic()
         for sequence, choice in zip(rows, choices, strict=True):
@@ -310,50 +248,29 @@ class BatchEngine:
                 self._tokens += 1
             except Exception as error:
                 sequence.fail(_presentable(error))
-        # Only now: a row is moved with what it has in the cache, which is up to date once it took its token.
+        # Only now: the last row is moved with what it has in the cache, which is complete once it took its token.
         for sequence in rows:
             if sequence.ended:
-                self._remove(sequence)
+                self._scheduler.remove(sequence)
 
-    # ------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------ failures
 
-    def _remove(self, sequence: Sequence) -> None:
-        """Take a decoding row out and keep the rest in front."""
-        row, last = self._rows.index(sequence), len(self._rows) - 1
-        # `cached` does not count the token a failing step has written already.
-        self._runner.cache.clear(row, min(sequence.cached + 1, self._runner.context))
-        if row != last:
-            self._runner.cache.move(last, row, self._rows[last].cached)
-            self._rows[row] = self._rows[last]
-        self._rows.pop()
-        if self._prefilling is not None:
-            self._runner.cache.move(last + 1, last, self._prefilling.prefilled)
-
-    def _drop_prefilling(self) -> None:
-        sequence, self._prefilling = self._prefilling, None
-        if sequence is not None:
-            length = min(sequence.prefilled + self._chunk, self._runner.context)
-            self._runner.cache.clear(len(self._rows), length)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: SequenceState, error: Exception) -> None:
         """End a request with an error; the engine and everyone else go on."""
-        if sequence in self._rows:
-            self._remove(sequence)
+        self._scheduler.remove(sequence)
         sequence.fail(_presentable(error))
 
-    def _start_afresh(self, error: Exception) -> None:
-        """What no request is to blame for: those in the batch fail, those waiting and the engine go on."""
+    def _restart(self, error: Exception) -> None:
+        """After an error that no request caused: those in the batch fail, those waiting and the engine go on."""
         _log.error("an engine step failed", exc_info=error)
-        left = [*self._rows, *([self._prefilling] if self._prefilling else []), *self._joining]
-        self._rows, self._prefilling, self._joining = [], None, []
-        for row, sequence in enumerate(left):
+        for sequence in self._scheduler.in_flight():
             sequence.fail(TunesmithError("the engine failed; try again", code="generation_failed"))
-            self._runner.cache.clear(row, self._runner.context)
+        self._scheduler.clear()
 
     def _fail_everything(self) -> None:
         with self._condition:
-            left = [*self._waiting, *self._rows, *([self._prefilling] if self._prefilling else [])]
-            self._waiting.clear()
+            left = [*self._submitted, *self._scheduler.drain()]
+            self._submitted.clear()
             commands = list(self._commands)
             self._commands.clear()
         for sequence in left:
@@ -365,7 +282,7 @@ class BatchEngine:
 
     def _between_steps(self, command: Callable[[], None]) -> "Future[None]":
         done: Future[None] = Future()
-        # From here on it cannot be cancelled: a waiter that gives up must not make `set_result` raise.
+        # From here on it cannot be cancelled: a waiter that goes away must not make `set_result` raise.
         done.set_running_or_notify_cancel()
         with self._condition:
             if self._closing:
@@ -390,7 +307,7 @@ class BatchEngine:
 
 
 def _presentable(error: Exception) -> TunesmithError:
-    """The error as a client may see it: what was not raised on purpose is logged and not told."""
+    """The error as a client may see it: an unexpected one is logged and not shown."""
     if isinstance(error, TunesmithError):
         return error
     _log.error("a request failed in the engine", exc_info=error)

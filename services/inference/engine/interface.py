@@ -1,6 +1,6 @@
 """What an engine is: `submit / cancel / load / unload / stats`. Pure data and a protocol, no torch.
 
-The HTTP side and the adapter registry know this page only, so that another backend can stand behind it.
+The HTTP side and the adapter registry import nothing else of the engine, so that another backend can replace it.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from services.inference.engine.admission import Place
+from services.inference.engine.admission import Permit
 from shared.errors import TunesmithError
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -69,7 +69,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request left the queue and its prompt is in the cache.
+    """The request has left the queue and its prompt is in the cache.
 
     Attributes:
         prompt_logprobs: for each prompt token but the first; empty unless asked for.
@@ -85,8 +85,8 @@ class Token:
     """One generated token.
 
     Attributes:
-        text: what this token lets out: whole characters only, nothing that may still become a stop string, and empty
-            for special tokens. All tokens' texts joined are the generated text.
+        text: what can be sent after this token: whole characters only, nothing that may still become a stop string.
+            Empty for special tokens. All tokens' texts joined are the generated text.
         logprob: natural log probability under the model's own distribution, before temperature and penalties.
         finish: set on the last token.
     """
@@ -123,7 +123,7 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A look at the engine.
+    """The engine's state at one moment.
 
     Attributes:
         running: sequences that hold a slot.
@@ -143,7 +143,7 @@ class Stats:
 
 
 class AdapterWeights(Protocol):
-    """Weights of one adapter, checked and ready; what is in them is the engine's affair."""
+    """Weights of one adapter, checked and ready to load. What is in them, only the engine knows."""
 
     @property
     def rank(self) -> int: ...
@@ -162,11 +162,11 @@ class Engine(Protocol):
         """Most tokens (prompt and new) that one sequence can have."""
         ...
 
-    def submit(self, request: GenerationRequest, sink: Sink, place: Place | None = None) -> Any:
+    def submit(self, request: GenerationRequest, sink: Sink, permit: Permit | None = None) -> Any:
         """Queue a request; its events go to `sink`.
 
         Args:
-            place: the request's place in the engine's `Admission`, if the caller has taken one; taken here if not.
+            permit: the request's, of the engine's `Admission`, if the caller has acquired one; acquired here if not.
 
         Returns:
             A handle for `cancel`.
@@ -179,15 +179,15 @@ class Engine(Protocol):
         ...
 
     def cancel(self, handle: Any) -> None:
-        """Give up a request; its slot is free within one step. No error if it has ended already."""
+        """Abort a request; its slot is free within one step. No error if it has ended already."""
         ...
 
     def load(self, uid: str, weights: Any) -> "Future[None]":
-        """Give an adapter a slot, between two steps. The caller keeps within `adapter_slots`."""
+        """Put an adapter into a slot between two steps. The caller never loads more than `adapter_slots`."""
         ...
 
     def unload(self, uid: str) -> "Future[None]":
-        """Free an adapter's slot. The caller sees to it that no request uses it any more."""
+        """Free an adapter's slot. The caller ensures that no request uses the adapter any more."""
         ...
 
     def stats(self) -> Stats: ...

@@ -1,10 +1,10 @@
-"""One request on its way through the engine: what it has generated, and what of it has been let out."""
+"""The state of one request in the engine: what it has generated, and which of its text has been sent."""
 
 import time
 
 import torch
 
-from services.inference.engine.admission import Place
+from services.inference.engine.admission import Permit
 from services.inference.engine.interface import Event, Failed, Finished, FinishReason, GenerationRequest, Sink, Token
 from services.inference.engine.sampling import Choice, Chooser
 from services.inference.engine.text import Detokenizer, StopFinder
@@ -12,7 +12,7 @@ from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError
 
 
-class Sequence:
+class SequenceState:
     """A submitted request.
 
     Attributes:
@@ -24,10 +24,10 @@ class Sequence:
     """
 
     def __init__(
-        self, request: GenerationRequest, sink: Sink, place: Place, tokenizer: Tokenizer, device: torch.device
+        self, request: GenerationRequest, sink: Sink, permit: Permit, tokenizer: Tokenizer, device: torch.device
     ) -> None:
         self.request = request
-        self.place = place
+        self.permit = permit
         self.prompt = list(request.prompt)
         self.output: list[int] = []
         self.prefilled = 0
@@ -46,7 +46,7 @@ class Sequence:
 
     @property
     def cached(self) -> int:
-        """Positions of its row that are filled."""
+        """Positions of its row in the cache that are filled."""
         return self.prefilled + max(0, len(self.output) - 1)
 
     @property
@@ -66,14 +66,14 @@ class Sequence:
         """Send the last event, once."""
         if not self.ended:
             self.ended = True
-            self.place.leave()
+            self.permit.release()
             self.emit(event)
 
     def fail(self, error: TunesmithError) -> None:
         self.end(Failed(error))
 
     def accept(self, choice: Choice, special_ids: frozenset[int]) -> None:
-        """Take one chosen token: let out the text that is safe, and end if it is the last."""
+        """Take one chosen token: send the text that is safe to send, and end the sequence if the token is its last."""
         self.output.append(choice.id)
         ends = choice.id in self._stop_ids
         text = "" if ends else self._stops.push(self._detokenizer.push(choice.id))

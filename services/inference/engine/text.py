@@ -1,54 +1,50 @@
-"""Text of a growing sequence: whole characters only, and an end at the first stop string.
-
-Knows no tensors and no requests.
-"""
+"""Text of a growing sequence: whole characters only, cut at the first stop string. Knows no tensors and no requests."""
 
 from collections.abc import Iterable
 
-from shared.datasets.tokens import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-_UNFINISHED = "\ufffd"
+from shared.datasets.tokens import Tokenizer
 
 
 class Detokenizer:
-    """Turns ids into text piece by piece, never letting out half a character.
+    """Turns ids into text piece by piece and never emits half a character.
 
-    Decodes a short window twice (with and without the new ids), so that the cost does not grow with the text; the way
-    of text-generation-inference's `decode_token`.
+    `tokenizers` does the work, in a window whose cost does not grow with the text. Left to do here is what it has no
+    answer for: half a character at the end, and bytes that are no UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._said = 0
-        """How many ids of the window have been let out already."""
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
-        self._window.append(token)
-        return self._take(last=False)
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._tokenizer.fast, token)
+        except Exception:  # tokenizers raises bare Exception
+            # Byte fallback turns a whole run of bytes into U+FFFD once one of them is wrong, also those that have been
+            # emitted as characters; the stream does not go on from there.
+            self._stream = DecodeStream([token], skip_special_tokens=True)
+            return self.flush()
+        if piece:
+            self._pending.clear()
+        return piece or ""
 
     def flush(self) -> str:
-        """What is left at the end; half characters come out as U+FFFD."""
-        return self._take(last=True)
-
-    def _take(self, *, last: bool) -> str:
-        before = self._tokenizer.decode(self._window[: self._said])
-        after = self._tokenizer.decode(self._window)
-        if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not last):
-            return ""
-        # The ids just let out stay as context: some decoders treat the first id of a text differently.
-        self._window = self._window[self._said :]
-        self._said = len(self._window)
-        return after[len(before) :]
+        """What is pending at the end; half characters come out as U+FFFD."""
+        pending, self._pending = self._pending, []
+        return self._tokenizer.decode(pending)
 
 
 class StopFinder:
-    """Lets text through up to the first stop string, and holds back what may become one.
+    """Passes text on up to the first stop string, and holds back what may become one.
 
     Args:
         stops: none of them empty.
-        keep: whether the stop string itself is let through.
+        keep: whether the stop string itself is passed on.
     """
 
     def __init__(self, stops: Iterable[str], *, keep: bool) -> None:
@@ -58,7 +54,7 @@ class StopFinder:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """Text that is safe to let out after `piece`; sets `found` when a stop string is complete."""
+        """Text that is safe to send after `piece`; sets `found` when a stop string is complete."""
         if not self._stops:
             return piece
         text = self._held + piece

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.services.inference.adapters_on_disk import Oracle
+from tests.services.inference.adapters_on_disk import EVERYTHING, Oracle
 from tests.services.inference.harness import EngineUnderTest, Tiny
 from tests.services.inference.server import Server, running
 from tests.tiny import prepared_tiny
@@ -30,11 +30,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def adapters(tiny: Tiny) -> list[str]:
     """Adapters of different ranks, targets and scalings."""
-    everything = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return [
         tiny.adapter(seed=1, r=8, alpha=32),
         tiny.adapter(seed=2, r=4, alpha=12, targets=("q_proj", "o_proj", "down_proj"), rslora=True),
-        tiny.adapter(seed=3, r=16, alpha=16, targets=everything, scale=0.2),
+        tiny.adapter(seed=3, r=16, alpha=16, targets=EVERYTHING, scale=0.2),
         tiny.adapter(seed=4, r=1, alpha=3, targets=("gate_proj",), scale=1.0),
     ]
 

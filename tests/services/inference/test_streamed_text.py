@@ -1,26 +1,20 @@
-"""An adapter that was trained to say characters of many bytes: peft's text, whole and in pieces, on every route."""
+"""An adapter made to say characters of many bytes: peft's text, whole and in pieces, on every route."""
 
 import json
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from shared.datasets.templates import InstructionTemplate
 from shared.datasets.tokens import Tokenizer
-from shared.storage.artifacts import new_id
-from tests.services.inference.adapters_on_disk import publish
+from tests.services.inference.adapters_on_disk import write_reciter
 from tests.services.inference.harness import EngineUnderTest, Tiny
 from tests.services.inference.server import Server
 
 SAID = "🎉 你好 äöü 👩‍👩‍👧‍👦 🇩🇪🇫🇷 e\u0301 ok"
 ASKED = "Say it"
-_EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +37,9 @@ def length(tokenizer: Tokenizer) -> int:
 
 @pytest.fixture(scope="module")
 def speaker(tiny: Tiny, tokenizer: Tokenizer, prompt: list[int], length: int) -> str:
-    """The adapter's id. It says its words by heart, which peft confirms."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        base = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
-        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=_EVERYTHING))
-    ids = torch.tensor([prompt + tokenizer.encode(SAID, add_special_tokens=False)])
-    labels = ids.clone()
-    labels[:, : len(prompt)] = -100
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(1500):
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if loss.item() < 1e-2:
-            break
-    adapter = new_id("adapter")
-    with tiny.store.staged() as folder:
-        model.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)
-        publish(tiny.store, folder, adapter, tiny.manifest, template="instruction-v1")
+    """The adapter's id. It says the text by heart, which peft confirms."""
+    text = tokenizer.encode(SAID, add_special_tokens=False)
+    adapter = write_reciter(tiny.store, tiny.model, tiny.manifest, prompt=prompt, text=text)
     assert tokenizer.decode(tiny.oracle.ids(adapter, prompt, length)) == SAID
     return adapter
 

@@ -6,9 +6,9 @@ from services.inference.engine.admission import Admission
 from shared.errors import Overloaded
 
 
-def test_a_place_counts_its_real_length_once_known() -> None:
+def test_a_permit_counts_its_real_length_once_known() -> None:
     admission = Admission(requests=10, tokens=100)
-    first, second = admission.enter(10), admission.enter(20)
+    first, second = admission.acquire(10), admission.acquire(20)
     first.resize(60)
     assert (admission.requests, admission.tokens) == (2, 80)
     with pytest.raises(Overloaded):
@@ -16,11 +16,11 @@ def test_a_place_counts_its_real_length_once_known() -> None:
     assert (admission.requests, admission.tokens) == (2, 80)
     second.resize(5)
     assert admission.tokens == 65
-    first.leave()
-    first.leave()
+    first.release()
+    first.release()
     first.resize(1000)
     assert (admission.requests, admission.tokens) == (1, 5)
     # Alone in the queue, any prompt fits.
     second.resize(500)
-    second.leave()
+    second.release()
     assert (admission.requests, admission.tokens) == (0, 0)

@@ -24,7 +24,7 @@ from services.inference.serving import Ask, Serving
 from services.inference.settings import InferenceSettings
 from shared.errors import InvalidRequest, NotFound, Overloaded
 from shared.storage.artifacts import Manifest, new_id
-from tests.services.inference.adapters_on_disk import publish
+from tests.services.inference.adapters_on_disk import EVERYTHING, greedy, publish
 from tests.services.inference.harness import Tiny
 
 ADAPTERS, REQUESTS, CLIENTS, TOKENS = 32, 2200, 24, 8
@@ -57,7 +57,10 @@ def canaries(tiny: Tiny) -> Canaries:
     """32 adapters of two kinds in turn, made of one each; every fourth has a second version in hand."""
     tokenizer = tiny.load().tokenizer
     prompts = [tokenizer.encode(text, add_special_tokens=True) for text in PROMPTS]
-    models = [_Family(tiny, tiny.adapter(seed=500, r=4)), _Family(tiny, tiny.adapter(seed=501, r=8, targets=_ALL))]
+    models = [
+        _Family(tiny, tiny.adapter(seed=500, r=4)),
+        _Family(tiny, tiny.adapter(seed=501, r=8, targets=EVERYTHING)),
+    ]
     answers: dict[str, list[list[list[int]]]] = {}
     spare: dict[str, dict[str, torch.Tensor]] = {}
     for number in range(ADAPTERS):
@@ -71,9 +74,6 @@ def canaries(tiny: Tiny) -> Canaries:
         said = [tuple(version[place]) for versions in answers.values() for version in versions]
         assert len(set(said)) == len(said), "two canaries sing the same"
     return Canaries(tiny, prompts, answers, spare)
-
-
-_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class _Family:
@@ -102,19 +102,7 @@ class _Family:
 
     def answers(self, weights: dict[str, torch.Tensor], prompts: list[list[int]]) -> list[list[int]]:
         set_peft_model_state_dict(self._model, weights)
-        said = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            with torch.no_grad():
-                output = self._model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=TOKENS,
-                    do_sample=False,
-                    pad_token_id=2,
-                )
-            said.append(output[0, len(prompt) :].tolist())
-        return said
+        return [greedy(self._model, prompt, TOKENS) for prompt in prompts]
 
 
 class _Traffic:

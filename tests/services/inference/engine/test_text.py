@@ -1,10 +1,13 @@
 """Streamed text: joined pieces are the whole, no half characters, stop strings found wherever the tokens break."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers
 
 from services.inference.engine.text import Detokenizer, StopFinder
 from shared.datasets.tokens import Tokenizer
@@ -16,7 +19,7 @@ def tokenizer(tiny: Tiny) -> Tokenizer:
     return Tokenizer(tiny.store.base("tiny"))
 
 
-def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
@@ -35,6 +38,56 @@ def test_pieces_of_real_text_join_to_it(tokenizer: Tokenizer, text: str) -> None
 def test_pieces_of_any_ids_join_to_what_they_decode_to(tokenizer: Tokenizer, ids: list[int]) -> None:
     ids = [token % tokenizer.vocabulary for token in ids]
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+WORDS = ["▁", "a", "b", "ab", "▁a", "▁b", "▁ab", "e", "l", "o", "lo", "▁h", "▁hel", "h", "el", "\u0301"]
+
+
+class SentencePieceLike:
+    """Words with a leading "▁", and byte fallback for everything else, as Llama 2's and Mistral's tokenizers decode."""
+
+    def __init__(self) -> None:
+        names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+        merges = [("a", "b"), ("▁", "a"), ("▁", "b"), ("▁", "ab"), ("e", "l"), ("l", "o"), ("▁", "h"), ("▁h", "el")]
+        vocabulary = {name: number for number, name in enumerate(names)}
+        self.fast = FastTokenizer(models.BPE(vocabulary, merges, unk_token="<s>", byte_fallback=True))
+        self.fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        self.fast.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        self.fast.add_special_tokens(["<s>", "</s>"])
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.fast.decode(ids, skip_special_tokens=True)
+        return text
+
+
+SENTENCE_PIECES = SentencePieceLike()
+
+
+@given(text=st.text(max_size=30) | st.text(alphabet="abelo h🎉é你👩\u200d\u0301", max_size=30))
+def test_byte_fallback_pieces_join_to_the_text(text: str) -> None:
+    ids = SENTENCE_PIECES.encode(text)
+    pieces = pieces_of(SENTENCE_PIECES, ids)
+    # The tokenizer marks a space as SentencePiece does, so that this one mark cannot come back.
+    assert "".join(pieces) == SENTENCE_PIECES.decode(ids) == text.replace("▁", " ")
+    if "\ufffd" not in text:
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+@given(junk=st.lists(st.integers(0, 257), max_size=12), text=st.text(alphabet="abelo h🎉你", min_size=1, max_size=12))
+def test_bytes_that_are_no_text_do_not_spoil_what_follows(junk: list[int], text: str) -> None:
+    """Byte fallback decodes a run of wrong bytes anew as it grows: characters become U+FFFD after they were emitted."""
+    # The word ends the run of bytes.
+    ids = [*junk, *SENTENCE_PIECES.encode("hel"), *SENTENCE_PIECES.encode(text)]
+    joined = "".join(pieces_of(SENTENCE_PIECES, ids))
+    assert joined.endswith("hel " + text)
+    # A byte may come out as itself and once more as U+FFFD, not oftener.
+    assert len(joined) <= 2 * len(junk) + len(" hel " + text)
 
 
 @pytest.mark.parametrize("text", ["🎉", "👩‍👩‍👧‍👦", "你好", "é", "🇩🇪🇫🇷"])
