@@ -69,13 +69,13 @@ def running_stack(home: Path, base: str, precision: str) -> Iterator[Connection]
 def register_adapters(names: list[str], base: str, database_url: str) -> None:
     """Register adapters that no job trained with the gateway: as rows of a job that has ended."""
     database = Database(database_url)
-    store = JobStore(database)
+    store = JobStore()
     spec = JobSpec(base=base, base_revision="", training_file="file-none", training_sha256="0" * 64)
-    job = store.create("default", spec).id
-    store.cancel("default", job)
-    row = {"project": "default", "job": job, "lease_token": 0, "state": "published", "base": base, "created_ns": 0}
-    with database.write() as connection:
-        connection.execute(insert(adapters), [row | {"id": name, "name": name} for name in names])
+    row = {"project": "default", "lease_token": 0, "state": "published", "base": base, "created_ns": 0}
+    with database.write() as tx:
+        job = store.create(tx, "default", spec).id
+        store.cancel(tx, "default", job)
+        tx.execute(insert(adapters), [row | {"id": name, "name": name, "job": job} for name in names])
     database.close()
 
 

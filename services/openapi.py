@@ -16,8 +16,9 @@ FOLDER = Path(__file__).parents[1] / "openapi"
 def _gateway() -> dict[str, Any]:
     from services.gateway.app import create_app
     from services.gateway.settings import GatewaySettings
+    from shared.bases.catalogue import load_catalogue
 
-    return create_app(GatewaySettings()).openapi()
+    return create_app(GatewaySettings(), load_catalogue()).openapi()
 
 
 def _inference() -> dict[str, Any]:

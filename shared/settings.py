@@ -13,7 +13,7 @@ class Settings(BaseSettings):
     Attributes:
         home: folder of everything a one-machine installation keeps.
         database_url: SQLAlchemy URL; a SQLite file under `home` if empty.
-        redis_url: any server that speaks the Redis protocol; only doorbells go through it.
+        redis_url: any server that speaks the Redis protocol; only notifications go through it.
         artifacts: folder shared by gateway, trainer and inference; `home/artifacts` if empty.
         catalogue: TOML file with the base models; the built-in list if empty.
         internal_token: bearer token between gateway and inference.

@@ -14,10 +14,10 @@ from sqlalchemy import select
 
 from shared.jobs.rows import Job
 from shared.jobs.spec import State
-from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, sha256_of
 from shared.storage.database import Database
 from shared.storage.tables import adapters
+from tests.jobs import Jobs
 from tests.stack_processes import wait_until
 
 # Long enough to be interrupted several times, with a checkpoint about every second.
@@ -55,7 +55,7 @@ class Deployment:
             base_url=self.url, headers={"authorization": f"Bearer {self.api_key}"}, timeout=60, trust_env=False
         )
         self.database = Database(self.database_url)
-        self.jobs = JobStore(self.database)
+        self.jobs = Jobs(self.database)
         self.artifacts = LocalArtifactStore(self.artifacts_root)
         self._bytes: dict[str, str] = {}
 

@@ -19,13 +19,13 @@ def main() -> None:
     settings = GatewaySettings()
     configure_logging("gateway", settings.log_level)
     try:
-        # Said here in a sentence; when the application starts it would be a stack trace.
-        load_catalogue(settings.catalogue)
+        # Here a fault is one sentence; when the application starts it would be a stack trace.
+        catalogue = load_catalogue(settings.catalogue)
         check_schema(settings.sql_url)
     except TunesmithError as error:
         sys.exit(error.message)
     uvicorn.run(
-        create_app(settings),
+        create_app(settings, catalogue),
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -14,18 +14,19 @@ from services.gateway.metrics import Metrics
 from services.gateway.routes import estimates, file_preview, files, generate, job_metrics, jobs, models, operations
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
+from shared.bases.catalogue import Catalogue
 from shared.errors import Unavailable
 from shared.http.web import RequestContext, error_response, install_error_handlers
 from shared.logs import get_logger
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
+def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
     """The application; nothing is opened before it starts."""
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, metrics) as services:
+        async with open_services(settings, catalogue, metrics) as services:
             app.state.services = services
             yield
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one gateway; what concerns jobs is asked of SQL when it is scraped, so all gateways agree."""
+"""Prometheus metrics of one gateway; what concerns jobs is read from SQL when it is scraped, so all gateways agree."""
 
 from collections.abc import Iterator
 
@@ -12,6 +12,10 @@ from shared.jobs.notification import NotificationQueue
 from shared.jobs.spec import State
 from shared.storage.database import Database
 from shared.storage.tables import jobs
+
+PENDING = "tunesmith_notifications_pending"
+# For dashboards that were made before 0.2; goes with the release after it.
+OLD_PENDING = "tunesmith_doorbells_pending"
 
 
 class Metrics:
@@ -31,16 +35,15 @@ class Metrics:
         )
         self._prefetches = Counter(
             "tunesmith_gateway_prefetches_total",
-            "New adapters that inference was asked to load before the first request",
+            "New adapters that inference was told to load before the first request",
             ("outcome",),
             registry=self.registry,
         )
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        # A client can invent methods without end; a label must not follow.
-        known = method if method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH") else "other"
-        self._requests.labels(known, route, str(status)).inc()
-        self._seconds.labels(known, route).observe(seconds)
+        """Count one answer; `RequestContext` has reduced the method to the known ones, so labels stay few."""
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(method, route).observe(seconds)
 
     def prefetched(self, outcome: str) -> None:
         self._prefetches.labels(outcome).inc()
@@ -70,12 +73,13 @@ class _Outside(Collector):
         up.add_metric(["redis"], 0 if pending is None else 1)
         yield up
         if pending is not None:
-            yield GaugeMetricFamily("tunesmith_doorbells_pending", "Rings no worker has heard yet", value=pending)
+            yield GaugeMetricFamily(PENDING, "Notifications that no worker has taken yet", value=pending)
+            yield GaugeMetricFamily(OLD_PENDING, f"Deprecated: {PENDING} under its old name", value=pending)
 
     def _jobs(self) -> Metric:
         counts = dict.fromkeys(State, 0)
-        with self._database.read() as connection:
-            for state, count in connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state)):
+        with self._database.read() as tx:
+            for state, count in tx.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state)):
                 counts[State(state)] = count
         family = GaugeMetricFamily("tunesmith_jobs", "Jobs by state", labels=("state",))
         for state, count in counts.items():

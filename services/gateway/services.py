@@ -1,10 +1,11 @@
 """Everything one gateway process works with, opened and closed together."""
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import httpx
+from fastapi.concurrency import contextmanager_in_threadpool
 
 from services.gateway.background.garbage_collector import GarbageCollector
 from services.gateway.background.notifier import Notifier
@@ -14,39 +15,41 @@ from services.gateway.bases.facts import PreparedBases
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
-from services.gateway.http.idempotency import Answers
+from services.gateway.http.idempotency import IdempotencyStore
 from services.gateway.http.keys import Keys, read_or_make_secret
 from services.gateway.inference.prober import Prober
 from services.gateway.inference.replicas import Replicas
 from services.gateway.jobs.resolution import JobResolver
+from services.gateway.jobs.sources import JobSources
 from services.gateway.metrics import Metrics
 from services.gateway.models.store import ModelStore
 from services.gateway.settings import GatewaySettings
-from shared.bases.catalogue import Catalogue, load_catalogue
-from shared.jobs.leases import Leases
+from shared.adapters.store import AdapterStore
+from shared.bases.catalogue import Catalogue
+from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.notification import NotificationQueue
 from shared.jobs.store import JobStore
 from shared.logs import get_logger
-from shared.storage.artifacts import ArtifactStore, LocalArtifactStore
-from shared.storage.database import Database, check_schema
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.database import Database
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The parts, wired."""
+    """The parts, wired. Only the composition knows them all: endpoints ask for one by type (`routes.dependencies`)."""
 
     settings: GatewaySettings
     database: Database
-    artifacts: ArtifactStore
+    artifacts: LocalArtifactStore
     catalogue: Catalogue
     keys: Keys
-    answers: Answers
+    idempotency: IdempotencyStore
     files: FileStore
     jobs: JobStore
     bases: PreparedBases
+    sources: JobSources
     resolver: JobResolver
     tokenizers: Tokenizers
-    leases: Leases
     notifications: NotificationQueue
     notifier: Notifier
     health: HealthCache
@@ -56,57 +59,69 @@ class Services:
 
 
 @asynccontextmanager
-async def open_services(settings: GatewaySettings, metrics: Metrics) -> AsyncIterator[Services]:
+async def open_services(settings: GatewaySettings, catalogue: Catalogue, metrics: Metrics) -> AsyncIterator[Services]:
     """Build the parts, start the threads beside the requests, and stop and close everything at the end.
 
+    Expects a migrated database (`check_schema`).
+
     Raises:
-        TunesmithError: the schema is missing or old, or the catalogue cannot be read.
+        TunesmithError: what lies at the key file is no key.
     """
-    catalogue = load_catalogue(settings.catalogue)
-    check_schema(settings.sql_url)
     async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(inference_client(settings.inference_timeout))
+        # In a thread: it reads files and SQL, and at the end waits for threads.
+        opened = contextmanager_in_threadpool(_opened(settings, catalogue, metrics, client))
+        services = await stack.enter_async_context(opened)
+        if settings.inference_urls:
+            prober = Prober(services.replicas)
+            stack.push_async_callback(prober.stop)
+            await prober.start()
+            prefetcher = Prefetcher(services.database, services.replicas, metrics.prefetched)
+            prefetcher.start()
+            stack.push_async_callback(prefetcher.stop)
+        yield services
+
+
+@contextmanager
+def _opened(
+    settings: GatewaySettings, catalogue: Catalogue, metrics: Metrics, client: httpx.AsyncClient
+) -> Iterator[Services]:
+    with ExitStack() as stack:
         database = Database(settings.sql_url)
         stack.callback(database.close)
         notifications = NotificationQueue(settings.redis_url)
         stack.callback(notifications.close)
-        client = await stack.enter_async_context(inference_client(settings.inference_timeout))
         metrics.watch(database, notifications)
-        leases = Leases(database)
         artifacts = LocalArtifactStore(settings.artifacts_root)
         bases = PreparedBases(artifacts)
+        files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         services = Services(
             settings=settings,
             database=database,
             artifacts=artifacts,
             catalogue=catalogue,
             keys=Keys(database, _secret(settings)),
-            answers=Answers(database),
-            files=FileStore(database, artifacts),
-            jobs=JobStore(database),
+            idempotency=IdempotencyStore(),
+            files=files,
+            jobs=jobs,
             bases=bases,
+            sources=JobSources(files, jobs, adapters),
             resolver=JobResolver(catalogue, bases),
             tokenizers=Tokenizers(artifacts),
-            leases=leases,
             notifications=notifications,
             notifier=Notifier(notifications),
             health=HealthCache(database, notifications),
-            models=ModelStore(database, catalogue),
+            models=ModelStore(catalogue, adapters),
             replicas=Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value()),
             metrics=metrics,
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
-        reaper = Reaper(leases, notifications, silence=settings.lease_seconds)
-        for thread in (services.notifier, reaper, GarbageCollector(database, artifacts, services.answers.forget)):
-            thread.start()
-            stack.callback(thread.stop)
-        if settings.inference_urls:
-            prober = Prober(services.replicas)
-            stack.push_async_callback(prober.stop)
-            await prober.start()
-            prefetcher = Prefetcher(database, services.replicas, metrics.prefetched)
-            prefetcher.start()
-            stack.push_async_callback(prefetcher.stop)
+        reaper = Reaper(Heartbeats(database), notifications, silence=settings.lease_seconds)
+        collector = GarbageCollector(database, artifacts, services.idempotency.forget)
+        for background in (services.notifier, reaper, collector):
+            background.start()
+            stack.callback(background.stop)
         yield services
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from shared.errors import InvalidRequest, NotFound, TunesmithError
-from shared.jobs.spec import BasePrecision, Frozen, ModuleName
+from shared.frozen import Frozen, ModuleName
+from shared.jobs.spec import BasePrecision
 
 # What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
 NO_MODEL_IN_PARTICULAR = frozenset({"", "dummy", "tgi"})

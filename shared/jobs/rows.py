@@ -1,22 +1,20 @@
-"""Jobs, events and checkpoints as rows: read whole, and changed together with the event that tells it.
+"""Jobs, events and checkpoints as rows: read whole, and changed together with the event that reports the change.
 
-Everything here happens in the caller's transaction. Who may do what is `shared.jobs.store`'s affair for clients, and
-`shared.jobs.leases`' for workers.
+Everything here happens in the caller's transaction. What clients may do is in `shared.jobs.store`, what workers may do
+in `shared.jobs.leases`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
 
-from shared.errors import InvalidRequest, NotFound
+from shared.adapters.state import AdapterState
+from shared.clock import seconds_of
+from shared.errors import NotFound
 from shared.jobs.spec import JobFault, JobSpec, Phase, Progress, State, TrainingReport
 from shared.storage.tables import adapters, checkpoints, events, jobs
-
-T = TypeVar("T")
-Nanoseconds = Callable[[], int]
-"""A clock: since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Job:
     adapter: str | None
     adapter_name: str | None
     attempt: int
-    losses: int
+    worker_failures: int
     lease_token: int
 
     @property
@@ -49,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of a job's story; `number` counts from 1 per job without gaps."""
+    """One line of a job's event log; `number` counts from 1 per job without gaps."""
 
     job: str
     number: int
@@ -62,7 +60,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint: its resume state lies under `lease_token`, its servable twin is `adapter`."""
+    """One checkpoint: `lease_token` names the folder of its resume state, `adapter` is what serves this step."""
 
     id: str
     job: str
@@ -72,12 +70,6 @@ class Checkpoint:
     adapter_name: str
     metrics: dict[str, Any]
     created_at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    items: list[T]
-    has_more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +83,17 @@ class NewEvent:
 
 
 def change_job(
-    connection: Connection,
+    tx: Connection,
     job_id: str,
     conditions: Sequence[Any],
     values: Mapping[str, Any],
-    news: Sequence[NewEvent],
+    new_events: Sequence[NewEvent],
     now: int,
 ) -> bool:
-    """Change a job if `conditions` hold, and write `news` with the next numbers, in the caller's transaction.
+    """Change a job if `conditions` hold, and write `new_events` with the next numbers.
+
+    Args:
+        now: nanoseconds since the epoch.
 
     Returns:
         False if no row met the conditions; nothing was written then.
@@ -106,14 +101,14 @@ def change_job(
     statement = (
         update(jobs)
         .where(jobs.c.id == job_id, *conditions)
-        .values(**values, event_count=jobs.c.event_count + len(news))
+        .values(**values, event_count=jobs.c.event_count + len(new_events))
         .returning(jobs.c.event_count)
     )
-    count = connection.execute(statement).scalar()
+    count = tx.execute(statement).scalar()
     if count is None:
         return False
-    if news:
-        first = count - len(news) + 1
+    if new_events:
+        first = count - len(new_events) + 1
         rows = [
             {
                 "job": job_id,
@@ -124,74 +119,62 @@ def change_job(
                 "message": event.message,
                 "data": event.data,
             }
-            for index, event in enumerate(news)
+            for index, event in enumerate(new_events)
         ]
-        connection.execute(insert(events), rows)
+        tx.execute(insert(events), rows)
     return True
 
 
-def select_checkpoints(connection: Connection, job_id: str) -> list[Checkpoint]:
-    """All checkpoints of a job, newest first."""
-    return [Checkpoint(*row) for row in connection.execute(checkpoints_of(job_id))]
+def read_job(tx: Connection, job_id: str, *, lock: bool = False) -> Job:
+    """One job regardless of its project.
 
-
-def read_job(connection: Connection, job_id: str) -> Job:
-    """One job regardless of its project, for workers.
+    Args:
+        lock: keep the row as it is until the transaction ends, for what is decided by it.
 
     Raises:
         NotFound: no such job.
     """
-    row = connection.execute(select_jobs().where(jobs.c.id == job_id)).one_or_none()
+    query = select_jobs().where(jobs.c.id == job_id)
+    row = tx.execute(query.with_for_update(of=jobs) if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"no fine-tuning job {job_id[:100]!r}")
-    return job_of(connection, row)
+    return jobs_of(tx, [row])[0]
 
 
 def select_jobs() -> Select[Any]:
-    """Job rows with the name of the adapter they have published, for `job_of`."""
-    return select(jobs, adapters.c.name.label("adapter_name")).join(
-        adapters, and_(adapters.c.id == jobs.c.adapter, adapters.c.state == "published"), isouter=True
-    )
+    """Job rows with the name of the adapter they have published, for `jobs_of`."""
+    published = and_(adapters.c.id == jobs.c.adapter, adapters.c.state == AdapterState.PUBLISHED)
+    return select(jobs, adapters.c.name.label("adapter_name")).join(adapters, published, isouter=True)
 
 
-def checkpoints_of(job_id: str) -> Select[Any]:
-    """Rows for `Checkpoint`, newest first."""
+def select_checkpoints(job_id: str) -> Select[Any]:
+    """Rows for `Checkpoint`, in no order."""
     c = checkpoints.c
     return (
         select(c.id, c.job, c.step, c.lease_token, c.adapter, adapters.c.name, c.metrics, c.created_at)
         .join(adapters, adapters.c.id == c.adapter)
         .where(c.job == job_id)
-        .order_by(c.step.desc())
     )
 
 
-def newest_first(
-    connection: Connection, query: Select[Any], table: Table, project: str, after: str | None
-) -> Select[Any]:
-    """Keyset paging on (created_ns, id)."""
-    if after is not None:
-        at = select(table.c.created_ns).where(table.c.id == after, table.c.project == project)
-        created_ns = connection.execute(at).scalar()
-        if created_ns is None:
-            raise InvalidRequest(f"no item {after[:100]!r} to continue after", param="after")
-        older = or_(table.c.created_ns < created_ns, and_(table.c.created_ns == created_ns, table.c.id < after))
-        query = query.where(older)
-    return query.order_by(table.c.created_ns.desc(), table.c.id.desc())
+def jobs_of(tx: Connection, rows: Sequence[Row[Any]]) -> list[Job]:
+    """Rows of `select_jobs` as jobs; at most one more statement, if some of them wait in the queue."""
+    queued = [row.id for row in rows if row.state == State.QUEUED]
+    positions = _queue_positions(tx, queued) if queued else {}
+    return [_job_of(row, positions.get(row.id)) for row in rows]
 
 
-def job_of(connection: Connection, row: Row[Any]) -> Job:
-    """A row of `select_jobs` as a job; one that waits is asked for its place in the queue."""
+def _queue_positions(tx: Connection, job_ids: Sequence[str]) -> dict[str, int]:
+    """Which place queued jobs have among all queued ones, the oldest being 1."""
+    position = func.row_number().over(order_by=(jobs.c.created_ns, jobs.c.id)).label("position")
+    queue = select(jobs.c.id, position).where(jobs.c.state == State.QUEUED).subquery()
+    found = tx.execute(select(queue.c.id, queue.c.position).where(queue.c.id.in_(job_ids)))
+    return {row.id: row.position for row in found}
+
+
+def _job_of(row: Row[Any], queue_position: int | None) -> Job:
     state = State(row.state)
     progress = Progress.model_validate(row.progress or {})
-    if state is State.QUEUED:
-        ahead = select(func.count()).where(
-            jobs.c.state == State.QUEUED,
-            or_(
-                jobs.c.created_ns < row.created_ns,
-                and_(jobs.c.created_ns == row.created_ns, jobs.c.id < row.id),
-            ),
-        )
-        progress = progress.model_copy(update={"queue_position": connection.execute(ahead).scalar_one() + 1})
     return Job(
         id=row.id,
         project=row.project,
@@ -203,17 +186,12 @@ def job_of(connection: Connection, row: Row[Any]) -> Job:
         spec=JobSpec.model_validate(row.spec),
         metadata=row.metadata,
         warnings=row.warnings,
-        progress=progress,
+        progress=progress.model_copy(update={"queue_position": queue_position}),
         fault=JobFault.model_validate(row.fault) if row.fault else None,
         report=TrainingReport.model_validate(row.report) if row.report else None,
         adapter=row.adapter,
         adapter_name=row.adapter_name,
         attempt=row.attempt,
-        losses=row.losses,
+        worker_failures=row.worker_failures,
         lease_token=row.lease_token,
     )
-
-
-def seconds_of(now_ns: int) -> int:
-    """Whole seconds of a moment in nanoseconds, as rows keep them."""
-    return now_ns // 1_000_000_000

@@ -1,12 +1,14 @@
 """The vocabulary of a job: its specification, its states and the legal moves between them.
 
-Knows no SQL, no HTTP and no torch. The client's request, before it is resolved, is the gateway's affair.
+Knows no SQL, no HTTP and no torch. The client's request, before it is resolved, belongs to the gateway.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from shared.frozen import Frozen, ModuleName
 
 
 class State(StrEnum):
@@ -48,7 +50,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.VALIDATING: frozenset({State.QUEUED, State.FAILED, State.CANCELLED}),
     State.QUEUED: frozenset({State.RUNNING, State.PAUSED, State.CANCELLED}),
     State.RUNNING: frozenset({State.SUCCEEDED, State.FAILED, State.QUEUED, State.PAUSING, State.CANCELLING}),
-    # A wish can come too late: the job ends first. If the worker is lost, the wish is fulfilled without it.
+    # A request can come too late: the job ends first. If the worker is lost, the request is carried out without it.
     State.PAUSING: frozenset({State.PAUSED, State.SUCCEEDED, State.FAILED, State.CANCELLING}),
     State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED, State.FAILED}),
     State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
@@ -58,6 +60,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 }
 
 LEASED = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
+UNFINISHED = frozenset(state for state in State if not state.final)
 
 
 def may_become(state: State) -> list[State]:
@@ -82,16 +85,9 @@ class RequestedAction(StrEnum):
     CANCEL = "cancel"
 
 
-class Frozen(BaseModel):
-    """A value that crosses a process boundary: immutable, closed, and free of NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Scheduler = Literal["linear", "cosine", "constant"]
-ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
 
 class LoraSpec(Frozen):
@@ -108,7 +104,7 @@ class Hyperparameters(Frozen):
     """Everything effective about one run of the recipe; units in the names or below.
 
     Attributes:
-        batch_size: examples per optimizer step, exactly; how they are laid out in micro-batches is not said here.
+        batch_size: examples per optimizer step, exactly; their layout in micro-batches is not part of this.
         max_length: tokens; longer examples are truncated at the end.
         max_steps: optimizer steps; ends the run before its epochs do.
         warmup_ratio: share of all steps during which the learning rate rises from 0.

@@ -21,9 +21,13 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, ValidationError
 
 from shared.errors import ArtifactCorrupt, NotFound
-from shared.jobs.spec import Frozen
+from shared.frozen import Frozen
 
 MANIFEST = "manifest.json"
+# The one file of an upload's folder, and the two of an adapter's beside the manifest (peft's names).
+DATA = "data"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 # The manifest's own hash, a field beside the manifest's.
 SEAL = "sha256"
 ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
@@ -87,6 +91,16 @@ class ArtifactStore(Protocol):
     def remove(self, folder: Path) -> None: ...
 
 
+class Placed:
+    """A folder that goes again unless somebody keeps it."""
+
+    def __init__(self) -> None:
+        self.kept = False
+
+    def keep(self) -> None:
+        self.kept = True
+
+
 class LocalArtifactStore:
     """Artifacts in a local or shared POSIX folder.
 
@@ -106,6 +120,10 @@ class LocalArtifactStore:
 
     def file(self, file_id: str) -> Path:
         return self.root / "files" / _checked(file_id)
+
+    def file_data(self, file_id: str) -> Path:
+        """The bytes of an uploaded file."""
+        return self.file(file_id) / DATA
 
     def base(self, base_id: str) -> Path:
         return self.root / "bases" / _checked(f"base-{base_id}")
@@ -186,6 +204,21 @@ class LocalArtifactStore:
             raise
         _fsync(target.parent)
         _fsync(target.parent.parent)
+
+    @contextlib.contextmanager
+    def placed(self, staged: Path, target: Path) -> Iterator["Placed"]:
+        """`place`, and remove the folder again at the end unless `keep` was called.
+
+        Raises:
+            FileExistsError: see `place`.
+        """
+        self.place(staged, target)
+        placed = Placed()
+        try:
+            yield placed
+        finally:
+            if not placed.kept:
+                self.remove(target)
 
     def publish(self, staged: Path, target: Path, manifest: Manifest) -> Manifest:
         """Complete `manifest` with the staged files' hashes, write it last, and place the folder.

@@ -73,14 +73,18 @@ def normalised(url: str) -> str:
     return parsed.render_as_string(hide_password=False)
 
 
-def migrate(url: str) -> None:
-    """Bring the schema of the database at `url` to the newest revision; harmless if it is there."""
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the schema of the database at `url` up to a revision, the newest if none is named; harmless if it is there.
+
+    Raises:
+        CommandError: a revision that this version does not know, such as a later version's.
+    """
     target = normalised(url)
     if target.startswith("sqlite") and (path := make_url(target).database):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     config = _alembic()
     config.attributes["url"] = target
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def check_schema(url: str) -> None:

@@ -3,6 +3,8 @@
 Times are integers: `created_ns` nanoseconds since the epoch (it orders and pages), everything else seconds.
 """
 
+from enum import StrEnum
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -18,6 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from shared.adapters.state import AdapterState
 from shared.jobs.spec import State
 
 metadata = MetaData(
@@ -30,6 +33,11 @@ metadata = MetaData(
     }
 )
 
+
+def _one_of(states: type[StrEnum]) -> str:
+    return "state IN (" + ", ".join(f"'{state.value}'" for state in states) + ")"
+
+
 api_keys = Table(
     "api_keys",
     metadata,
@@ -41,16 +49,16 @@ api_keys = Table(
     Column("revoked_at", BigInteger),
 )
 
-# Answers of POSTs that must not happen twice, each written in the transaction of what it answers for.
-answers = Table(
-    "answers",
+# Responses to POSTs that must not happen twice, each written in the transaction of what it responds to.
+idempotency_keys = Table(
+    "idempotency_keys",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("api_key", String(64), nullable=False),
     Column("path", String(64), nullable=False),
-    # The client's Idempotency-Key; null where none was sent (databases take nulls for different).
+    # The client's Idempotency-Key; null where none was sent (two nulls are different to a unique constraint).
     Column("key", String(255)),
-    # SHA-256 of what was asked for.
+    # SHA-256 of the request.
     Column("fingerprint", String(64), nullable=False),
     Column("status", Integer, nullable=False),
     Column("body", Text, nullable=False),
@@ -94,15 +102,16 @@ jobs = Table(
     Column("fault", JSON(none_as_null=True)),
     Column("report", JSON(none_as_null=True)),
     Column("adapter", String(64)),
-    # (lease_token, renewals) is the sign of life: a pair that stands still belongs to a lost worker.
+    # (lease_token, renewals) is the heartbeat: a pair that stands still belongs to a lost worker.
     Column("lease_token", BigInteger, nullable=False, default=0),
     Column("renewals", BigInteger, nullable=False, default=0),
     Column("worker", String(255)),
     Column("attempt", Integer, nullable=False, default=0),
-    Column("losses", Integer, nullable=False, default=0),
+    # How often in a row the job's worker was lost or broke off since the last new checkpoint.
+    Column("worker_failures", Integer, nullable=False, default=0),
     Column("checkpoint_step", BigInteger, nullable=False, default=0),
     Column("event_count", BigInteger, nullable=False, default=0),
-    CheckConstraint("state IN (" + ", ".join(f"'{state.value}'" for state in State) + ")", name="state"),
+    CheckConstraint(_one_of(State), name="state"),
     Index(None, "state", "created_ns", "id"),
     Index(None, "project", "created_ns", "id"),
 )
@@ -127,13 +136,12 @@ adapters = Table(
     Column("project", String(64), nullable=False),
     Column("job", String(64), ForeignKey("jobs.id"), nullable=False),
     Column("lease_token", BigInteger, nullable=False),
-    # reserved: a worker may be writing it · published: servable · deleted: the folder goes, the id is never reused.
     Column("state", String(16), nullable=False),
     Column("name", String(255), unique=True),
     Column("base", String(64), nullable=False),
     Column("step", BigInteger),
     Column("created_ns", BigInteger, nullable=False),
-    CheckConstraint("state IN ('reserved', 'published', 'deleted')", name="state"),
+    CheckConstraint(_one_of(AdapterState), name="state"),
     Index(None, "project", "created_ns", "id"),
     Index(None, "job"),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.jobs.leases import MAX_LOSSES
+from shared.jobs.requeue import MAX_ATTEMPTS
 from shared.jobs.spec import State
 from tests.chaos.stack import Stack, flipped, newest_state, running_stack, small_disk
 from tests.deployment import ENDLESS, LONG, SHORT
@@ -51,10 +51,10 @@ def test_cancel_pause_and_resume(stack: Stack) -> None:
     paused_at = deployment.steps(kept)[-1]
     assert deployment.openai.fine_tuning.jobs.resume(kept).status == "queued"
     messages = deployment.check_ended_once(kept, LONG)
-    assert "Pausing: the worker saves a checkpoint and lets go" in messages
+    assert "Pausing: the worker saves a checkpoint and releases the job" in messages
     assert f"Stopped on worker worker-1: the checkpoint of step {paused_at} is kept" in messages
     assert f"Resumed from the checkpoint at step {paused_at}" in messages
-    assert deployment.job(kept).losses == 0
+    assert deployment.job(kept).worker_failures == 0
     for ended in (running, kept):
         refused = deployment.http.post(f"/v1/fine_tuning/jobs/{ended}/resume")
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "cannot_resume")
@@ -119,7 +119,7 @@ def test_a_full_disk_is_told_and_survived(stack: Stack) -> None:
     deployment.check_nothing_half_written_is_visible()
     filler.unlink()
     messages = deployment.check_ended_once(job, LONG)
-    assert 1 <= sum(line.startswith("Worker worker-1 could not go on: ") for line in messages) < MAX_LOSSES
+    assert 1 <= sum(line.startswith("Worker worker-1 could not go on: ") for line in messages) < MAX_ATTEMPTS
     assert any(line.startswith("Resumed from the checkpoint at step") for line in messages)
     deployment.check_nothing_half_written_is_visible()
     deployment.check_a_new_job_works()

@@ -136,5 +136,5 @@ def test_a_database_that_restarts_costs_no_work(scene: Scene) -> None:
     assert deployment.http.get("/v1/fine_tuning/jobs").status_code == 503
     scene.postgres.start()
     messages = deployment.check_ended_once(job, LONG)
-    assert (deployment.job(job).attempt, deployment.job(job).losses) == (1, 0), messages
+    assert (deployment.job(job).attempt, deployment.job(job).worker_failures) == (1, 0), messages
     deployment.check_a_new_job_works()

@@ -7,26 +7,39 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobSpec
-from shared.jobs.store import JobStore
 from shared.storage.database import Database, migrate
+from tests.jobs import Jobs
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty, migrated database of its own."""
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database of its own without a table."""
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    else:
-        admin: str = request.getfixturevalue("postgres_url")
-        name = f"test_{secrets.token_hex(6)}"
-        with psycopg.connect(admin, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        url = admin.replace("/postgres?", f"/{name}?", 1)
-        assert url != admin
-    migrate(url)
+        return f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    admin: str = request.getfixturevalue("postgres_url")
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    url = admin.replace("/postgres?", f"/{name}?", 1)
+    assert url != admin
     return url
+
+
+@pytest.fixture
+def database_url(empty_url: str) -> str:
+    """The URL of an empty, migrated database of its own."""
+    migrate(empty_url)
+    return empty_url
+
+
+@pytest.fixture
+def empty_database(empty_url: str) -> Iterator[Database]:
+    database = Database(empty_url)
+    yield database
+    database.close()
 
 
 @pytest.fixture
@@ -37,13 +50,18 @@ def database(database_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-def store(database: Database) -> JobStore:
-    return JobStore(database)
+def store(database: Database) -> Jobs:
+    return Jobs(database)
 
 
 @pytest.fixture
 def leases(database: Database) -> Leases:
     return Leases(database)
+
+
+@pytest.fixture
+def heartbeats(database: Database) -> Heartbeats:
+    return Heartbeats(database)
 
 
 @pytest.fixture

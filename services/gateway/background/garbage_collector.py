@@ -7,28 +7,29 @@ a reserved adapter belongs to whoever holds the lease it was reserved under, and
 holds its lock. Prepared bases and caches are left alone.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import Connection, and_, or_, select
 
-from shared.jobs.spec import LEASED, State
+from services.gateway.background.periodic import Periodic
+from shared.adapters.state import AdapterState
+from shared.jobs.spec import LEASED, UNFINISHED
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
 from shared.storage.tables import adapters, files, jobs
 
 UNTOUCHED_SECONDS = 3600.0
-SWEEP_EVERY_SECONDS = 600.0
+COLLECT_EVERY_SECONDS = 600.0
 
 
 class GarbageCollector:
-    """One sweep at a time over one artifacts folder.
+    """Collects the garbage of one artifacts folder.
 
     Args:
-        forget: drops rows that have been kept long enough.
+        forget: drops rows that have been kept long enough, in a transaction of its own.
         untouched: seconds since anything in a folder was last written before it may go.
         now: seconds since the epoch, as file times are.
     """
@@ -37,7 +38,7 @@ class GarbageCollector:
         self,
         database: Database,
         store: LocalArtifactStore,
-        forget: Callable[[], object] = lambda: None,
+        forget: Callable[[Connection], object] = lambda _: None,
         *,
         untouched: float = UNTOUCHED_SECONDS,
         now: Callable[[], float] = time.time,
@@ -47,9 +48,8 @@ class GarbageCollector:
         self._forget = forget
         self._untouched = untouched
         self._now = now
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._log = get_logger("sweeper")
+        self._thread = Periodic("garbage collector", self._work, COLLECT_EVERY_SECONDS)
+        self._log = get_logger("garbage collector")
 
     def collect(self) -> list[Path]:
         """Remove everything unwanted. Returns what went."""
@@ -58,17 +58,19 @@ class GarbageCollector:
         wanted = self._wanted()
         gone = [folder for folder in candidates if folder.name not in wanted and self._remove(folder)]
         for folder in gone:
-            self._log.info("swept", folder=f"{folder.parent.name}/{folder.name}")
+            self._log.info("garbage collected", folder=f"{folder.parent.name}/{folder.name}")
         return gone
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
+        self._thread.stop()
+
+    def _work(self) -> None:
+        self.collect()
+        with self._database.write() as tx:
+            self._forget(tx)
 
     def _remove(self, folder: Path) -> bool:
         if folder.parent.name == "staging":
@@ -89,27 +91,18 @@ class GarbageCollector:
                     if (entry.is_dir() or not folder.exists()) and _last_touched(entry) < cutoff:
                         yield folder
                 except FileNotFoundError:
-                    # Placed elsewhere, or swept by another gateway, while we looked.
+                    # Placed elsewhere, or removed by another gateway, while we looked.
                     continue
 
     def _wanted(self) -> set[str]:
         held = and_(adapters.c.lease_token == jobs.c.lease_token, jobs.c.state.in_(LEASED))
-        mine = select(adapters.c.id).join(jobs, jobs.c.id == adapters.c.job)
-        servable = mine.where(or_(adapters.c.state == "published", and_(adapters.c.state == "reserved", held)))
-        unfinished = select(jobs.c.id).where(jobs.c.state.in_([state for state in State if not state.final]))
-        with self._database.read() as connection:
-            return {
-                name for query in (servable, unfinished, select(files.c.id)) for name in connection.scalars(query).all()
-            }
-
-    def _run(self) -> None:
-        while not self._stop.wait(SWEEP_EVERY_SECONDS):
-            try:
-                self.collect()
-                self._forget()
-            except Exception:
-                # The database or the mount may be away for a while; the next sweep sees.
-                self._log.exception("sweep failed")
+        of_job = select(adapters.c.id).join(jobs, jobs.c.id == adapters.c.job)
+        servable = of_job.where(
+            or_(adapters.c.state == AdapterState.PUBLISHED, and_(adapters.c.state == AdapterState.RESERVED, held))
+        )
+        unfinished = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED))
+        with self._database.read() as tx:
+            return {name for query in (servable, unfinished, select(files.c.id)) for name in tx.scalars(query).all()}
 
 
 def _last_touched(folder: Path) -> float:

@@ -13,8 +13,9 @@ from starlette.concurrency import run_in_threadpool
 
 from services.gateway.inference.replicas import Replicas
 from services.gateway.models.store import Target
+from shared.adapters.state import AdapterState
 from shared.errors import Unavailable
-from shared.jobs.spec import State
+from shared.jobs.spec import UNFINISHED, State
 from shared.logs import get_logger
 from shared.storage.database import Database
 from shared.storage.tables import adapters, jobs
@@ -24,7 +25,6 @@ LOOK_EVERY_SECONDS = 1.0
 WAITS_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 # Whose adapter was used within this time keeps its place.
 RECENT_SECONDS = 600.0
-_UNFINISHED = [state for state in State if not state.final]
 # The adapter is at fault; asking again changes nothing.
 _REFUSALS = (400, 422)
 
@@ -67,12 +67,14 @@ class Prefetcher:
     def published(self) -> list[Target]:
         """The final adapters of the jobs that have ended since the last call; none at the first. Asks SQL."""
         with self._database.read() as connection:
-            unfinished = frozenset(connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(_UNFINISHED))))
+            unfinished = frozenset(connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED))))
             ended = self._unfinished - unfinished
             found = (
                 select(adapters.c.base, adapters.c.id)
                 .join(jobs, jobs.c.adapter == adapters.c.id)
-                .where(jobs.c.id.in_(ended), jobs.c.state == State.SUCCEEDED, adapters.c.state == "published")
+                .where(
+                    jobs.c.id.in_(ended), jobs.c.state == State.SUCCEEDED, adapters.c.state == AdapterState.PUBLISHED
+                )
             )
             targets = [Target(*row) for row in connection.execute(found)] if ended else []
         # Only now: whatever fails above is looked at again.

@@ -3,11 +3,11 @@
 Runs in every gateway; all it does is idempotent.
 """
 
-import threading
 import time
 from collections.abc import Callable
 
-from shared.jobs.leases import Heartbeat, Leases
+from services.gateway.background.periodic import Periodic
+from shared.jobs.heartbeats import Heartbeat, Heartbeats
 from shared.jobs.notification import NotificationQueue
 from shared.logs import get_logger
 
@@ -19,7 +19,7 @@ LATE_SECONDS = 3.0
 
 
 class Reaper:
-    """Watches the signs of life on a monotonic clock of its own; no clock is compared with a worker's.
+    """Watches heartbeats on a monotonic clock of its own; no clock is compared with a worker's.
 
     Args:
         silence: seconds a (token, renewals) pair may stand still; workers renew every 5 s.
@@ -28,21 +28,20 @@ class Reaper:
 
     def __init__(
         self,
-        leases: Leases,
+        heartbeats: Heartbeats,
         notifications: NotificationQueue,
         *,
         silence: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._leases = leases
+        self._heartbeats = heartbeats
         self._notifications = notifications
         self._silence = silence
         self._clock = clock
         self._first_seen: dict[Heartbeat, float] = {}
         self._last_look = float("-inf")
         self._last_notify = float("-inf")
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = Periodic("reaper", lambda: self.tick(), TICK_SECONDS)
         self._log = get_logger("reaper")
 
     def tick(self) -> None:
@@ -53,49 +52,38 @@ class Reaper:
             self._notify()
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
+        self._thread.stop()
 
     def _reap(self) -> None:
         seen, self._first_seen = self._first_seen, {}
         late = self._clock() - self._last_look > LATE_SECONDS
         self._last_look = self._clock()
-        # If this fails nothing has been seen: while the database is away no worker can show life in it.
-        signs = self._leases.heartbeats()
+        # If this fails nothing has been seen: while the database is away no worker can renew its lease in it.
+        beats = self._heartbeats.read()
         now = self._clock()
-        # A sign seen for the first time starts its own clock: after a restart or a late look nobody is reaped early.
-        first_seen = {sign: now if late else seen.get(sign, now) for sign in signs}
-        silent = [sign for sign, since in first_seen.items() if now - since >= self._silence]
+        # A heartbeat seen for the first time starts its own clock: a restart or a late look takes no time from it.
+        first_seen = {beat: now if late else seen.get(beat, now) for beat in beats}
+        silent = [beat for beat, since in first_seen.items() if now - since >= self._silence]
         if silent and not self._writes_work():
             return
-        for sign in silent:
+        for beat in silent:
             # If this fails `_first_seen` is still empty: workers could not write either, and get their full time again.
-            if self._leases.expire(sign):
-                self._log.warning("worker lost", job_id=sign.job_id, lease_token=sign.token)
+            if self._heartbeats.expire(beat):
+                self._log.warning("worker lost", job_id=beat.job_id, lease_token=beat.token)
                 self._notifications.notify()
         self._first_seen = first_seen
 
     def _writes_work(self) -> bool:
-        """Whether a write gets through at once. One that had to wait kept workers from showing life as well."""
+        """Whether a write gets through at once. One that had to wait kept workers from renewing as well."""
         started = self._clock()
-        self._leases.check_writable()
+        self._heartbeats.check_writable()
         return self._clock() - started < LATE_SECONDS
 
     def _notify(self) -> None:
-        waiting = self._leases.queued()
+        waiting = self._heartbeats.queued()
         pending = self._notifications.pending() if waiting else None
         for _ in range(max(0, waiting - pending) if pending is not None else 0):
             self._notifications.notify()
-
-    def _run(self) -> None:
-        while not self._stop.wait(TICK_SECONDS):
-            try:
-                self.tick()
-            except Exception:
-                # The database may be away for a while; the next tick sees.
-                self._log.exception("reaper tick failed")

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from services.gateway.files.store import StoredFile
 from shared.datasets.examples import Format
-from shared.jobs.rows import Page
+from shared.paging import Page
 
 
 class LengthBin(BaseModel):

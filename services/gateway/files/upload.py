@@ -1,20 +1,22 @@
-"""A dataset on its way in: multipart bytes to a staged file, every row checked and hashed as it passes.
+"""Receiving a dataset: multipart bytes to a staged file, every row checked and hashed as it passes.
 
 Owns the limits of a multipart body. Knows no HTTP framework, no SQL; memory is bounded by one chunk and one row.
 """
 
+import contextlib
 import hashlib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from services.gateway.files.store import DATA, NewFile
+from services.gateway.files.store import NewFile
 from shared.datasets.examples import DatasetChecker
 from shared.errors import InvalidRequest, PayloadTooLarge
+from shared.storage.artifacts import DATA, LocalArtifactStore
 
 MAX_PARTS = 8
 MAX_FIELD_BYTES = 1024
@@ -24,6 +26,17 @@ MAX_PART_HEADERS = 8
 MAX_FORM_OVERHEAD = 64 << 10
 PURPOSE = "fine-tune"
 NOT_DATASETS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z")
+
+
+@contextlib.contextmanager
+def receiving(artifacts: LocalArtifactStore, content_type: str, max_bytes: int) -> Iterator["DatasetUpload"]:
+    """An upload into a staged folder, which goes at the end unless it was placed.
+
+    Raises:
+        InvalidRequest: see `DatasetUpload`.
+    """
+    with artifacts.staged() as folder, contextlib.closing(DatasetUpload(content_type, folder, max_bytes)) as upload:
+        yield upload
 
 
 class DatasetUpload:
@@ -60,6 +73,7 @@ class DatasetUpload:
             )
         except FormParserError as error:
             raise InvalidRequest(f"malformed multipart body: {error}", code="not_multipart") from error
+        self.folder = folder
         self._file = (folder / DATA).open("wb")
         self._max_bytes = max_bytes
         self._checker = DatasetChecker()

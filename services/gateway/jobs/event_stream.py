@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 
 from starlette.concurrency import run_in_threadpool
 
-from services.gateway.jobs.response_schema import event_id, event_json
+from services.gateway.jobs.event_ids import event_id
+from services.gateway.jobs.response_schema import event_json
 from shared.http.event_stream import DONE, KEEP_ALIVE, encode_event
-from shared.jobs.rows import Event, Page
+from shared.jobs.rows import Event
 from shared.jobs.store import JobStore
+from shared.paging import Page
+from shared.storage.database import Database
 
 POLL_SECONDS = 1.0
 # Proxies close a connection that is silent for long; comments keep it open and are ignored by every reader.
@@ -20,15 +23,22 @@ PAGE = 100
 
 
 class EventStream:
-    """Reads one job's story.
+    """Reads one job's event log.
 
     Args:
         after: number of the last event the client has seen.
     """
 
     def __init__(
-        self, store: JobStore, project: str, job_id: str, after: int, poll_seconds: float = POLL_SECONDS
+        self,
+        database: Database,
+        store: JobStore,
+        project: str,
+        job_id: str,
+        after: int,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
+        self._database = database
         self._store = store
         self._project = project
         self._job_id = job_id
@@ -41,18 +51,17 @@ class EventStream:
         Raises:
             NotFound: no such job.
         """
-        ended = await self._ended()
-        return ended and not (await self._next()).items
+        ended, page = await run_in_threadpool(self._read)
+        return ended and not page.items
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         silent = 0
         while True:
-            # Asked before the events: what is written together with the end is still read after it.
-            ended = await self._ended()
-            page = await self._next()
+            ended, page = await run_in_threadpool(self._read)
             for event in page.items:
                 self._after = event.number
-                yield encode_event(event_json(event).model_dump_json(), event_id(event))
+                name = event_id(event.job, event.number)
+                yield encode_event(event_json(event).model_dump_json(), name)
             if page.has_more:
                 continue
             if ended:
@@ -63,8 +72,9 @@ class EventStream:
                 yield KEEP_ALIVE
             await asyncio.sleep(self._poll_seconds)
 
-    async def _ended(self) -> bool:
-        return (await run_in_threadpool(self._store.get, self._project, self._job_id)).state.final
-
-    async def _next(self) -> Page[Event]:
-        return await run_in_threadpool(self._store.events, self._project, self._job_id, after=self._after, limit=PAGE)
+    def _read(self) -> tuple[bool, Page[Event]]:
+        """Whether the job has ended, and the next events."""
+        with self._database.read() as tx:
+            # Asked before the events: what is written together with the end is still read after it.
+            ended = self._store.get(tx, self._project, self._job_id).state.final
+            return ended, self._store.events(tx, self._project, self._job_id, after=self._after, limit=PAGE)

@@ -1,7 +1,7 @@
 """What a client may write into `POST /v1/fine_tuning/jobs`: OpenAI's body and our extra keys.
 
 Owns shapes and bounds (which are those of `shared.jobs.spec`, so that both can never differ); what the words mean is
-resolved in `job_resolution`.
+resolved in `services.gateway.jobs.resolution`.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from shared.jobs.spec import BasePrecision, ComputeDtype, Frozen, Hyperparameters, LoraSpec
+from shared.frozen import Frozen
+from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, LoraSpec
 
 MAX_METADATA_PAIRS = 16
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]
@@ -30,8 +31,8 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r'^[^"\\
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
-class AutoMeansUnsaid:
-    """OpenAI's "auto" says the same as leaving the field out: the preset decides."""
+class AutoMeansUnset:
+    """OpenAI's "auto" means the same as leaving the field out: the preset decides."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(_auto_to_none, handler(source))
@@ -52,31 +53,31 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _as_asked(info: FieldInfo, *, auto: bool) -> tuple[Any, Any]:
-    """A field of `shared.jobs.spec` as a client may send it: the same bounds, no coercion, and it may be unsaid."""
+def _as_requested(info: FieldInfo, *, auto: bool) -> tuple[Any, Any]:
+    """A field of `shared.jobs.spec` as a client may send it: the same bounds, no coercion, and it may be left out."""
     annotation: Any = info.annotation
     if isinstance(annotation, types.UnionType):
         (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
     exact = (Strict(),) if annotation in (int, float, bool) else ()
     asked = Annotated[annotation, Field(), *info.metadata, *exact] | None
-    return (Annotated[asked, AutoMeansUnsaid()] if auto else asked), None
+    return (Annotated[asked, AutoMeansUnset()] if auto else asked), None
 
 
 def _part(name: str, spec: type[Frozen], doc: str, *, auto: bool = False, **extra: Any) -> type[Request]:
-    fields: dict[str, Any] = {field: _as_asked(info, auto=auto) for field, info in spec.model_fields.items()}
+    fields: dict[str, Any] = {field: _as_requested(info, auto=auto) for field, info in spec.model_fields.items()}
     return create_model(name, __base__=Request, __doc__=doc, **fields, **extra)
 
 
 _multiplier = Annotated[
     Annotated[float, Field(gt=0, le=10_000), Strict()] | None,
-    AutoMeansUnsaid(),
+    AutoMeansUnset(),
     Field(description="OpenAI's: times the preset's learning rate; not together with learning_rate"),
 ]
-LoraRequest: Any = _part("LoraRequest", LoraSpec, "LoRA's shape; what is unsaid comes from the preset.")
+LoraRequest: Any = _part("LoraRequest", LoraSpec, "LoRA's shape; what is left out comes from the preset.")
 HyperparametersRequest: Any = _part(
     "HyperparametersRequest",
     Hyperparameters,
-    'Hyperparameters; what is unsaid or "auto" comes from the preset.',
+    'Hyperparameters; what is left out or "auto" comes from the preset.',
     auto=True,
     learning_rate_multiplier=(_multiplier, None),
 )
@@ -118,7 +119,7 @@ class JobRequest(Request):
     compute_dtype: ComputeDtype = "auto"
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is asked for, however it was spelled."""
+        """SHA-256 of what is requested, however it was spelled."""
         asked = self.model_dump(mode="json", exclude_unset=True)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

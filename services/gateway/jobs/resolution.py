@@ -1,6 +1,7 @@
 """From a client's request to the complete specification a worker trains by, and the advice that goes with it.
 
-Every default is filled in here, once; nothing is looked up again later. Knows no HTTP and no SQL.
+Every default is filled in here, once; nothing is looked up again later. A pure function of the request, the rows that
+it names (`Sources`) and what is known of its base. Knows no HTTP and no SQL.
 """
 
 import math
@@ -14,7 +15,7 @@ from services.gateway.bases.facts import BaseFacts
 from services.gateway.files.store import StoredFile
 from services.gateway.jobs.request_schema import JobRequest
 from shared.bases.catalogue import Base, Catalogue
-from shared.errors import InvalidRequest, NotFound
+from shared.errors import InvalidRequest
 from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
 
 FEW_STEPS = 100
@@ -36,9 +37,17 @@ class Parent:
     lora: LoraSpec
 
 
-def no_parent(model: str) -> Parent | None:
-    """For a resolver that knows bases only."""
-    return None
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The rows that a request names.
+
+    Attributes:
+        parent: the adapter that the request's model names; None if it names a base.
+    """
+
+    training: StoredFile
+    validation: StoredFile | None = None
+    parent: Parent | None = None
 
 
 class JobResolver:
@@ -52,30 +61,19 @@ class JobResolver:
         self._catalogue = catalogue
         self._facts = facts
 
-    def resolve(
-        self,
-        request: JobRequest,
-        file: Callable[[str], StoredFile],
-        parent_of: Callable[[str], Parent | None] = no_parent,
-    ) -> Resolved:
-        """The specification of the job that is asked for.
-
-        Args:
-            file: the caller's file of an id; raises NotFound.
-            parent_of: the adapter that a model's name stands for; None if it is no adapter's.
+    def resolve(self, request: JobRequest, sources: Sources) -> Resolved:
+        """The specification of the job that is requested.
 
         Raises:
             InvalidRequest: the field at fault is named.
         """
-        parent = parent_of(request.model)
+        parent, training, validation = sources.parent, sources.training, sources.validation
         base = self._catalogue.get_for_job(parent.base if parent else request.model)
         if request.base_precision not in base.precisions:
             raise InvalidRequest(
                 f"{base.id} can be trained in {', '.join(base.precisions)}, not in {request.base_precision}",
                 param="base_precision",
             )
-        training = _file(file, request.training_file, "training_file")
-        validation = _file(file, request.validation_file, "validation_file") if request.validation_file else None
         preset = PRESETS[request.preset]
         lora = _lora(request, preset, base, parent)
         hyperparameters = _hyperparameters(request, preset)
@@ -142,13 +140,6 @@ def _check_validation(hyperparameters: Hyperparameters, validation: StoredFile |
             "early stopping needs a validation_file or validation_split",
             param="hyperparameters.early_stopping_patience",
         )
-
-
-def _file(file: Callable[[str], StoredFile], file_id: str, param: str) -> StoredFile:
-    try:
-        return file(file_id)
-    except NotFound as error:
-        raise InvalidRequest(error.message, param=param, code="file_not_found") from None
 
 
 def _lora(request: JobRequest, preset: Preset, base: Base, parent: Parent | None) -> LoraSpec:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from shared.jobs.rows import Checkpoint, Event, Job, Page
+from services.gateway.jobs.event_ids import event_id
+from shared.jobs.rows import Checkpoint, Event, Job
 from shared.jobs.spec import (
     PRESETS,
     BasePrecision,
@@ -18,6 +19,7 @@ from shared.jobs.spec import (
     State,
     TrainingReport,
 )
+from shared.paging import Page
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 
@@ -181,15 +183,10 @@ def job_list_json(page: Page[Job]) -> JobListJson:
     return JobListJson(data=[job_json(job) for job in page.items], has_more=page.has_more)
 
 
-def event_id(event: Event) -> str:
-    """Stable and ordered: the cursor of event pages and of `Last-Event-ID`."""
-    return f"ftevent-{event.job.removeprefix('ftjob-')}-{event.number}"
-
-
 def event_json(event: Event) -> EventJson:
     return EventJson.model_validate(
         {
-            "id": event_id(event),
+            "id": event_id(event.job, event.number),
             "created_at": event.created_at,
             "level": event.level,
             "message": event.message,

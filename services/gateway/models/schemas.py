@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from services.gateway.models.store import Adapter
+from shared.adapters.state import AdapterState
+from shared.adapters.store import Adapter
 from shared.bases.catalogue import Base
 
 
@@ -53,11 +54,11 @@ def base_json(base: Base, *, served: bool, prepared: bool) -> ModelJson:
 def adapter_json(adapter: Adapter, project: str) -> ModelJson:
     return ModelJson(
         id=adapter.name,
-        created=adapter.created_ns // 1_000_000_000,
+        created=adapter.created_at,
         owned_by=project,
         kind="checkpoint" if adapter.is_checkpoint else "adapter",
         parent=adapter.base,
-        state="published",
+        state=AdapterState.PUBLISHED.value,
         job=adapter.job,
         step=adapter.step,
         adapter=adapter.id,

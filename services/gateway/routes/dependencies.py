@@ -1,31 +1,73 @@
-"""What endpoints ask for by type, in one place."""
+"""What endpoints ask for by type, in one place. All of it is `async`: FastAPI sends what is not to a thread."""
 
 import re
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request
 
-from services.gateway.http.idempotency import HEADER, Attempt
+from services.gateway.background.notifier import Notifier
+from services.gateway.bases.facts import PreparedBases
+from services.gateway.bases.tokenised import Tokenizers
+from services.gateway.files.store import FileStore
+from services.gateway.health import HealthCache
+from services.gateway.http.idempotency import HEADER, Attempt, IdempotencyStore
 from services.gateway.http.keys import Owner
+from services.gateway.inference.replicas import Replicas
+from services.gateway.jobs.resolution import JobResolver
+from services.gateway.jobs.sources import JobSources
+from services.gateway.metrics import Metrics
+from services.gateway.models.store import ModelStore
 from services.gateway.services import Services
+from services.gateway.settings import GatewaySettings
+from shared.bases.catalogue import Catalogue
 from shared.errors import InvalidRequest, NotFound
+from shared.jobs.store import JobStore
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.database import Database
 
 _ID = re.compile(r"[A-Za-z0-9_.:/@-]{1,255}")
 CURSOR = r"^[A-Za-z0-9_.:/@-]{1,255}$"
 
 
-def _services(request: Request) -> Services:
+def _part(get: Callable[[Services], object]) -> Any:
+    async def part(request: Request) -> object:
+        return get(request.app.state.services)
+
+    return Depends(part)
+
+
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
-def _project(request: Request) -> str:
+# TODO(issue 9): the last routes that take the bag.
+Using = Annotated[Services, Depends(_services)]
+ArtifactsDep = Annotated[LocalArtifactStore, _part(lambda services: services.artifacts)]
+BasesDep = Annotated[PreparedBases, _part(lambda services: services.bases)]
+CatalogueDep = Annotated[Catalogue, _part(lambda services: services.catalogue)]
+DatabaseDep = Annotated[Database, _part(lambda services: services.database)]
+FilesDep = Annotated[FileStore, _part(lambda services: services.files)]
+IdempotencyDep = Annotated[IdempotencyStore, _part(lambda services: services.idempotency)]
+JobsDep = Annotated[JobStore, _part(lambda services: services.jobs)]
+MetricsDep = Annotated[Metrics, _part(lambda services: services.metrics)]
+ModelsDep = Annotated[ModelStore, _part(lambda services: services.models)]
+NotifierDep = Annotated[Notifier, _part(lambda services: services.notifier)]
+HealthDep = Annotated[HealthCache, _part(lambda services: services.health)]
+ReplicasDep = Annotated[Replicas, _part(lambda services: services.replicas)]
+ResolverDep = Annotated[JobResolver, _part(lambda services: services.resolver)]
+SettingsDep = Annotated[GatewaySettings, _part(lambda services: services.settings)]
+SourcesDep = Annotated[JobSources, _part(lambda services: services.sources)]
+TokenizersDep = Annotated[Tokenizers, _part(lambda services: services.tokenizers)]
+
+
+async def _project(request: Request) -> str:
     owner: Owner = request.state.owner
     return owner.project
 
 
-def _attempts(
+async def _attempts(
     request: Request,
     key: Annotated[
         str | None,
@@ -44,15 +86,15 @@ def _attempts(
     return lambda fingerprint: Attempt(owner.key_id, request.scope["path"], key, fingerprint, retried)
 
 
-def _file_id(file_id: str) -> str:
+async def _file_id(file_id: str) -> str:
     return _known(file_id, "file")
 
 
-def _job_id(job_id: str) -> str:
+async def _job_id(job_id: str) -> str:
     return _known(job_id, "fine-tuning job")
 
 
-def _model_id(model_id: str) -> str:
+async def _model_id(model_id: str) -> str:
     return _known(model_id, "model")
 
 
@@ -63,7 +105,6 @@ def _known(value: str, kind: str) -> str:
     return value
 
 
-Using = Annotated[Services, Depends(_services)]
 # The project of the caller's key.
 Project = Annotated[str, Depends(_project)]
 # Makes the attempt of a fingerprint.

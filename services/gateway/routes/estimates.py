@@ -13,18 +13,26 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from services.gateway.bases.peak_memory import TOKEN_BUDGET, ModelShape, peak_memory_mb
 from services.gateway.bases.tokenised import Row, tokenised_rows
+from services.gateway.files.store import StoredFile
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.jobs.request_schema import JobRequest
 from services.gateway.jobs.resolution import optimizer_steps
-from services.gateway.routes.dependencies import Project, Using
-from services.gateway.routes.job_spec import resolve
-from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS
+from services.gateway.routes.dependencies import (
+    ArtifactsDep,
+    BasesDep,
+    DatabaseDep,
+    Project,
+    ResolverDep,
+    SourcesDep,
+    TokenizersDep,
+)
+from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
 from shared.errors import InvalidRequest
 from shared.jobs.spec import BasePrecision, JobSpec, State, TrainingReport
 from shared.storage.database import Database
@@ -91,23 +99,33 @@ class Rate:
     beyond_shape_mb: float | None = None
 
 
-@router.post("/v1/fine_tuning/estimates")
-def estimate_fine_tuning_job(services: Using, project: Project, body: JobRequest) -> EstimateJson:
+@router.post("/v1/fine_tuning/estimates", response_model=EstimateJson)
+def estimate_fine_tuning_job(
+    database: DatabaseDep,
+    artifacts: ArtifactsDep,
+    bases: BasesDep,
+    tokenizers: TokenizersDep,
+    sources: SourcesDep,
+    resolver: ResolverDep,
+    project: Project,
+    body: JobRequest,
+) -> Response:
     """Steps, supervised tokens, minutes and memory of a job with this body."""
-    resolved = resolve(services, project, body)
-    spec, tokenizer = resolved.spec, services.tokenizers.get(resolved.spec.base)
+    with database.read() as tx:
+        named = sources.load(tx, project, body)
+    resolved = resolver.resolve(body, named)
+    spec, tokenizer = resolved.spec, tokenizers.get(resolved.spec.base)
 
-    def amount(file_id: str) -> Amount:
-        file = services.files.get(project, file_id)
-        rows = tokenised_rows(services.files.data(file), tokenizer, spec.hyperparameters)
+    def amount(file: StoredFile) -> Amount:
+        rows = tokenised_rows(artifacts.file_data(file.id), tokenizer, spec.hyperparameters)
         return count(islice(rows, SAMPLED_ROWS), file.dataset["rows"])
 
-    training = amount(spec.training_file)
-    validation = amount(spec.validation_file) if spec.validation_file else None
-    facts = services.bases(spec.base)
+    training = amount(named.training)
+    validation = amount(named.validation) if named.validation else None
+    facts = bases(spec.base)
     shape = facts.shape if facts else None
-    rate = measured_rate(services.database, spec, shape)
-    return estimate(spec, training, validation, rate, resolved.warnings, shape)
+    rate = measured_rate(database, spec, shape)
+    return json_response(estimate(spec, training, validation, rate, resolved.warnings, shape))
 
 
 def count(sample: Iterator[Row], rows: int) -> Amount:

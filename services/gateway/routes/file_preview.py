@@ -1,15 +1,23 @@
-"""`/v1/files/{id}/preview`: rows as a model will be given them, with what is learnt marked."""
+"""`/v1/files/{id}/preview`: rows as a model will be given them, with the supervised tokens marked."""
 
 from itertools import groupby, islice
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from services.gateway.bases.tokenised import Row, tokenised_rows
 from services.gateway.http.auth import AuthenticatedRoute
-from services.gateway.routes.dependencies import FileId, Project, Using
-from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS
+from services.gateway.routes.dependencies import (
+    ArtifactsDep,
+    CatalogueDep,
+    DatabaseDep,
+    FileId,
+    FilesDep,
+    Project,
+    TokenizersDep,
+)
+from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
 from shared.datasets.tokens import Tokenizer, Tokens
 from shared.jobs.spec import Hyperparameters
 
@@ -18,7 +26,7 @@ router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPE
 
 class Piece(BaseModel):
     text: str
-    supervised: Annotated[bool, Field(description="whether these tokens are learnt")]
+    supervised: Annotated[bool, Field(description="whether these tokens are supervised")]
 
 
 class PreviewRow(BaseModel):
@@ -36,23 +44,28 @@ class PreviewJson(BaseModel):
     data: list[PreviewRow]
 
 
-@router.get("/v1/files/{file_id}/preview")
+@router.get("/v1/files/{file_id}/preview", response_model=PreviewJson)
 def preview_file(
-    services: Using,
+    database: DatabaseDep,
+    artifacts: ArtifactsDep,
+    catalogue: CatalogueDep,
+    tokenizers: TokenizersDep,
+    files: FilesDep,
     project: Project,
     file_id: FileId,
     model: Annotated[str, Query(min_length=1, max_length=256, description="base whose template and tokens are meant")],
     limit: Annotated[int, Query(ge=1, le=100)] = 5,
     max_length: Annotated[int, Query(ge=8, le=32_768)] = 512,
     train_on_prompt: bool = False,
-) -> PreviewJson:
+) -> Response:
     """The first rows of a file as the trainer will see them: template, special tokens and end of text included."""
-    file = services.files.get(project, file_id)
-    base = services.catalogue.get_for_job(model).id
-    tokenizer = services.tokenizers.get(base)
+    with database.read() as tx:
+        file = files.get(tx, project, file_id)
+    base = catalogue.get_for_job(model).id
+    tokenizer = tokenizers.get(base)
     hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
-    rows = islice(tokenised_rows(services.files.data(file), tokenizer, hyper), limit)
-    return PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows])
+    rows = islice(tokenised_rows(artifacts.file_data(file.id), tokenizer, hyper), limit)
+    return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
 
 
 def _row(row: Row, tokenizer: Tokenizer) -> PreviewRow:
@@ -68,7 +81,7 @@ def _row(row: Row, tokenizer: Tokenizer) -> PreviewRow:
 
 
 def pieces(tokens: Tokens, tokenizer: Tokenizer) -> list[Piece]:
-    """Runs of tokens that are all learnt or all not, as text."""
+    """Runs of tokens that are all supervised or all not, as text."""
     marked = zip(tokens.ids, tokens.supervised, strict=True)
     return [
         Piece(text=tokenizer.decode([i for i, _ in run], skip_special_tokens=False), supervised=supervised)

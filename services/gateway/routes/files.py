@@ -2,24 +2,35 @@
 
 import errno
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from services.gateway.files.schemas import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
-from services.gateway.files.store import NewFile, StoredFile
-from services.gateway.files.upload import MAX_FORM_OVERHEAD, DatasetUpload
+from services.gateway.files.store import FileStore
+from services.gateway.files.upload import MAX_FORM_OVERHEAD, DatasetUpload, receiving
 from services.gateway.http.auth import AuthenticatedRoute, StreamingRoute
-from services.gateway.http.idempotency import Answer, Answered, Attempt
-from services.gateway.routes.dependencies import After, Attempts, FileId, Project, Using
-from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, answered
-from services.gateway.services import Services
+from services.gateway.http.idempotency import Attempt, IdempotencyStore, StoredResponse
+from services.gateway.routes.dependencies import (
+    After,
+    ArtifactsDep,
+    Attempts,
+    DatabaseDep,
+    FileId,
+    FilesDep,
+    IdempotencyDep,
+    Project,
+    SettingsDep,
+)
+from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response, stored_response
 from shared.errors import InvalidRequest, Unavailable
 from shared.http.bounded_route import check_declared_length
+from shared.storage.artifacts import LocalArtifactStore, new_id
+from shared.storage.database import Database
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 uploads = APIRouter(route_class=StreamingRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
@@ -37,12 +48,25 @@ _UPLOAD_BODY = {"requestBody": {"required": True, "content": {"multipart/form-da
 
 
 @uploads.post("/v1/files", openapi_extra=_UPLOAD_BODY, response_model=FileJson)
-async def create_file(request: Request, services: Using, project: Project, attempts: Attempts) -> Response:
+async def create_file(
+    request: Request,
+    settings: SettingsDep,
+    database: DatabaseDep,
+    artifacts: ArtifactsDep,
+    idempotency: IdempotencyDep,
+    files: FilesDep,
+    project: Project,
+    attempts: Attempts,
+) -> Response:
     """Upload a dataset: JSON Lines or one JSON array of instruction, completion or chat rows."""
+    limit = settings.max_upload_bytes
+    check_declared_length(request, limit + MAX_FORM_OVERHEAD)
+    content_type = request.headers.get("content-type", "")
     try:
-        return answered(_answer(await _receive(request, services, project, attempts)))
-    except Answered as twin:
-        return answered(twin.answer, again=True)
+        async with contextmanager_in_threadpool(receiving(artifacts, content_type, limit)) as upload:
+            async for chunk in request.stream():
+                await run_in_threadpool(upload.feed, chunk)
+            return await run_in_threadpool(_keep, upload, database, artifacts, idempotency, files, project, attempts)
     except ClientDisconnect:
         # Nobody reads this.
         raise InvalidRequest("the upload was broken off") from None
@@ -52,66 +76,78 @@ async def create_file(request: Request, services: Using, project: Project, attem
         raise
 
 
-async def _receive(
-    request: Request, services: Services, project: str, attempts: Callable[[str], Attempt]
-) -> StoredFile:
-    """Raises Answered if the same was uploaded before under the request's key."""
-    limit = services.settings.max_upload_bytes
-    check_declared_length(request, limit + MAX_FORM_OVERHEAD)
-    with services.artifacts.staged() as folder:
-        upload = DatasetUpload(request.headers.get("content-type", ""), folder, limit)
-        try:
-            async for chunk in request.stream():
-                await run_in_threadpool(upload.feed, chunk)
-            new = await run_in_threadpool(upload.finish)
-        finally:
-            upload.close()
-        return await run_in_threadpool(_add, services, project, new, folder, attempts(new.fingerprint()))
+def _keep(
+    upload: DatasetUpload,
+    database: Database,
+    artifacts: LocalArtifactStore,
+    idempotency: IdempotencyStore,
+    files: FileStore,
+    project: str,
+    attempts: Callable[[str], Attempt],
+) -> Response:
+    """Store what was received, its row after its bytes: a crash between them leaves a folder nobody refers to."""
+    new = upload.finish()
+    attempt = attempts(new.fingerprint())
+    file_id = new_id("file")
+    with (
+        idempotency.single_flight(attempt),
+        artifacts.placed(upload.folder, artifacts.file(file_id)) as placed,
+        database.write() as tx,
+    ):
+        earlier = idempotency.begin(tx, attempt)
+        if earlier is not None:
+            return stored_response(earlier, replayed=True)
+        file = files.add(tx, project, file_id, new)
+        response = StoredResponse(file_json(file).model_dump_json())
+        idempotency.keep(tx, attempt, response)
+        # Once COMMIT is sent its answer may be lost and the row be there all the same: from here on the bytes stay, and
+        # are garbage if no row came.
+        placed.keep()
+    return stored_response(response)
 
 
-def _add(services: Services, project: str, new: NewFile, staged: Path, attempt: Attempt) -> StoredFile:
-    with services.answers.alone(attempt):
-        return services.files.add(
-            project,
-            new,
-            staged,
-            guard=lambda connection: services.answers.begin(connection, attempt),
-            seal=lambda connection, file: services.answers.keep(connection, attempt, _answer(file)),
-        )
-
-
-def _answer(file: StoredFile) -> Answer:
-    return Answer(file_json(file).model_dump_json())
-
-
-@router.get("/v1/files")
+@router.get("/v1/files", response_model=FileListJson)
 def list_files(
-    services: Using,
+    database: DatabaseDep,
+    files: FilesDep,
     project: Project,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64, pattern=r"^[a-z_-]+$")] = None,
-) -> FileListJson:
+) -> Response:
     """Files, newest first unless `order` says otherwise."""
-    return file_list_json(services.files.list(project, after=after, limit=limit, order=order, purpose=purpose))
+    with database.read() as tx:
+        page = files.list(tx, project, after=after, limit=limit, order=order, purpose=purpose)
+    return json_response(file_list_json(page))
 
 
-@router.get("/v1/files/{file_id}")
-def retrieve_file(services: Using, project: Project, file_id: FileId) -> FileJson:
+@router.get("/v1/files/{file_id}", response_model=FileJson)
+def retrieve_file(database: DatabaseDep, files: FilesDep, project: Project, file_id: FileId) -> Response:
     """One file and the report on its rows."""
-    return file_json(services.files.get(project, file_id))
+    with database.read() as tx:
+        file = files.get(tx, project, file_id)
+    return json_response(file_json(file))
 
 
-@router.delete("/v1/files/{file_id}")
-def delete_file(services: Using, project: Project, file_id: FileId) -> FileDeletedJson:
+@router.delete("/v1/files/{file_id}", response_model=FileDeletedJson)
+def delete_file(
+    database: DatabaseDep, artifacts: ArtifactsDep, files: FilesDep, project: Project, file_id: FileId
+) -> Response:
     """Delete a file that no unfinished job needs."""
-    services.files.delete(project, file_id)
-    return FileDeletedJson(id=file_id)
+    with database.write() as tx:
+        files.delete(tx, project, file_id)
+    # The row went first: what a crash leaves behind is a folder nobody refers to.
+    artifacts.remove(artifacts.file(file_id))
+    return json_response(FileDeletedJson(id=file_id))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
-def retrieve_file_content(services: Using, project: Project, file_id: FileId) -> Response:
+def retrieve_file_content(
+    database: DatabaseDep, artifacts: ArtifactsDep, files: FilesDep, project: Project, file_id: FileId
+) -> Response:
     """The very bytes that were uploaded."""
-    file = services.files.get(project, file_id)
-    return FileResponse(services.files.data(file), media_type="application/octet-stream", filename=file.filename)
+    with database.read() as tx:
+        file = files.get(tx, project, file_id)
+    path = artifacts.file_data(file.id)
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)

@@ -141,7 +141,7 @@ async def _target(services: Services, project: str, named: object, param: str) -
     """
     if isinstance(named, str) and named:
         try:
-            return await run_in_threadpool(services.models.resolve, project, named)
+            return await run_in_threadpool(_resolve, services, project, named)
         except NotFound as error:
             error.param = param
             raise
@@ -153,6 +153,11 @@ async def _target(services: Services, project: str, named: object, param: str) -
     if not served:
         raise Unavailable("no inference process answers", code="base_not_served")
     return Target(served[0])
+
+
+def _resolve(services: Services, project: str, name: str) -> Target:
+    with services.database.read() as tx:
+        return services.models.resolve(tx, project, name)
 
 
 async def _passed_on(

@@ -15,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.trainer.contract import EventType, Level
 from services.trainer.worker.retry import with_retries
 from shared.errors import LeaseLost
-from shared.jobs.leases import Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.leases import Leases
 from shared.jobs.rows import NewEvent
 from shared.jobs.spec import Phase, Progress, RequestedAction
 from shared.logs import get_logger

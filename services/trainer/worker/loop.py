@@ -14,7 +14,8 @@ from services.trainer.recipe.memory import FreeMemory, free_bytes
 from services.trainer.worker.lease_session import LeaseSession
 from services.trainer.worker.retry import with_retries
 from shared.errors import JobFailed, LeaseLost, TunesmithError
-from shared.jobs.leases import Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault
 from shared.logs import get_logger
 from shared.storage.artifacts import ArtifactStore

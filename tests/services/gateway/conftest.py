@@ -21,8 +21,12 @@ from services.gateway.app import create_app
 from services.gateway.http.client_timeouts import PatientProtocol
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
+from shared.bases.catalogue import load_catalogue
+from shared.jobs.heartbeats import Heartbeats
+from shared.jobs.leases import Leases
 from shared.storage.database import migrate
 from tests.stack_processes import running_redis
+from tests.jobs import Jobs
 
 ROWS = [{"instruction": f"What is {n} + {n}?", "output": f"{n + n}"} for n in range(60)]
 
@@ -84,6 +88,19 @@ class Gateway:
         services: Services = self.app.state.services
         return services
 
+    @property
+    def jobs(self) -> Jobs:
+        return Jobs(self.services.database)
+
+    @property
+    def leases(self) -> Leases:
+        """What a worker on this gateway's database does."""
+        return Leases(self.services.database)
+
+    @property
+    def heartbeats(self) -> Heartbeats:
+        return Heartbeats(self.services.database)
+
     def openai(self) -> OpenAI:
         """OpenAI's own client, which refuses every answer that is not exactly in OpenAI's shape."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=True)
@@ -114,7 +131,7 @@ def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 @contextmanager
 def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[Gateway]:
     migrate(settings.sql_url)
-    app = create_app(settings)
+    app = create_app(settings, load_catalogue(settings.catalogue))
     with served(app, protocol) as url:
         key = settings.key_path.read_text().strip()
         with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30) as http:

@@ -63,14 +63,14 @@ def test_a_job_from_creation_to_its_model(gateway: Gateway) -> None:
     assert job.model_extra["state"] == "queued"
     assert client.fine_tuning.jobs.retrieve(job.id) == job
 
-    lease = gateway.services.leases.claim("worker-1")
+    lease = gateway.leases.claim("worker-1")
     assert lease is not None
     running = client.fine_tuning.jobs.retrieve(job.id)
     assert running.status == "running"
-    checkpoint = gateway.services.leases.reserve_adapter(lease)
-    gateway.services.leases.commit_checkpoint(lease, 8, checkpoint, {"train_loss": 2.5})
-    final = gateway.services.leases.reserve_adapter(lease)
-    gateway.services.leases.succeed(lease, final, REPORT)
+    checkpoint = gateway.leases.reserve_adapter(lease)
+    gateway.leases.commit_checkpoint(lease, 8, checkpoint, {"train_loss": 2.5})
+    final = gateway.leases.reserve_adapter(lease)
+    gateway.leases.succeed(lease, final, REPORT)
 
     done = client.fine_tuning.jobs.retrieve(job.id)
     assert (done.status, done.trained_tokens) == ("succeeded", 1000)

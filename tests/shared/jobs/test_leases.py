@@ -7,13 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import select
 
+from shared.adapters.state import AdapterState
 from shared.errors import InvalidRequest, LeaseLost
-from shared.jobs.leases import MAX_LOSSES, Heartbeat, Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.heartbeats import Heartbeat, Heartbeats
+from shared.jobs.leases import Leases
+from shared.jobs.requeue import MAX_ATTEMPTS
 from shared.jobs.rows import NewEvent
 from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, RequestedAction, State, TrainingReport
-from shared.jobs.store import JobStore
 from shared.storage.database import Database
 from shared.storage.tables import adapters, events, jobs
+from tests.jobs import Jobs
 
 REPORT = TrainingReport(
     trainable_params=1,
@@ -38,13 +42,13 @@ def claimed(leases: Leases, worker: str = "w") -> Lease:
     return lease
 
 
-def test_the_oldest_is_claimed_first_and_only_once(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_the_oldest_is_claimed_first_and_only_once(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     ids = [store.create("default", spec).id for _ in range(3)]
     assert [claimed(leases).job.id for _ in ids] == ids
     assert leases.claim("w") is None
 
 
-def test_success_publishes_the_adapter_with_the_job(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_success_publishes_the_adapter_with_the_job(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec.model_copy(update={"suffix": "docs"}))
     lease = claimed(leases)
     leases.record(lease, [NewEvent("half way")], phase=Phase.TRAINING, progress=Progress(step=2, total_steps=5))
@@ -56,12 +60,14 @@ def test_success_publishes_the_adapter_with_the_job(store: JobStore, leases: Lea
     assert done.finished_at is not None
 
 
-def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_every_write_of_a_lost_worker_is_refused(
+    store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec
+) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
     adapter = leases.reserve_adapter(lease)
-    (sign,) = leases.heartbeats()
-    assert leases.expire(sign)
+    (sign,) = heartbeats.read()
+    assert heartbeats.expire(sign)
     before = store.events("default", job.id).items
     for write in (
         lambda: leases.renew(lease),
@@ -75,39 +81,43 @@ def test_every_write_of_a_lost_worker_is_refused(store: JobStore, leases: Leases
         with pytest.raises(LeaseLost):
             write()
     assert store.events("default", job.id).items == before
-    with store._database.read() as connection:
-        assert connection.execute(select(adapters.c.state)).scalars().all() == ["reserved"]
+    with store.database.read() as connection:
+        assert connection.execute(select(adapters.c.state)).scalars().all() == [AdapterState.RESERVED]
 
 
-def test_an_adapter_of_an_earlier_lease_cannot_be_published(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_an_adapter_of_an_earlier_lease_cannot_be_published(
+    store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec
+) -> None:
     store.create("default", spec)
     stale = leases.reserve_adapter(claimed(leases))
-    leases.expire(leases.heartbeats()[0])
+    heartbeats.expire(heartbeats.read()[0])
     with pytest.raises(LeaseLost):
         leases.succeed(claimed(leases), stale, REPORT)
 
 
-def test_life_shown_in_time_keeps_the_lease(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_life_shown_in_time_keeps_the_lease(store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec) -> None:
     store.create("default", spec)
     lease = claimed(leases)
-    (seen,) = leases.heartbeats()
+    (seen,) = heartbeats.read()
     leases.renew(lease)
-    assert not leases.expire(seen)
+    assert not heartbeats.expire(seen)
     assert leases.renew(lease) is RequestedAction.NONE
 
 
-def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_three_failures_end_the_job_and_progress_forgives(
+    store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec
+) -> None:
     job = store.create("default", spec)
     for step in range(1, 6):
         lease = claimed(leases)
         leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {})
-        leases.expire(leases.heartbeats()[0])
-    assert store.get("default", job.id).losses == 1
-    for _ in range(MAX_LOSSES - 1):
+        heartbeats.expire(heartbeats.read()[0])
+    assert store.get("default", job.id).worker_failures == 1
+    for _ in range(MAX_ATTEMPTS - 1):
         # The same step again is no progress.
         lease = claimed(leases)
         leases.commit_checkpoint(lease, 5, leases.reserve_adapter(lease), {})
-        leases.expire(leases.heartbeats()[0])
+        heartbeats.expire(heartbeats.read()[0])
     failed = store.get("default", job.id)
     assert failed.state is State.FAILED
     assert failed.fault is not None
@@ -115,41 +125,41 @@ def test_three_losses_end_the_job_and_progress_forgives(store: JobStore, leases:
     assert failed.attempt == 7
 
 
-def test_handing_over_counts_no_loss(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_handing_over_counts_as_no_failure(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     for _ in range(5):
         assert leases.release(claimed(leases), "the worker is stopping") is State.QUEUED
-    assert store.get("default", job.id).losses == 0
+    assert store.get("default", job.id).worker_failures == 0
 
 
-def test_a_fault_of_the_system_is_tried_again_and_counts(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_a_fault_of_the_system_is_tried_again_and_counts(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
     leases.requeue(lease, "OSError: {no space} left")
     with pytest.raises(LeaseLost):
         leases.requeue(lease, "again")
-    assert (store.get("default", job.id).state, store.get("default", job.id).losses) == (State.QUEUED, 1)
+    assert (store.get("default", job.id).state, store.get("default", job.id).worker_failures) == (State.QUEUED, 1)
     assert "OSError: {no space} left" in store.events("default", job.id, limit=2).items[1].message
 
 
-@pytest.mark.parametrize(("wish", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
+@pytest.mark.parametrize(("action", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_wish_is_fulfilled_with_or_without_its_worker(
-    store: JobStore, leases: Leases, spec: JobSpec, wish: str, end: State, lost: bool
+def test_a_requested_action_is_carried_out_with_or_without_its_worker(
+    store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec, action: str, end: State, lost: bool
 ) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
-    getattr(store, wish)("default", job.id)
+    getattr(store, action)("default", job.id)
     if lost:
-        leases.expire(leases.heartbeats()[0])
+        heartbeats.expire(heartbeats.read()[0])
     else:
         leases.release(lease, "as asked")
     assert store.get("default", job.id).state is end
 
 
-def test_what_stops_a_job_for_good_is_said(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_what_stops_a_job_for_good_is_said(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     job = store.create("default", spec)
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_ATTEMPTS):
         leases.requeue(claimed(leases), "OSError: [Errno 28] No space left on device")
     fault = store.get("default", job.id).fault
     assert fault is not None
@@ -159,7 +169,7 @@ def test_what_stops_a_job_for_good_is_said(store: JobStore, leases: Leases, spec
 
 
 def test_a_checkpoint_whose_commit_was_answered_by_nobody_is_committed_once(
-    store: JobStore, leases: Leases, spec: JobSpec
+    store: Jobs, leases: Leases, spec: JobSpec
 ) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
@@ -170,12 +180,14 @@ def test_a_checkpoint_whose_commit_was_answered_by_nobody_is_committed_once(
     assert told.count("Checkpoint saved at step 5") == 1
 
 
-def test_a_step_committed_again_keeps_its_adapter(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_a_step_committed_again_keeps_its_adapter(
+    store: Jobs, leases: Leases, heartbeats: Heartbeats, spec: JobSpec
+) -> None:
     job = store.create("default", spec)
     lease = claimed(leases)
     first = leases.reserve_adapter(lease)
     assert leases.commit_checkpoint(lease, 3, first, {"train_loss": 1.5}) == first
-    leases.expire(leases.heartbeats()[0])
+    heartbeats.expire(heartbeats.read()[0])
     lease = claimed(leases)
     assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {}) == first
     (checkpoint,) = store.checkpoints("default", job.id).items
@@ -186,7 +198,7 @@ def test_a_step_committed_again_keeps_its_adapter(store: JobStore, leases: Lease
 def _work(url: str, worker: str) -> list[str]:
     """Claim and finish jobs until none is left, losing the lease of every fourth on the way."""
     database = Database(url)
-    leases = Leases(database)
+    leases, heartbeats = Leases(database), Heartbeats(database)
     done = []
     turn = 0
     while True:
@@ -195,8 +207,8 @@ def _work(url: str, worker: str) -> list[str]:
             break
         turn += 1
         leases.record(lease, [NewEvent("step")], progress=Progress(step=turn))
-        if turn % 4 == 0 and lease.job.losses == 0:
-            leases.expire(Heartbeat(lease.job.id, lease.token, 0))
+        if turn % 4 == 0 and lease.job.worker_failures == 0:
+            heartbeats.expire(Heartbeat(lease.job.id, lease.token, 0))
             continue
         leases.renew(lease)
         leases.succeed(lease, leases.reserve_adapter(lease), REPORT)
@@ -206,7 +218,7 @@ def _work(url: str, worker: str) -> list[str]:
 
 
 def test_four_processes_at_one_database_lose_and_double_nothing(
-    database: Database, database_url: str, store: JobStore, spec: JobSpec
+    database: Database, database_url: str, store: Jobs, spec: JobSpec
 ) -> None:
     ids = [store.create("default", spec).id for _ in range(40)]
     context = multiprocessing.get_context("spawn")
@@ -217,7 +229,9 @@ def test_four_processes_at_one_database_lose_and_double_nothing(
     assert Counter(job for done in results for job in done) == Counter(ids)
     with database.read() as connection:
         assert set(connection.execute(select(jobs.c.state)).scalars()) == {State.SUCCEEDED}
-        assert len(connection.execute(select(adapters.c.id).where(adapters.c.state == "published")).all()) == 40
+        assert (
+            len(connection.execute(select(adapters.c.id).where(adapters.c.state == AdapterState.PUBLISHED)).all()) == 40
+        )
         numbers = connection.execute(
             select(events.c.job, events.c.number).order_by(events.c.job, events.c.number)
         ).all()
@@ -235,14 +249,15 @@ class JobLife(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store, self.leases = JobStore(self.database), Leases(self.database)
+        self.store, self.leases = Jobs(self.database), Leases(self.database)
+        self.heartbeats = Heartbeats(self.database)
         # Each example has a project of its own and empties the queue before it begins.
-        while (lease := self.leases.claim("sweep")) is not None:
-            self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
-        for sign in self.leases.heartbeats():
-            self.leases.expire(sign)
-        while (lease := self.leases.claim("sweep")) is not None:
-            self.leases.fail(lease, JobFault(code="swept", message="left by the previous example"))
+        while (lease := self.leases.claim("cleaner")) is not None:
+            self.leases.fail(lease, JobFault(code="cleaned", message="left by the previous example"))
+        for sign in self.heartbeats.read():
+            self.heartbeats.expire(sign)
+        while (lease := self.leases.claim("cleaner")) is not None:
+            self.leases.fail(lease, JobFault(code="cleaned", message="left by the previous example"))
         self.job = self.store.create("default", self.spec).id
         self.state = State.QUEUED
         self.held: list[Lease] = []
@@ -258,15 +273,15 @@ class JobLife(RuleBasedStateMachine):
             assert all(lease.token > old.token for old in self.held)
             self.held.append(lease)
 
-    @rule(wish=st.sampled_from(["cancel", "pause", "resume"]))
-    def wish(self, wish: str) -> None:
+    @rule(action=st.sampled_from(["cancel", "pause", "resume"]))
+    def request(self, action: str) -> None:
         try:
-            getattr(self.store, wish)("default", self.job)
+            getattr(self.store, action)("default", self.job)
         except InvalidRequest:
             assert self.state.final or self.state.leased
 
     @precondition(lambda self: self.held)
-    @rule(which=st.integers(0, 9), action=st.sampled_from(["renew", "record", "let_go", "fail", "succeed"]))
+    @rule(which=st.integers(0, 9), action=st.sampled_from(["renew", "record", "release", "fail", "succeed"]))
     def work(self, which: int, action: str) -> None:
         lease = self.held[which % len(self.held)]
         try:
@@ -274,7 +289,7 @@ class JobLife(RuleBasedStateMachine):
                 self.leases.renew(lease)
             elif action == "record":
                 self.leases.record(lease, [NewEvent("x")])
-            elif action == "let_go":
+            elif action == "release":
                 self.leases.release(lease, "x")
             elif action == "fail":
                 self.leases.fail(lease, JobFault(code="x", message="x"))
@@ -287,8 +302,8 @@ class JobLife(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        for sign in self.leases.heartbeats():
-            assert self.leases.expire(sign)
+        for sign in self.heartbeats.read():
+            assert self.heartbeats.expire(sign)
 
     @invariant()
     def only_legal_moves(self) -> None:

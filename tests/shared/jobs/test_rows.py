@@ -1,10 +1,10 @@
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobSpec
-from shared.jobs.store import JobStore
+from tests.jobs import Jobs
 
 
-def test_jobs_of_the_same_nanosecond_page_without_loss(store: JobStore, spec: JobSpec) -> None:
-    frozen = JobStore(store._database, now=lambda: 1_700_000_000_000_000_000)
+def test_jobs_of_the_same_nanosecond_page_without_loss(store: Jobs, spec: JobSpec) -> None:
+    frozen = Jobs(store.database, now=lambda: 1_700_000_000_000_000_000)
     created = {frozen.create("default", spec).id for _ in range(4)}
     seen: list[str] = []
     while True:
@@ -16,7 +16,7 @@ def test_jobs_of_the_same_nanosecond_page_without_loss(store: JobStore, spec: Jo
     assert set(seen) == created
 
 
-def test_queue_positions_follow_age(store: JobStore, leases: Leases, spec: JobSpec) -> None:
+def test_queue_positions_follow_age(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     ids = [store.create("default", spec).id for _ in range(3)]
     assert [store.get("default", i).progress.queue_position for i in ids] == [1, 2, 3]
     leases.claim("w")

@@ -15,11 +15,12 @@ from services.gateway.inference.prober import Prober
 from services.gateway.inference.replicas import Replicas, rendezvous
 from services.gateway.models.store import Target
 from services.gateway.services import inference_client
-from shared.jobs.leases import Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault, JobSpec
-from shared.jobs.store import JobStore
 from shared.storage.database import Database, migrate
 from shared.storage.tables import adapters
+from tests.jobs import Jobs
 from tests.services.gateway.conftest import ROWS, eventually, running_gateway
 from tests.services.gateway.inference_stand_in import StandIn, standing_in
 from tests.services.gateway.routes.test_generate import Settings
@@ -33,7 +34,7 @@ FULL_HOUSE, AWAY, BAD_ADAPTER = 429, 503, 422
 @dataclass
 class Scene:
     database: Database
-    jobs: JobStore
+    jobs: Jobs
     leases: Leases
 
     def claimed(self) -> Lease:
@@ -63,7 +64,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
     database = Database(url)
-    yield Scene(database, JobStore(database), Leases(database))
+    yield Scene(database, Jobs(database), Leases(database))
     database.close()
 
 
@@ -157,7 +158,7 @@ def test_the_gateway_does_so_by_itself_and_counts_it(settings: Settings, monkeyp
         body = {"model": base, "training_file": gateway.uploaded(ROWS)}
         job = gateway.http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
         eventually(lambda: job in seen)
-        leases = gateway.services.leases
+        leases = gateway.leases
         lease = leases.claim("worker-1")
         assert lease is not None
         adapter = leases.reserve_adapter(lease)

@@ -10,11 +10,14 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from services.gateway.background.reaper import LATE_SECONDS, LEASE_SECONDS, NOTIFY_EVERY_SECONDS, Reaper
-from shared.jobs.leases import MAX_LOSSES, Heartbeat, Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.heartbeats import Heartbeat, Heartbeats
+from shared.jobs.leases import Leases
 from shared.jobs.notification import NotificationQueue
+from shared.jobs.requeue import MAX_ATTEMPTS
 from shared.jobs.spec import JobSpec, State
-from shared.jobs.store import JobStore
 from shared.storage.database import Database, migrate
+from tests.jobs import Jobs
 
 SPEC = JobSpec(base="tiny", base_revision="r1", training_file="file-1", training_sha256="0" * 64)
 
@@ -29,8 +32,9 @@ class Clock:
 
 @dataclass
 class Scene:
-    store: JobStore
+    store: Jobs
     leases: Leases
+    heartbeats: Heartbeats
     notifications: NotificationQueue
     clock: Clock
     reaper: Reaper
@@ -57,8 +61,9 @@ def scene(tmp_path: Path, redis_url: str) -> Iterator[Scene]:
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
     database, notifications, clock = Database(url), NotificationQueue(redis_url), Clock()
-    leases = Leases(database)
-    yield Scene(JobStore(database), leases, notifications, clock, Reaper(leases, notifications, clock=clock))
+    heartbeats = Heartbeats(database)
+    reaper = Reaper(heartbeats, notifications, clock=clock)
+    yield Scene(Jobs(database), Leases(database), heartbeats, notifications, clock, reaper)
     notifications.close()
     database.close()
 
@@ -110,19 +115,19 @@ def test_a_reaper_that_starts_gives_everybody_its_full_time(scene: Scene) -> Non
 def test_two_reapers_take_a_job_once(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    other = Reaper(scene.leases, scene.notifications, clock=scene.clock)
+    other = Reaper(scene.heartbeats, scene.notifications, clock=scene.clock)
     for _ in range(int(LEASE_SECONDS) + 2):
         scene.clock.now += 1
         scene.reaper.tick()
         other.tick()
     assert scene.state(lease) is State.QUEUED
-    assert scene.store.get("default", lease.job.id).losses == 1
+    assert scene.store.get("default", lease.job.id).worker_failures == 1
 
 
 def test_a_job_that_kills_its_workers_fails_and_the_queue_goes_on(scene: Scene) -> None:
     poison = scene.store.create("default", SPEC)
     healthy = scene.store.create("default", SPEC)
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_ATTEMPTS):
         assert scene.claimed().job.id == poison.id
         scene.pass_time(LEASE_SECONDS + 1)
     failed = scene.store.get("default", poison.id)
@@ -171,7 +176,7 @@ def test_nothing_is_rung_for_an_empty_queue(scene: Scene) -> None:
 
 def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
     away = NotificationQueue("redis://127.0.0.1:9/0")
-    reaper = Reaper(scene.leases, away, clock=scene.clock)
+    reaper = Reaper(scene.heartbeats, away, clock=scene.clock)
     scene.store.create("default", SPEC)
     lease = scene.claimed()
     for _ in range(int(LEASE_SECONDS) + 1):
@@ -191,7 +196,7 @@ def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch:
         raise OSError("the database is away")
 
     with monkeypatch.context() as while_away:
-        while_away.setattr(scene.leases, "heartbeats", away)
+        while_away.setattr(scene.heartbeats, "read", away)
         scene.clock.now += 10 * LEASE_SECONDS
         with pytest.raises(OSError, match="away"):
             scene.reaper.tick()
@@ -229,7 +234,7 @@ def test_after_an_outage_of_writes_workers_get_their_full_time_again(scene: Scen
     holder.close()
     scene.pass_time(LEASE_SECONDS, alive=lease)
     assert scene.state(lease) is State.RUNNING
-    assert scene.store.get("default", lease.job.id).losses == 0
+    assert scene.store.get("default", lease.job.id).worker_failures == 0
 
 
 def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +247,7 @@ def test_a_write_that_had_to_wait_takes_no_job(scene: Scene, monkeypatch: pytest
         scene.clock.now += LATE_SECONDS
 
     with monkeypatch.context() as while_slow:
-        while_slow.setattr(scene.leases, "check_writable", slow)
+        while_slow.setattr(scene.heartbeats, "check_writable", slow)
         scene.clock.now += 1
         scene.reaper.tick()
     assert scene.state(lease) is State.RUNNING

@@ -13,6 +13,7 @@ from sqlalchemy import insert, select, update
 from services.gateway.app import create_app
 from services.gateway.http.keys import Keys, Owner, read_or_make_secret
 from services.gateway.settings import GatewaySettings
+from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.storage.database import Database, migrate
 from shared.storage.tables import api_keys
@@ -31,7 +32,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Iter
 
 
 def routes() -> list[tuple[str, str]]:
-    paths = create_app(GatewaySettings()).openapi()["paths"]
+    paths = create_app(GatewaySettings(), load_catalogue()).openapi()["paths"]
     return [(method.upper(), path) for path, item in paths.items() for method in item]
 
 

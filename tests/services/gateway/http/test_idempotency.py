@@ -19,8 +19,8 @@ from openai import DefaultHttpxClient, OpenAI
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import OperationalError
 
-from services.gateway.http import idempotency as answers_module
-from services.gateway.http.idempotency import KEEP_SECONDS, Answers, Attempt
+from services.gateway.http import idempotency as idempotency_module
+from services.gateway.http.idempotency import KEEP_SECONDS, Attempt, IdempotencyStore, StoredResponse
 from services.gateway.http.keys import Keys, read_or_make_secret
 from services.gateway.settings import GatewaySettings
 from shared.errors import Conflict
@@ -169,7 +169,9 @@ def test_the_official_clients_retry_of_a_lost_answer_makes_no_second_job(
         assert gateway.http.post(PATH, json=body | {"seed": 11}, headers=headers).json()["id"] != first.json()["id"]
     assert count(gateway) == jobs + 6
     with gateway.services.database.write() as connection:
-        connection.execute(update(tables.answers).values(created_at=tables.answers.c.created_at - 7200))
+        connection.execute(
+            update(tables.idempotency_keys).values(created_at=tables.idempotency_keys.c.created_at - 7200)
+        )
     assert create(gateway, body | {"seed": 11}, x_stainless_retry_count="1").json()["id"] != first.json()["id"]
 
 
@@ -203,21 +205,21 @@ def test_a_connection_cut_before_the_answer_still_makes_one_job(gateway: Gateway
     assert count(gateway) == jobs + 1
 
 
-def test_answers_are_kept_for_a_day_and_no_longer(tmp_path: Path) -> None:
+def test_responses_are_kept_for_a_day_and_no_longer(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
     database = Database(url)
     clock = [1_000_000.0]
-    kept = Answers(database, now=lambda: clock[0])
+    kept = IdempotencyStore(now=lambda: clock[0])
     attempt = Attempt("key", PATH, "k", "f" * 64)
-    with database.write() as connection:
-        kept.keep(connection, attempt, answers_module.Answer("{}"))
-    clock[0] += 24 * 3600
-    assert kept.forget() == 0
-    assert kept.find(attempt) == answers_module.Answer("{}")
-    clock[0] += KEEP_SECONDS
-    assert kept.forget() == 1
-    assert kept.find(attempt) is None
+    with database.write() as tx:
+        kept.keep(tx, attempt, StoredResponse("{}"))
+        clock[0] += 24 * 3600
+        assert kept.forget(tx) == 0
+        assert kept.find(tx, attempt) == StoredResponse("{}")
+        clock[0] += KEEP_SECONDS
+        assert kept.forget(tx) == 1
+        assert kept.find(tx, attempt) is None
     database.close()
 
 
@@ -270,17 +272,17 @@ def test_two_hundred_at_once_over_two_gateways_make_one_job(
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/files"])
-def test_while_the_first_is_answered_its_twin_is_409(
+def test_while_the_first_is_in_flight_its_duplicate_is_409(
     tmp_path: Path, redis_server: str, database_url: str, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """The same on both databases: what is in flight is a real request that has not committed yet."""
-    monkeypatch.setattr(answers_module, "WAIT_MS", 100)
+    monkeypatch.setattr(idempotency_module, "WAIT_MS", 100)
     made = {"home": tmp_path / "home", "redis_url": redis_server, "database_url": database_url}
     with running_gateway(GatewaySettings.model_validate(made)) as gateway:
         job = {"json": {"model": BASE, "training_file": gateway.uploaded(ROWS)}}
         file = {"data": {"purpose": "fine-tune"}, "files": {"file": ("d.jsonl", as_jsonl(ROWS))}}
         arrived, go_on = threading.Event(), threading.Event()
-        keep = gateway.services.answers.keep
+        keep = gateway.services.idempotency.keep
 
         def keep_later(*arguments: Any) -> None:
             arrived.set()
@@ -291,14 +293,14 @@ def test_while_the_first_is_answered_its_twin_is_409(
             sent: dict[str, Any] = job if path == PATH else file
             return gateway.http.post(path, headers={"idempotency-key": key}, **sent)
 
-        monkeypatch.setattr(gateway.services.answers, "keep", keep_later)
+        monkeypatch.setattr(gateway.services.idempotency, "keep", keep_later)
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(send, "slow")
             assert arrived.wait(30)
             refused = [send("slow") for _ in range(2)]
             go_on.set()
             answer = first.result()
-        assert [(twin.status_code, twin.json()["error"]["code"]) for twin in refused] == [
+        assert [(duplicate.status_code, duplicate.json()["error"]["code"]) for duplicate in refused] == [
             (409, "idempotency_in_flight")
         ] * 2
         assert answer.is_success
@@ -307,24 +309,24 @@ def test_while_the_first_is_answered_its_twin_is_409(
         assert len(gateway.http.get(path).json()["data"]) == (2 if path == PATH else 3)
 
 
-def test_a_twin_waits_for_the_first_and_gets_its_answer(gateway: Gateway, body: dict[str, Any]) -> None:
+def test_a_duplicate_waits_for_the_first_and_gets_its_response(gateway: Gateway, body: dict[str, Any]) -> None:
     """A first that ends in time: nobody is refused, though both were under way together."""
-    arrived, keep = threading.Barrier(2), gateway.services.answers.keep
+    arrived, keep = threading.Barrier(2), gateway.services.idempotency.keep
 
-    def keep_once_the_twin_waits(*arguments: Any) -> None:
+    def keep_once_the_duplicate_waits(*arguments: Any) -> None:
         arrived.wait(30)
         time.sleep(0.2)
         keep(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(gateway.services.answers, "keep", keep_once_the_twin_waits)
+        patch.setattr(gateway.services.idempotency, "keep", keep_once_the_duplicate_waits)
         first = pool.submit(create, gateway, body, idempotency_key="k-7")
         arrived.wait(30)
-        twin = pool.submit(create, gateway, body, idempotency_key="k-7")
-        assert first.result().content == twin.result().content
+        duplicate = pool.submit(create, gateway, body, idempotency_key="k-7")
+        assert first.result().content == duplicate.result().content
 
 
-def test_a_twin_at_another_gateway_is_409(
+def test_a_duplicate_at_another_gateway_is_409(
     tmp_path: Path, redis_server: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On PostgreSQL, where gateways of several machines share the database."""
@@ -332,13 +334,13 @@ def test_a_twin_at_another_gateway_is_409(
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     url = postgres_url.replace("/postgres?", f"/{name}?", 1)
-    monkeypatch.setattr(answers_module, "WAIT_MS", 100)
+    monkeypatch.setattr(idempotency_module, "WAIT_MS", 100)
     settings: Callable[..., GatewaySettings] = GatewaySettings.model_validate
     with running_gateway(settings({"home": tmp_path, "redis_url": redis_server, "database_url": url})) as gateway:
         body = {"model": BASE, "training_file": gateway.uploaded(ROWS)}
         attempt = Attempt("key-first", PATH, "slow", "0" * 64)
         with gateway.services.database.write() as connection:
-            gateway.services.answers.begin(connection, attempt)
+            gateway.services.idempotency.begin(connection, attempt)
             refused = create(gateway, body, idempotency_key="slow")
             assert (refused.status_code, refused.json()["error"]["code"]) == (409, "idempotency_in_flight")
             assert create(gateway, body, idempotency_key="another").is_success
@@ -381,8 +383,8 @@ def test_an_upload_refused_in_its_transaction_leaves_no_bytes(
     before = set(folders.iterdir())
 
     def refuse(*_: object) -> None:
-        raise Conflict("the same request is still being answered; try again")
+        raise Conflict("the same request is still in flight; try again")
 
-    monkeypatch.setattr(gateway.services.answers, "begin", refuse)
+    monkeypatch.setattr(gateway.services.idempotency, "begin", refuse)
     assert gateway.upload(as_jsonl(ROWS)).status_code == 409
     assert set(folders.iterdir()) == before

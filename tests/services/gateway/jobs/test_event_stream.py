@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shared.jobs.leases import Lease
+from shared.jobs.fencing import Lease
 from shared.jobs.rows import NewEvent
 from shared.jobs.spec import JobFault
 from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
@@ -19,7 +19,7 @@ STREAM = {"accept": "text/event-stream"}
 def running(gateway: Gateway) -> tuple[str, Lease]:
     body = {"model": "smollm2-135m-instruct", "training_file": gateway.uploaded(ROWS)}
     job = gateway.http.post(PATH, json=body).json()["id"]
-    lease = gateway.services.leases.claim("worker-1")
+    lease = gateway.leases.claim("worker-1")
     assert lease is not None
     return job, lease
 
@@ -49,8 +49,8 @@ def test_a_stream_tells_the_whole_story_as_it_happens_and_ends_with_the_job(gate
         pieces = answer.iter_text()
         seen = next(pieces)
         # These are written while the client is listening.
-        gateway.services.leases.record(lease, [NewEvent("loss 2.5", type="metrics", data={"loss": 2.5})])
-        gateway.services.leases.fail(lease, JobFault(code="non_finite_loss", message="the loss is NaN"))
+        gateway.leases.record(lease, [NewEvent("loss 2.5", type="metrics", data={"loss": 2.5})])
+        gateway.leases.fail(lease, JobFault(code="non_finite_loss", message="the loss is NaN"))
         seen += "".join(pieces)
     events = parsed(seen)
     assert [event["id"] for event in events] == ascending(gateway, job)
@@ -61,8 +61,8 @@ def test_a_stream_tells_the_whole_story_as_it_happens_and_ends_with_the_job(gate
 
 def test_who_comes_back_gets_what_was_missed_and_nothing_twice(gateway: Gateway) -> None:
     job, lease = running(gateway)
-    gateway.services.leases.record(lease, [NewEvent(f"event {n}") for n in range(250)])
-    gateway.services.leases.fail(lease, JobFault(code="x", message="x"))
+    gateway.leases.record(lease, [NewEvent(f"event {n}") for n in range(250)])
+    gateway.leases.fail(lease, JobFault(code="x", message="x"))
     whole = parsed(gateway.http.get(f"{PATH}/{job}/events", headers=STREAM).text)
     assert len(whole) > 250
     at = 100
@@ -80,7 +80,7 @@ def test_who_comes_back_in_mid_stream_goes_on_to_the_end(gateway: Gateway) -> No
     job, lease = running(gateway)
     with gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM) as answer:
         seen = parsed(next(answer.iter_text()).rpartition("\n\n")[0])
-    gateway.services.leases.record(lease, [NewEvent(f"while nobody listens {n}") for n in range(3)])
+    gateway.leases.record(lease, [NewEvent(f"while nobody listens {n}") for n in range(3)])
     again = STREAM | {"last-event-id": seen[-1]["id"]}
     with (
         running_gateway(gateway.settings) as another,
@@ -88,7 +88,7 @@ def test_who_comes_back_in_mid_stream_goes_on_to_the_end(gateway: Gateway) -> No
     ):
         pieces = answer.iter_text()
         rest = next(pieces)
-        gateway.services.leases.fail(lease, JobFault(code="x", message="the end"))
+        gateway.leases.fail(lease, JobFault(code="x", message="the end"))
         rest += "".join(pieces)
     assert rest.endswith("data: [DONE]\n\n")
     assert [event["id"] for event in seen + parsed(rest)] == ascending(gateway, job)
@@ -116,5 +116,5 @@ def test_a_listener_that_leaves_takes_nothing_with_it(gateway: Gateway) -> None:
         listener.start()
     for listener in listeners:
         listener.join()
-    gateway.services.leases.renew(lease)
+    gateway.leases.renew(lease)
     assert gateway.http.get(f"{PATH}/{job}").json()["status"] == "running"

@@ -135,13 +135,13 @@ def test_metadata_with_any_key_is_found_again(gateway: Gateway, file: str) -> No
 
 
 def test_what_is_wished_for_in_every_state(gateway: Gateway, file: str) -> None:
-    leases = gateway.services.leases
+    leases = gateway.leases
 
     def wish(job: str, verb: str) -> httpx.Response:
         return gateway.http.post(f"{PATH}/{job}/{verb}")
 
     def new() -> str:
-        while gateway.services.leases.queued():
+        while gateway.heartbeats.queued():
             leases.claim("nobody")
         job: str = gateway.http.post(PATH, json={"model": BASE, "training_file": file}).json()["id"]
         return job

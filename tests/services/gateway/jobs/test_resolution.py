@@ -1,20 +1,24 @@
 """What may be asked of a job: every default resolved and echoed, everything wrong refused by the name of its field."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from sqlalchemy import Connection
 
 from services.gateway.bases.facts import BaseFacts
-from services.gateway.files.store import StoredFile
+from services.gateway.files.store import FileStore, StoredFile
 from services.gateway.jobs.request_schema import JobRequest
 from services.gateway.jobs.resolution import JobResolver
+from services.gateway.jobs.sources import JobSources
+from shared.adapters.store import AdapterStore
 from shared.bases.catalogue import load_catalogue
 from shared.errors import InvalidRequest, NotFound
 from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec
+from shared.jobs.store import JobStore
 from tests.services.gateway.job_cases import BAD, placed
 
 BASE = "smollm2-135m-instruct"
@@ -41,6 +45,11 @@ def find(file_id: str) -> StoredFile:
     return FILES[file_id]
 
 
+class Files(FileStore):
+    def get(self, tx: Connection, project: str, file_id: str, *, lock: bool = False) -> StoredFile:
+        return find(file_id)
+
+
 def resolve(facts: BaseFacts | None = None, **body: Any) -> JobSpec:
     return resolved(facts, **body)[0]
 
@@ -48,7 +57,9 @@ def resolve(facts: BaseFacts | None = None, **body: Any) -> JobSpec:
 def resolved(facts: BaseFacts | None = None, **body: Any) -> tuple[JobSpec, list[str]]:
     resolver = JobResolver(load_catalogue(), lambda _: facts)
     request = JobRequest.model_validate({"model": BASE, "training_file": "file-1"} | body)
-    result = resolver.resolve(request, find)
+    # What names a file is looked up without a database here; `Files` needs no transaction.
+    sources = JobSources(Files(), JobStore(), AdapterStore()).load(cast(Connection, None), "default", request)
+    result = resolver.resolve(request, sources)
     return result.spec, result.warnings
 
 

@@ -69,7 +69,7 @@ def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tin
 def finish(gateway: Gateway, body: dict[str, Any], rate: float, tokens_at_once: int | None = None) -> None:
     """A job that ends at once with a report, as a worker would write it."""
     assert gateway.http.post("/v1/fine_tuning/jobs", json=body).status_code == 200
-    leases = gateway.services.leases
+    leases = gateway.leases
     lease = leases.claim("worker-1")
     assert lease is not None
     report = TrainingReport(

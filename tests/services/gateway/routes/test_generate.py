@@ -37,7 +37,7 @@ def trained(gateway: Gateway, report: TrainingReport = REPORT) -> tuple[str, str
     """(final name, checkpoint name, final adapter id) of a job that has succeeded."""
     body = {"model": BASE, "training_file": gateway.uploaded(ROWS)}
     job = gateway.http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
-    leases = gateway.services.leases
+    leases = gateway.leases
     lease = leases.claim("worker-1")
     assert lease is not None
     leases.commit_checkpoint(lease, 8, leases.reserve_adapter(lease), {})

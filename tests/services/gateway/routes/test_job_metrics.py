@@ -17,11 +17,11 @@ def test_the_series_ascends_pages_and_takes_the_last_word_on_a_step(gateway: Gat
     job = gateway.http.post(PATH, json=body).json()["id"]
     path = f"{PATH}/{job}/metrics"
     assert gateway.http.get(path).json() == {"object": "list", "data": [], "has_more": False}
-    lease = gateway.services.leases.claim("worker-1")
+    lease = gateway.leases.claim("worker-1")
     assert lease is not None
     # Step 10 is trained again, as after a lost worker.
     news = [told(5, 3.0), told(10, 2.8), NewEvent("not a point"), told(10, 2.5, valid_loss=2.9), told(15, 2.4)]
-    gateway.services.leases.record(lease, news)
+    gateway.leases.record(lease, news)
 
     def get(**params: Any) -> Any:
         return gateway.http.get(path, params=params).json()

@@ -50,7 +50,8 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(gateway: Gateway) -> 
     assert found["tunesmith_jobs", ("queued",)] == 2
     assert found["tunesmith_jobs", ("running",)] == 0
     assert found["tunesmith_up", ("redis",)] == found["tunesmith_up", ("database",)] == 1
-    eventually(lambda: samples(gateway)["tunesmith_doorbells_pending", ()] == 2)
+    eventually(lambda: samples(gateway)["tunesmith_notifications_pending", ()] == 2)
+    assert samples(gateway)["tunesmith_doorbells_pending", ()] == 2
 
 
 def test_health(gateway: Gateway) -> None:
@@ -96,7 +97,7 @@ def test_a_database_that_is_away_is_503_until_it_is_back(settings: Settings) -> 
 
 
 def test_what_nobody_expected_is_a_bare_500_with_an_id(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(JobStore, "get", fail)

@@ -15,15 +15,15 @@ import pytest
 from sqlalchemy import select
 
 from services.gateway.background.reaper import Reaper
-from shared.jobs.leases import Leases
+from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.notification import NotificationQueue
 from shared.jobs.rows import Job
 from shared.jobs.spec import Hyperparameters, JobSpec, State
-from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.storage.database import Database, migrate
 from shared.storage.tables import adapters
 from tests.stack_processes import WAIT_SECONDS, Processes, Running, clean_environment, wait_until
+from tests.jobs import Jobs
 from tests.tiny import prepared_tiny, write_catalogue
 from tunesmith.local_stack.plan import CELERY_FLAGS
 
@@ -43,10 +43,10 @@ class Stack:
     processes: Processes
 
     def __post_init__(self) -> None:
-        self.jobs = JobStore(self.database)
+        self.jobs = Jobs(self.database)
         self.notifications = NotificationQueue(self.redis_url)
         # Less patience than in production, but longer than several renewals.
-        self.reaper = Reaper(Leases(self.database), self.notifications, silence=3)
+        self.reaper = Reaper(Heartbeats(self.database), self.notifications, silence=3)
 
     def start_worker(self) -> Running:
         command = [sys.executable, "-m", "celery", "-A", "services.trainer.worker", *CELERY_FLAGS]
@@ -155,6 +155,7 @@ def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
     worker.process.wait(WAIT_SECONDS)
     handed_over = stack.jobs.get("default", job.id)
     assert (handed_over.state, handed_over.losses) == (State.QUEUED, 0), stack.processes.tails()
+    assert (handed_over.state, handed_over.worker_failures) == (State.QUEUED, 0), stack.logs()
     step = stack.jobs.checkpoints("default", job.id).items[0].step
     stack.start_worker()
     stack.notifications.notify()

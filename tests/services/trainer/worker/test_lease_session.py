@@ -9,10 +9,12 @@ from sqlalchemy.exc import OperationalError
 
 from services.trainer.worker.lease_session import STALL_SECONDS, LeaseSession
 from shared.errors import LeaseLost
-from shared.jobs.leases import Lease, Leases
+from shared.jobs.fencing import Lease
+from shared.jobs.heartbeats import Heartbeats
+from shared.jobs.leases import Leases
 from shared.jobs.spec import JobSpec, Phase, Progress, State
-from shared.jobs.store import JobStore
 from shared.storage.database import Database, migrate
+from tests.jobs import Jobs
 
 
 class Clock:
@@ -28,6 +30,7 @@ class Renewals(Leases):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
+        self.heartbeats = Heartbeats(database)
         self.renewed = threading.Semaphore(0)
 
     def renew(self, lease: Lease):  # type: ignore[no-untyped-def]
@@ -47,8 +50,8 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def store(database: Database) -> JobStore:
-    return JobStore(database)
+def store(database: Database) -> Jobs:
+    return Jobs(database)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def leases(database: Database) -> Renewals:
 
 
 @pytest.fixture
-def lease(store: JobStore, leases: Renewals) -> Lease:
+def lease(store: Jobs, leases: Renewals) -> Lease:
     store.create("default", JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="0" * 64))
     lease = leases.claim("w")
     assert lease is not None
@@ -78,11 +81,11 @@ def wait_for(leases: Renewals, times: int) -> None:
 def test_the_lease_is_renewed_beside_the_work(leases: Renewals, lease: Lease) -> None:
     with session(leases, lease, Clock()):
         wait_for(leases, 3)
-    assert leases.heartbeats()[0].renewals >= 3
+    assert leases.heartbeats.read()[0].renewals >= 3
 
 
 @pytest.mark.parametrize("wish", ["pause", "cancel"])
-def test_a_wish_is_seen(store: JobStore, leases: Renewals, lease: Lease, wish: str) -> None:
+def test_a_wish_is_seen(store: Jobs, leases: Renewals, lease: Lease, wish: str) -> None:
     with session(leases, lease, Clock()) as line:
         assert not line.should_stop()
         getattr(store, wish)("default", lease.job.id)
@@ -97,7 +100,7 @@ def test_shutdown_is_seen_without_asking_the_database(leases: Renewals, lease: L
 def test_a_lost_lease_raises(leases: Renewals, lease: Lease) -> None:
     with session(leases, lease, Clock()) as line:
         wait_for(leases, 1)
-        while not leases.expire(leases.heartbeats()[0]):
+        while not leases.heartbeats.expire(leases.heartbeats.read()[0]):
             pass
         leases.renewed.acquire(timeout=30)
         line._thread.join(30)
@@ -138,7 +141,7 @@ def test_a_phase_and_a_micro_batch_count_as_movement(leases: Renewals, lease: Le
     assert not line._stalled()
 
 
-def test_progress_is_thinned_and_nothing_is_withheld(store: JobStore, leases: Renewals, lease: Lease) -> None:
+def test_progress_is_thinned_and_nothing_is_withheld(store: Jobs, leases: Renewals, lease: Lease) -> None:
     line = session(leases, lease, Clock())
     for step in range(1, 6):
         line.progress(Progress(step=step, total_steps=9))
@@ -153,7 +156,7 @@ def test_progress_is_thinned_and_nothing_is_withheld(store: JobStore, leases: Re
 
 
 def test_a_database_that_is_away_for_a_while_loses_no_event(
-    store: JobStore, leases: Renewals, lease: Lease, monkeypatch: pytest.MonkeyPatch
+    store: Jobs, leases: Renewals, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = session(leases, lease, Clock())
 
@@ -168,7 +171,7 @@ def test_a_database_that_is_away_for_a_while_loses_no_event(
     assert [event.message for event in told] == ["two", "one"]
 
 
-def test_the_first_step_is_told_with_its_time(store: JobStore, leases: Renewals, lease: Lease) -> None:
+def test_the_first_step_is_told_with_its_time(store: Jobs, leases: Renewals, lease: Lease) -> None:
     clock = Clock()
     line = session(leases, lease, clock)
     clock.now += 0.5

@@ -14,12 +14,13 @@ from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.memory import FreeMemory, free_bytes
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
+from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.rows import Event, Job
 from shared.jobs.spec import Hyperparameters, JobSpec, State
-from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.storage.database import Database, migrate
+from tests.jobs import Jobs
 from tests.tiny import prepared_tiny
 
 
@@ -33,7 +34,7 @@ class Place:
     database: Database
 
     def __post_init__(self) -> None:
-        self.jobs = JobStore(self.database)
+        self.jobs = Jobs(self.database)
         self.leases = Leases(self.database)
         self.bases = WarmBases(self.catalogue, self.artifacts, torch.device("cpu"))
 
@@ -181,7 +182,7 @@ def test_a_handed_over_job_ends_with_the_bytes_of_an_uninterrupted_one(place: Pl
     place.worker().work_off()
     assert place.state(job) is State.SUCCEEDED
     assert place.adapter_sha(job) == place.adapter_sha(whole)
-    assert place.jobs.get("default", job.id).losses == 0
+    assert place.jobs.get("default", job.id).worker_failures == 0
 
 
 @pytest.mark.parametrize(("wish", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
@@ -234,8 +235,8 @@ def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
     job = place.job(ROWS)
 
     def steal() -> bool:
-        signs = place.leases.heartbeats()
-        return any(place.leases.expire(sign) for sign in signs if sign.token == 1) and False
+        heartbeats = Heartbeats(place.jobs.database)
+        return any(heartbeats.expire(beat) for beat in heartbeats.read() if beat.token == 1) and False
 
     place.worker(handover=steal).work_off()
     story = place.story(job)

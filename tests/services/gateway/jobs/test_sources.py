@@ -16,9 +16,9 @@ def test_an_adapter_is_continued_in_its_own_shape(gateway: Gateway) -> None:
     name = job["fine_tuned_model"]
 
     continued = gateway.http.post(PATH, json=body | {"model": name, "preset": "recommended"}).json()
-    spec = gateway.services.jobs.get("default", continued["id"]).spec
+    spec = gateway.jobs.get("default", continued["id"]).spec
     assert (spec.base, spec.initial_adapter) == ("smollm2-135m-instruct", continued["initial_adapter"])
-    assert continued["initial_adapter"] == gateway.services.jobs.get("default", job["id"]).adapter
+    assert continued["initial_adapter"] == gateway.jobs.get("default", job["id"]).adapter
     assert continued["lora"] == job["lora"]
     assert continued["lora"]["r"] == 4
 

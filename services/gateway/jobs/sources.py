@@ -1,0 +1,46 @@
+"""The rows that a job's request names: its files, and the adapter that it continues if `model` is one of the project's.
+
+Everything here happens in the caller's transaction.
+"""
+
+from sqlalchemy import Connection
+
+from services.gateway.files.store import FileStore, StoredFile
+from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.jobs.resolution import Parent, Sources
+from shared.adapters.names import PREFIX, may_be_adapter_name
+from shared.adapters.store import AdapterStore
+from shared.errors import InvalidRequest, NotFound
+from shared.jobs.store import JobStore
+
+
+class JobSources:
+    """Finds what requests name, among what the caller's project owns."""
+
+    def __init__(self, files: FileStore, jobs: JobStore, adapters: AdapterStore) -> None:
+        self._files = files
+        self._jobs = jobs
+        self._adapters = adapters
+
+    def load(self, tx: Connection, project: str, request: JobRequest) -> Sources:
+        """Raises InvalidRequest: the field that names something unknown is named."""
+        parent = self._parent(tx, project, request.model)
+        training = self._file(tx, project, request.training_file, "training_file")
+        if request.validation_file is None:
+            return Sources(training, None, parent)
+        return Sources(training, self._file(tx, project, request.validation_file, "validation_file"), parent)
+
+    def _parent(self, tx: Connection, project: str, model: str) -> Parent | None:
+        if not (model.startswith(PREFIX) and may_be_adapter_name(model)):
+            return None
+        try:
+            adapter = self._adapters.get(tx, project, model)
+        except NotFound as error:
+            raise InvalidRequest(error.message, param="model", code="model_not_found") from None
+        return Parent(adapter.id, adapter.base, self._jobs.get(tx, project, adapter.job).spec.lora)
+
+    def _file(self, tx: Connection, project: str, file_id: str, param: str) -> StoredFile:
+        try:
+            return self._files.get(tx, project, file_id)
+        except NotFound as error:
+            raise InvalidRequest(error.message, param=param, code="file_not_found") from None
