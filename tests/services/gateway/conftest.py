@@ -25,8 +25,9 @@ from shared.bases.catalogue import load_catalogue
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.storage.database import migrate
-from tests.stack_processes import running_redis
 from tests.jobs import Jobs
+from tests.services.gateway.event_loop import blocking_calls
+from tests.stack_processes import running_redis
 
 ROWS = [{"instruction": f"What is {n} + {n}?", "output": f"{n + n}"} for n in range(60)]
 
@@ -130,12 +131,15 @@ def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 @contextmanager
 def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[Gateway]:
+    """A gateway from start to stop, whose event loop must do no SQL and no file call meanwhile."""
     migrate(settings.sql_url)
     app = create_app(settings, load_catalogue(settings.catalogue))
-    with served(app, protocol) as url:
-        key = settings.key_path.read_text().strip()
-        with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30) as http:
-            yield Gateway(url, key, app, settings, http)
+    with blocking_calls(settings.home) as seen:
+        with served(app, protocol) as url:
+            key = settings.key_path.read_text().strip()
+            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30) as http:
+                yield Gateway(url, key, app, settings, http)
+        assert not seen, "on the event loop:\n" + "\n".join(seen)
 
 
 @pytest.fixture

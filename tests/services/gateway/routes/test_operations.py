@@ -127,7 +127,7 @@ def test_without_a_schema_the_process_says_what_to_run(tmp_path: Path, redis_url
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip() == (
-        "the database's schema is missing, this version needs 0002: run `python -m shared.migrations`"
+        "the database's schema is missing, this version needs 0003: run `python -m shared.migrations`"
     )
 
 
