@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 
+from shared.processor import this_processor
+
 if TYPE_CHECKING:
     from tests.cluster import Cluster
 
@@ -15,6 +17,11 @@ def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    """Which processor's kernels this run tests; `make test-avx2` holds them to AVX2."""
+    return f"processor: {this_processor()}"
 
 
 @pytest.fixture(scope="session")

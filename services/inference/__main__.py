@@ -57,14 +57,14 @@ def main() -> int:
             timeout_graceful_shutdown=settings.drain_seconds,
         )
     )
-    # uvicorn drains on the signal and then raises it once more, for whoever handled it before.
-    signal.signal(signal.SIGTERM, _told_to_stop)
+    # uvicorn drains on the signal and then raises it again for the handler that was there before.
+    signal.signal(signal.SIGTERM, _stop_on_request)
     server.run()
     return 0 if server.started else 1
 
 
-def _told_to_stop(signal_number: int, frame: FrameType | None) -> None:
-    """Having been told to stop is no failure."""
+def _stop_on_request(signal_number: int, frame: FrameType | None) -> None:
+    """Exit 0: stopping on request is no failure."""
     sys.exit(0)
 
 

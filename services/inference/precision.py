@@ -1,4 +1,4 @@
-"""The names of what a base can be served in; one list for settings and engine."""
+"""The precisions that a base can be served in; one list for settings and engine."""
 
 from typing import Literal
 

@@ -19,9 +19,9 @@ class InferenceSettings(Settings, populate_by_name=True):
 
     Attributes:
         base: catalogue id or alias of the base served; the catalogue's first if empty.
-        precision: what the base is held in. On a processor: fp32; fp16w, bf16w and int8w, packed weights with
-            fp32 sums; auto, the fastest of these by a measurement at start that keeps the loss within 0.5 %. On a GPU:
-            bf16, fp16, int8 and nf4 (bitsandbytes), auto for bf16 or fp16.
+        precision: what the base is held in. On a CPU: fp32; fp16w, bf16w and int8w, packed weights with fp32 sums;
+            auto, the fastest of these that this processor has, by a measurement at start that keeps the loss within
+            0.5 %. On a GPU: bf16, fp16, int8 and nf4 (bitsandbytes), auto for bf16 or fp16.
         slots: sequences generated at once.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
         prefill_chunk: prompt tokens computed between two decode steps.
@@ -50,7 +50,7 @@ class InferenceSettings(Settings, populate_by_name=True):
     body_bytes: Annotated[int, Field(validation_alias=_named("BODY_BYTES"), ge=1024, le=1 << 30)] = 4 << 20
 
     @model_validator(mode="after")
-    def _no_open_door(self) -> Self:
+    def _needs_token_beyond_loopback(self) -> Self:
         if self.host not in LOOPBACK and not self.internal_token.get_secret_value():
             raise ValueError(f"refusing to listen on {self.host} without TUNESMITH_INTERNAL_TOKEN")
         return self

@@ -1,7 +1,7 @@
 """The slot KV cache: one row per running sequence, every row starting at position 0.
 
 Running rows always lie at the front, so that a forward pass sees them as a view and copies nothing. Knows tensors and
-rows; which sequence sits in which row is the engine's affair.
+rows; the scheduler knows which sequence is in which row.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory only where they are written: on CPU the pages come from calloc, untouched.
+    """Zeros that take memory only where they are written: on a CPU the pages come from calloc, untouched.
 
     `torch.zeros` writes every page; a cache for 16 rows of 2,048 tokens would take 1.5 GB at once.
     """
@@ -57,7 +57,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the tensors are made at once."""
+        """Nothing to do: the tensors are allocated by the constructor."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -108,7 +108,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     def clear(self, row: int, length: int) -> None:
         """Zero a row's first `length` positions.
 
-        Masked positions weigh nothing, but 0 × NaN is NaN: what a broken adapter left must not reach the next tenant.
+        Masked positions have no weight, but 0 × NaN is NaN: what a broken adapter left must not reach the row's next
+        sequence.
         """
         for layer in self._slots:
             layer.keys[row, :, :length] = 0

@@ -2,8 +2,8 @@
 
 A fused product's adapter is one pair again: the A of its parts one below the other, their B in the columns of the
 part, zero elsewhere. Rows of one adapter share two products; rows of many adapters use batched ones over a copy of
-what each row needs. A row's copy stays until the row changes hands: a step reads each row's adapter once, whoever's it
-is, so that its time does not depend on how many adapters there are.
+what each row needs. A row keeps its copy until it gets another adapter. A step reads one copy per row, so that its
+time does not depend on how many adapters there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from services.inference.engine.lora import LoraWeights
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One linear layer within a fused product: its path, and which output columns are its own."""
+    """One linear layer within a fused product: its path, and which output columns it has."""
 
     path: str
     start: int
@@ -41,22 +41,22 @@ class FusedStack:
         self._row_a = self._row_b = torch.zeros(0)
 
     def write(self, slot: int, weights: LoraWeights, dtype: torch.dtype, device: torch.device) -> bool:
-        """Put an adapter's pairs into a slot; what was there is gone. True if the rows' copies are lost by it."""
-        held = [(part, *weights.pairs[part.path]) for part in self.parts if part.path in weights.pairs]
-        rank, before = sum(len(a) for _, a, _ in held), self.ranks[slot]
+        """Overwrite a slot with an adapter's pairs; True if the rows' copies are no longer valid."""
+        pairs = [(part, *weights.pairs[part.path]) for part in self.parts if part.path in weights.pairs]
+        rank, before = sum(len(a) for _, a, _ in pairs), self.ranks[slot]
         self.ranks[slot] = rank
-        lost = self._reserve(rank, dtype, device)
+        invalid = self._reserve(rank, dtype, device)
         if self.a is None or self.b is None or not (rank or before):
-            return lost
+            return invalid
         self.a[slot, rank:before] = 0
         self.b[slot, : max(rank, before)] = 0
         first = 0
-        for part, a, b in held:
+        for part, a, b in pairs:
             rows = slice(first, first + len(a))
             self.a[slot, rows] = a
             self.b[slot, rows, part.start : part.start + part.size] = b.T
             first += len(a)
-        return lost
+        return invalid
 
     def copy(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Give each of `rows` a copy of what the slot beside it holds."""
@@ -72,14 +72,14 @@ class FusedStack:
         return self.a[slot, :rank], self.b[slot, :rank], False
 
     def for_each(self, slots: Sequence[int]) -> "Delta | None":
-        """What the copies of the first rows add to them, each its own."""
+        """What the copies of the first rows add, one copy to each row."""
         rank = max(self.ranks[slot] for slot in slots)
         if not rank:
             return None
         return self._row_a[: len(slots), :rank], self._row_b[: len(slots), :rank], True
 
     def _reserve(self, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Make room for a rank; it grows in powers of two, and never back. True if the rows' copies are lost by it."""
+        """Make room for a rank, in powers of two, never less again; True if the rows' copies are no longer valid."""
         present = 0 if self.a is None else self.a.shape[1]
         if rank <= present:
             return False
@@ -88,7 +88,7 @@ class FusedStack:
         b = lazy_zeros((len(self.ranks), grown, self.out_features), dtype, device)
         if self.a is not None and self.b is not None:
             # Slots never written stay untouched, and so take no memory.
-            for slot in (slot for slot, held in enumerate(self.ranks) if held):
+            for slot in (slot for slot, used in enumerate(self.ranks) if used):
                 a[slot, :present], b[slot, :present] = self.a[slot], self.b[slot]
         self.a, self.b = a, b
         self._row_a = lazy_zeros((self._rows, grown, self.in_features), dtype, device)
@@ -116,7 +116,7 @@ class FusedLora:
         self._stacks = stacks
         self._dtype, self._device = dtype, device
         self._nothing: list[Delta | None] = [None] * len(stacks)
-        # Whose copy each row holds; -1 for nobody's.
+        # The slot that each row has a copy of; -1 for none.
         self._copied = [-1] * rows
         self._chosen: tuple[int, ...] = ()
         self._deltas = self._nothing
@@ -128,8 +128,8 @@ class FusedLora:
 
     def write(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter into a slot (from 1), replacing what was there."""
-        lost = [stack.write(slot, weights, self._dtype, self._device) for stack in self._stacks]
-        self._copied = [-1 if any(lost) or copied == slot else copied for copied in self._copied]
+        invalid = [stack.write(slot, weights, self._dtype, self._device) for stack in self._stacks]
+        self._copied = [-1 if any(invalid) or copied == slot else copied for copied in self._copied]
         self._chosen = ()
 
     def choose(self, slots: Sequence[int]) -> Sequence[Delta | None]:
@@ -146,7 +146,7 @@ class FusedLora:
         return self._deltas
 
     def _copy(self, slots: tuple[int, ...]) -> None:
-        """Bring the rows' copies up to date; most rows have theirs from the step before."""
+        """Bring the rows' copies up to date; most rows have it from the step before."""
         stale = [row for row, slot in enumerate(slots) if self._copied[row] != slot]
         if not stale:
             return
@@ -165,6 +165,6 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Te
     a, b, batched = delta
     if not batched:
         return y.addmm_(x @ a.T, b)
-    # A row vector on the left: with a column on the right MKL's batched product takes ten times as long.
-    low = torch.bmm(x[:, None], a.transpose(1, 2))
-    return y.unsqueeze(1).baddbmm_(low, b).squeeze(1)
+    # The row vector is on the left: with a column vector on the right MKL's batched product takes ten times as long.
+    lora_hidden = torch.bmm(x[:, None], a.transpose(1, 2))
+    return y.unsqueeze(1).baddbmm_(lora_hidden, b).squeeze(1)

@@ -21,7 +21,7 @@ class Sampling:
     The processors act in transformers' order: repetition penalty, temperature, top_k, top_p.
 
     Attributes:
-        seed: of this request's own generator; the same seed and prompt give the same text whoever else is served.
+        seed: of this request's own generator; the same seed and prompt give the same text in any batch.
     """
 
     do_sample: bool = False

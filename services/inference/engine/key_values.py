@@ -1,7 +1,7 @@
 """Keys and values of all layers in one tensor: one row per running sequence, every row starting at position 0.
 
 Running rows lie at the front, so that a forward pass sees them as a view and copies nothing. Knows tensors and rows;
-which sequence sits in which row is the engine's affair.
+the scheduler knows which sequence is in which row.
 """
 
 import torch
@@ -10,7 +10,7 @@ from services.inference.engine.cache import lazy_zeros
 
 
 class KeyValues:
-    """[layers, 2, rows, heads, capacity, head_dim], keys, then values: rows and heads of either are one dimension."""
+    """One tensor [layers, 2, rows, heads, capacity, head_dim]; the second dimension is keys, then values."""
 
     def __init__(
         self,

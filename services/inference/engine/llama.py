@@ -1,7 +1,7 @@
-"""Forward passes of Llama-family decoders on plain tensors: q, k, v fused, gate and up fused, weights packed.
+"""Forward passes of Llama-architecture decoders on plain tensors: q, k, v fused, gate and up fused, weights packed.
 
-A third of the time of transformers' own forward goes into Python and framework overhead when a few rows decode one
-token each. This one makes few calls per layer and none through modules; its numbers are transformers' up to rounding.
+When a few rows decode one token each, a third of the time of transformers' forward pass is Python and framework
+overhead. This one makes few calls per layer and none through modules; its results equal transformers' up to rounding.
 Owns positions, masks and the order of operations. Knows no requests, no sampling and no text.
 """
 
@@ -67,7 +67,7 @@ def has_llama_architecture(model: Any) -> bool:
 
 
 class LlamaRunner:
-    """A `ModelRunner` of its own weights; see `has_llama_architecture` for what it takes.
+    """A `ModelRunner` with weights of its own; `has_llama_architecture` says for which models.
 
     Args:
         model: transformers' causal LM, plain or bf16/fp16; read once, not kept.
@@ -138,12 +138,12 @@ class LlamaRunner:
             if layer.query_norm and layer.key_norm:
                 queries_keys[:, : self.heads] = layer.query_norm(queries_keys[:, : self.heads])
                 queries_keys[:, self.heads :] = layer.key_norm(queries_keys[:, self.heads :])
-            turned = queries_keys.roll(self._head_dim // 2, -1)
-            queries_keys.mul_(cos).addcmul_(turned, sin)
+            rotated = queries_keys.roll(self._head_dim // 2, -1)
+            queries_keys.mul_(cos).addcmul_(rotated, sin)
             # Indices on both sides of a slice come first: [tokens, 2, groups, head_dim].
             store[:, batch.rows, :, batch.positions] = qkv[:, self.heads :].view(len(h), 2, self.groups, -1)
-            attended = batch.attend(qkv[:, : self.heads].view(len(h), self.groups, -1, self._head_dim), store)
-            x = x + batch.add_lora(next(product), layer.out(attended), attended)
+            attn_output = batch.attend(qkv[:, : self.heads].view(len(h), self.groups, -1, self._head_dim), store)
+            x = x + batch.add_lora(next(product), layer.out(attn_output), attn_output)
             h = layer.mlp_norm(x)
             gate_up = batch.add_lora(next(product), layer.gate_up(h), h)
             h = F.silu(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
@@ -154,7 +154,7 @@ class LlamaRunner:
         return self._head(self._norm(hidden)).float()
 
     def _rotations(self, rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin of all positions [context, 1, head_dim]: x cos + roll(x, half) sin turns by the angle."""
+        """cos and signed sin of all positions [context, 1, head_dim]: x cos + roll(x, half) sin rotates x."""
         probe = torch.zeros(1, dtype=self.dtype, device=self.device)
         cos, sin = rotary(probe, torch.arange(self.context, device=self.device)[None])
         signs = torch.ones(self._head_dim, device=self.device)
@@ -185,12 +185,12 @@ class _Rows:
         """[rows, groups, queries per group, head_dim] → [rows, hidden]: a group's queries read one key head."""
         keys, values = store[:, self._cached, :, : self._length]
         if store.device.type != "cpu":
-            said = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask)
-            return said.reshape(len(queries), -1)
-        # For a token or a few, torch's flash kernel takes twice as long on several cores as these three.
-        asked, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+            attn_output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask)
+            return attn_output.reshape(len(queries), -1)
+        # For one token or a few, torch's flash kernel takes twice as long on several cores as these three calls.
+        query, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
         scale: float = queries.shape[-1] ** -0.5
-        scores = torch.baddbmm(self._flat_mask, asked, keys.transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(self._flat_mask, query, keys.transpose(1, 2), alpha=scale)
         return torch.bmm(scores.softmax(-1), values).view(len(queries), -1)
 
 
@@ -221,21 +221,21 @@ class _Pieces:
 
     def attend(self, queries: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
         """[tokens, groups, queries per group, head_dim] → [tokens, hidden]."""
-        attended = torch.empty_like(queries)
+        attn_output = torch.empty_like(queries)
         for piece, span, mask in zip(self._pieces, self.spans, self._masks, strict=True):
             new, groups, repeat, head_dim = queries[span].shape
             keys, values = store[:, piece.row, :, : mask.shape[1]]
             # A group's queries of all tokens read one key head: [groups, repeat x new, head_dim].
-            asked = queries[span].permute(1, 2, 0, 3).reshape(1, groups, repeat * new, head_dim)
-            said = F.scaled_dot_product_attention(asked, keys[None], values[None], attn_mask=mask.repeat(repeat, 1))
-            attended[span] = said.view(groups, repeat, new, head_dim).permute(2, 0, 1, 3)
-        return attended.reshape(len(queries), -1)
+            query = queries[span].permute(1, 2, 0, 3).reshape(1, groups, repeat * new, head_dim)
+            output = F.scaled_dot_product_attention(query, keys[None], values[None], attn_mask=mask.repeat(repeat, 1))
+            attn_output[span] = output.view(groups, repeat, new, head_dim).permute(2, 0, 1, 3)
+        return attn_output.reshape(len(queries), -1)
 
 
 def _mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, length] to add to scores: 0 where a token at its position may look, -inf behind it."""
-    hidden = torch.arange(length, device=positions.device) > positions[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
+    """[tokens, length] to add to scores: 0 up to a token's own position, -inf after it."""
+    later = torch.arange(length, device=positions.device) > positions[:, None]
+    return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill_(later, float("-inf"))
 
 
 def _norm(module: Any) -> _Norm:

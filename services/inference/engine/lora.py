@@ -1,8 +1,7 @@
 """Many adapters in one forward pass: each linear layer holds a stack of adapters, each row picks its own.
 
 `y = W x + B[slot] (A[slot] x)`, slot 0 being zero for rows of the base. Ranks are padded with zeros, which is exact,
-and only the largest rank of the rows at hand is computed. Knows slots; which adapter is in which is the engine's
-affair.
+and only the largest rank in the current batch is computed. Knows slots; the engine knows which adapter is in which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,17 +63,17 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        choice = self._selection
-        if self.a is None or self.b is None or choice.single == 0:
+        selection = self._selection
+        if self.a is None or self.b is None or selection.single == 0:
             return y
-        a, b = self.a[:, : choice.rank], self.b[:, : choice.rank]
+        a, b = self.a[:, : selection.rank], self.b[:, : selection.rank]
         rows = x.to(a.dtype)
-        if choice.single is not None:
-            delta = (rows @ a[choice.single].T) @ b[choice.single]
+        if selection.single is not None:
+            delta = (rows @ a[selection.single].T) @ b[selection.single]
         else:
-            assert choice.index is not None
-            low = torch.bmm(rows, a.index_select(0, choice.index).transpose(1, 2))
-            delta = torch.bmm(low, b.index_select(0, choice.index))
+            assert selection.index is not None
+            lora_hidden = torch.bmm(rows, a.index_select(0, selection.index).transpose(1, 2))
+            delta = torch.bmm(lora_hidden, b.index_select(0, selection.index))
         return y + delta.to(y.dtype)
 
 

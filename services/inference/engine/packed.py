@@ -32,7 +32,7 @@ class PlainLinear:
 
 
 class ReorderedLinear:
-    """Weights laid out for oneDNN's kernels, as Inductor does: the same fp32 product, here in less than half the time.
+    """Weights laid out for oneDNN's kernels, as Inductor does: the same fp32 product in less than half the time.
 
     Args:
         dtype: of weights and activations; bf16 is fast where the processor multiplies it.
@@ -50,7 +50,7 @@ class ReorderedLinear:
 
 
 class HalfLinear:
-    """fp16 weights, fp32 arithmetic (FBGEMM's packed product): half the bytes, no error but the rounding to fp16."""
+    """fp16 weights, fp32 arithmetic (FBGEMM's packed product): half the bytes; the only error is rounding to fp16."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         # The product adds the bias it was packed with.

@@ -1,7 +1,7 @@
-"""Which way of holding the weights is fastest on this processor, among those that keep the model's quality.
+"""Which packed weights are fastest on this processor, among those that keep the model's quality.
 
-Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: seconds of prefill
-and decode steps, and the loss on a fixed text, against plain weights. Knows runners and tensors, nothing of settings.
+Kernels differ by processor (fp16 conversion, AVX-512, VNNI), so this is measured, not looked up: the time of prefill
+and decode steps, and the loss on a fixed text, against plain weights. Knows runners and tensors, but no settings.
 """
 
 import math
@@ -21,7 +21,7 @@ GATE = 0.005
 """Largest relative change of the loss that a precision may cause."""
 
 MARGIN = 0.1
-"""What less exact weights must save to be taken."""
+"""The share of the time that less exact weights must save to be chosen."""
 
 TEXT = """### Instruction:
 What does `json.dumps` do in Python?

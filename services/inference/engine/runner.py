@@ -1,7 +1,7 @@
 """What the engine needs of a model: forward passes over numbered rows, LoRA slots, and a cache whose rows can move.
 
-Two stand behind it: `llama` (plain tensors, fused and packed, for decoders of the Llama family) and
-`transformers_runner` (transformers' own forward, for the rest). Knows no requests, no sampling and no text.
+There are two: `llama` (plain tensors, fused and packed, for decoders of the Llama architecture) and
+`transformers_runner` (transformers' own forward pass, for the rest). Knows no requests, no sampling and no text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,8 @@ class RowCache(Protocol):
     def clear(self, row: int, length: int) -> None:
         """Zero a row's first `length` positions.
 
-        Masked positions weigh nothing, but 0 x NaN is NaN: what a broken adapter left must not reach the next tenant.
+        Masked positions have no weight, but 0 x NaN is NaN: what a broken adapter left must not reach the row's next
+        sequence.
         """
         ...
 

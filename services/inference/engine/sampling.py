@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy rows together, sampled rows each with its own generator.
+"""From logits to tokens: greedy rows together, sampled rows one by one, each with its own generator.
 
 The processors are transformers' (repetition penalty, temperature, top_k, top_p), in its order.
 """
@@ -38,13 +38,13 @@ class Chooser:
 
 def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
     """One token per row of fp32 `logits` [rows, vocabulary], or why there is none: each row fails alone."""
-    normaliser = torch.logsumexp(logits, dim=-1)
+    log_sums = torch.logsumexp(logits, dim=-1)
     greedy = logits.argmax(dim=-1).tolist()
-    sums = normaliser.tolist()
-    sound = torch.isfinite(normaliser).tolist()
+    normalisers = log_sums.tolist()
+    finite = torch.isfinite(log_sums).tolist()
     choices: list[Choice | Exception] = []
     for row, chooser in enumerate(choosers):
-        if not sound[row]:
+        if not finite[row]:
             choices.append(TunesmithError("the model gave no finite scores", code="non_finite"))
             continue
         plain = not chooser.sampling.do_sample and chooser.sampling.repetition_penalty == 1
@@ -53,8 +53,8 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | E
         except Exception as error:
             choices.append(error)
             continue
-        logprob = float(logits[row, token]) - sums[row]
-        choices.append(Choice(token, logprob, _alternatives(logits[row], sums[row], chooser.alternatives)))
+        logprob = float(logits[row, token]) - normalisers[row]
+        choices.append(Choice(token, logprob, _alternatives(logits[row], normalisers[row], chooser.alternatives)))
     return choices
 
 
@@ -70,8 +70,8 @@ def processed(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> 
     scores = logits.clone()
     if sampling.repetition_penalty != 1:
         ids = torch.tensor(sorted(set(seen)), device=scores.device)
-        found = scores[ids]
-        scores[ids] = torch.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
+        present, penalty = scores[ids], sampling.repetition_penalty
+        scores[ids] = torch.where(present < 0, present * penalty, present / penalty)
     if not sampling.do_sample:
         return scores
     scores = scores / sampling.temperature
@@ -80,10 +80,10 @@ def processed(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> 
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = scores.sort(descending=True, stable=True)
         probabilities = ordered.softmax(-1)
-        # A token stays while those before it do not yet hold top_p; the first always stays.
-        out = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        out[0] = False
-        scores = scores.masked_fill(torch.zeros_like(out).scatter_(0, order, out), float("-inf"))
+        # A token is kept while those before it have less than top_p together; the first is always kept.
+        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        dropped[0] = False
+        scores = scores.masked_fill(torch.zeros_like(dropped).scatter_(0, order, dropped), float("-inf"))
     return scores
 
 

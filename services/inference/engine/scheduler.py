@@ -1,8 +1,8 @@
 """Which sequence computes what in the next forward pass, and in which row of the cache it lies.
 
 Decoding sequences lie in the rows at the front of the cache, and the prompts being prefilled right behind them; when
-one leaves, the last row moves into its place. Nothing is evicted: a sequence is admitted only when a row is free that
-holds its prompt and all its new tokens. One thread's own. Knows no models and no text.
+one leaves, the last row moves into its place. Nothing is evicted: a sequence is admitted only when a row is free, and
+a row holds its prompt and all its new tokens. Used by one thread only. Knows no models and no text.
 """
 
 import time

@@ -16,7 +16,7 @@ class SequenceState:
     """A submitted request.
 
     Attributes:
-        prefilled: how many prompt tokens are in the cache.
+        prefilled: number of prompt tokens in the cache.
         output: generated ids; all but the last are in the cache.
         slot, rank: of its adapter, set on admission; 0 for the base.
         cancelled: set from any thread, seen by the engine before its next step.

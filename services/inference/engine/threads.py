@@ -1,8 +1,8 @@
-"""How many threads a forward pass runs on: all of them while the cores are the engine's own, one while it shares them.
+"""How many threads a forward pass runs on: all while the cores are idle, one while other processes use them too.
 
-A step has hundreds of short parallel regions, each over when its last thread is. On idle cores several threads are
-faster; where another process wants a core, every region waits for the scheduler, and a step takes ten times as long.
-One thread waits for nobody. Nothing says beforehand which it will be, so both are timed. Knows no model.
+A step has hundreds of short parallel regions, and each ends with its last thread. On idle cores several threads are
+faster; where another process wants a core, every region waits for the operating system, and a step takes ten times as
+long. One thread waits for no other. Which is faster cannot be known beforehand, so both are timed. Knows no model.
 """
 
 import time
@@ -13,18 +13,18 @@ from statistics import median
 
 import torch
 
-FIRST_PATIENCE, MOST_PATIENCE = 1.0, 60.0
-"""Seconds until the other number of threads is tried again; doubled each time that it was slower."""
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
+"""Time until the other number of threads is tried again; doubled each time that it was slower."""
 _TIMES = 3
 
 
-class _Pace:
-    """Steps of one kind and size: the last times of each number of threads, and the one in use."""
+class _StepTimes:
+    """Steps of one kind and size: the last times with each number of threads, and the number in use."""
 
     def __init__(self, threads: int) -> None:
         self.seconds: dict[int, deque[float]] = {threads: deque(maxlen=_TIMES), 1: deque(maxlen=_TIMES)}
         self.used, self.other = threads, 1
-        self.patience, self.try_at = FIRST_PATIENCE, 0.0
+        self.retry_seconds, self.retry_at = FIRST_RETRY_SECONDS, 0.0
 
     def choose(self, now: float) -> int:
         """The number of threads for the next step."""
@@ -33,14 +33,14 @@ class _Pace:
                 return threads
         if median(self.seconds[self.other]) < median(self.seconds[self.used]):
             self.used, self.other = self.other, self.used
-            self.patience, self.try_at = FIRST_PATIENCE, now + FIRST_PATIENCE
-        return self.used if now < self.try_at else self.other
+            self.retry_seconds, self.retry_at = FIRST_RETRY_SECONDS, now + FIRST_RETRY_SECONDS
+        return self.used if now < self.retry_at else self.other
 
-    def note(self, threads: int, seconds: float, now: float) -> None:
-        """What the step took; a trial that is slower is the last for a while."""
+    def record(self, threads: int, seconds: float, now: float) -> None:
+        """Record what a step took; a slower trial postpones the next one."""
         if threads == self.other and self.seconds[self.used] and seconds >= median(self.seconds[self.used]):
-            self.try_at = now + self.patience
-            self.patience = min(2 * self.patience, MOST_PATIENCE)
+            self.retry_at = now + self.retry_seconds
+            self.retry_seconds = min(2 * self.retry_seconds, LONGEST_RETRY_SECONDS)
         self.seconds[threads].append(seconds)
 
 
@@ -60,20 +60,21 @@ class StepThreads:
         set_threads: Callable[[int], None] = torch.set_num_threads,
     ) -> None:
         self._available, self._clock, self._set = available, clock, set_threads
-        self._paces: dict[tuple[str, int], _Pace] = {}
+        self._times: dict[tuple[str, int], _StepTimes] = {}
 
     @contextmanager
     def step(self, kind: str, size: int) -> Iterator[None]:
-        """Time a step of so many rows or tokens; sizes of one power of two learn together."""
+        """Time a step of so many rows or tokens; sizes of one power of two share their times."""
         if self._available == 1:
             yield
             return
-        pace, started = self._paces.setdefault((kind, size.bit_length()), _Pace(self._available)), self._clock()
-        threads = pace.choose(started)
+        times = self._times.setdefault((kind, size.bit_length()), _StepTimes(self._available))
+        started = self._clock()
+        threads = times.choose(started)
         self._set(threads)
         try:
             yield
         finally:
             self._set(self._available)
         ended = self._clock()
-        pace.note(threads, ended - started, ended)
+        times.record(threads, ended - started, ended)

@@ -89,9 +89,9 @@ class TransformersRunner:
         return self._forward(torch.tensor(ids, device=self.device)[:, None], where, end, 1)[:, 0]
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, length: int, keep: int) -> torch.Tensor:
-        # Four dimensions: transformers passes such a mask on as it is.
-        hidden = torch.arange(length, device=self.device) > positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        # transformers uses a mask of four dimensions as it is.
+        later = torch.arange(length, device=self.device) > positions[:, None, :, None]
+        mask = torch.zeros(later.shape, dtype=self.dtype, device=self.device).masked_fill_(later, float("-inf"))
         logits: torch.Tensor = self._model(
             input_ids=ids,
             attention_mask=mask,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.inference.engine.threads import MOST_PATIENCE, StepThreads
+from services.inference.engine.threads import LONGEST_RETRY_SECONDS, StepThreads
 
 
 class Cores:
@@ -54,7 +54,7 @@ def test_shared_cores_cost_a_few_slow_steps_and_then_one_for_each_trial() -> Non
 def test_cores_that_become_free_are_found_again() -> None:
     cores = Cores()
     cores.steps(20, quiet), cores.steps(2000, shared)
-    used = cores.steps(int(MOST_PATIENCE / 0.010) + 10, quiet)
+    used = cores.steps(int(LONGEST_RETRY_SECONDS / 0.010) + 10, quiet)
     assert used[-5:] == [2] * 5
 
 
