@@ -6,6 +6,7 @@ from torch import nn
 from services.trainer.model.forward import pack, supervised_logits
 from services.trainer.model.upcast import UpcastLinear, compute_in_fp32
 from shared.jobs.spec import BasePrecision
+from tests.rounding import close, llama_sums, rounding
 from tests.services.trainer.harness import CPU, TinyJob
 
 
@@ -19,7 +20,9 @@ def test_it_is_the_product_with_the_upcast_weight_in_both_directions(dtype: torc
     ours, theirs = (torch.arange(21.0).reshape(3, 7).requires_grad_() for _ in range(2))
     layer(ours).square().sum().backward()
     oracle(theirs).square().sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert close(ours.grad, theirs.grad, rounding(torch.float32, [7, 5]))
     assert layer.weight.dtype == dtype
 
 
@@ -34,4 +37,5 @@ def test_a_half_precision_base_computes_in_fp32_at_half_the_memory(tiny: TinyJob
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.copy_(parameter.to(dtype))
-        torch.testing.assert_close(supervised_logits(half.model, packed), supervised_logits(rounded, packed))
+        bound = rounding(torch.float32, llama_sums(rounded.config, 9))
+        assert close(supervised_logits(half.model, packed), supervised_logits(rounded, packed), bound)
