@@ -17,7 +17,7 @@ import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from services.trainer.data.layout import CUDA_TOKEN_BUDGET, pack_rows
+from services.trainer.data.layout import pack_rows
 from services.trainer.model.forward import Packed, Sample, pack, training_forward
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import Precision, choose_precision
@@ -25,6 +25,7 @@ from services.trainer.recipe.metrics import matmul_parameters, measure_peak_flop
 from services.trainer.recipe.step import make_optimizer, take_step
 from shared.bases.base_model import compute_dtype, library_versions, quantization_config
 from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec
+from shared.training.plan import CUDA_TOKEN_BUDGET
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TINYLLAMA = {

@@ -30,7 +30,7 @@ from benchmarks import train_memory
 from benchmarks.train_peers import CPU, Report, Round, Task, run_peer
 from examples.stdlib_docstrings import build_dataset, write_rows
 from services.trainer.data.dataset import Data, prepare_data
-from services.trainer.data.layout import CPU_TOKEN_BUDGET, plan_layout
+from services.trainer.data.layout import plan_layout
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.lora import lora_loaded
 from services.trainer.model.precision import choose_precision
@@ -42,6 +42,7 @@ from shared.datasets.tokens import Tokenizer
 from shared.jobs.spec import PRESETS, JobSpec
 from shared.processor import this_processor
 from shared.storage.artifacts import LocalArtifactStore, sha256_of
+from shared.training.plan import CPU_TOKEN_BUDGET
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("tutorial_fp32", "tutorial_int8", "trl_padded", "trl_packed", "ours_fp32", "ours_int8")

@@ -34,9 +34,9 @@ def llama_sums(config: Any, tokens: int, *, backward: bool = False) -> list[int]
         config: transformers' `LlamaConfig`.
         tokens: of the longest sample, over which attention sums.
     """
-    hidden, wide, head = config.hidden_size, config.intermediate_size, config.head_dim
+    hidden, wide, head = int(config.hidden_size), int(config.intermediate_size), int(config.head_dim)
     attention, mlp = [hidden, hidden, head, tokens, tokens, hidden], [hidden, hidden, wide]
-    forward = config.num_hidden_layers * (attention + mlp) + [hidden, hidden, config.vocab_size]
+    forward = int(config.num_hidden_layers) * (attention + mlp) + [hidden, hidden, int(config.vocab_size)]
     return forward * (2 if backward else 1)
 
 

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.gateway.bases.peak_memory import ModelShape, model_shape
 from shared.errors import ArtifactCorrupt, NotFound
 from shared.storage.artifacts import ArtifactStore, read_manifest
+from shared.training.memory import ModelShape, model_shape
 
 MAX_HEADER_BYTES = 100 << 20
 

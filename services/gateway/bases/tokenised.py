@@ -1,8 +1,9 @@
-"""A file's rows as the trainer will see them, with `tokenizers` alone. Knows no HTTP and no SQL."""
+"""A file's rows as the trainer will see them, with `tokenizers` alone, and what they come to. Knows no HTTP, no SQL."""
 
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from shared.datasets.examples import format_of, read_examples
@@ -12,14 +13,35 @@ from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters
 from shared.storage.artifacts import ArtifactStore
 
+# Of a larger file so many rows are tokenised, and the rest is taken to be like them.
+SAMPLED_ROWS = 2_000
+
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenisedRow:
     """One row; `tokens` is None if nothing of its response is left within `max_length`."""
 
     number: int
     template: str
     tokens: Tokens | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """What a file comes to.
+
+    Attributes:
+        rows: rows with something to learn.
+        dropped: rows with nothing to learn within `max_length`.
+        tokens, supervised_tokens: of all rows that are not dropped, once.
+        lengths: tokens of each row that was tokenised.
+    """
+
+    rows: int
+    dropped: int
+    tokens: int
+    supervised_tokens: int
+    lengths: tuple[int, ...] = ()
 
 
 class Tokenizers:
@@ -49,7 +71,7 @@ class Tokenizers:
             return self._known[base_id]
 
 
-def tokenised_rows(file: Path, tokenizer: Tokenizer, hyper: Hyperparameters) -> Iterator[Row]:
+def tokenised_rows(file: Path, tokenizer: Tokenizer, hyper: Hyperparameters) -> Iterator[TokenisedRow]:
     """Rows of a checked file in order, numbered from 1.
 
     Raises:
@@ -61,4 +83,26 @@ def tokenised_rows(file: Path, tokenizer: Tokenizer, hyper: Hyperparameters) -> 
         tokens = tokenizer.encode_turns(
             template.turns(example), max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt
         )
-        yield Row(number, template.id, tokens)
+        yield TokenisedRow(number, template.id, tokens)
+
+
+def count_tokens(rows: Iterator[TokenisedRow], file_rows: int) -> TokenCounts:
+    """The counts of a file of `file_rows` rows, from the first `SAMPLED_ROWS` of them."""
+    sampled = dropped = supervised = 0
+    lengths = []
+    for row in islice(rows, SAMPLED_ROWS):
+        sampled += 1
+        if row.tokens is None:
+            dropped += 1
+        else:
+            lengths.append(len(row.tokens.ids))
+            supervised += row.tokens.supervised_count
+    scale = file_rows / max(1, sampled)
+    all_dropped = round(dropped * scale)
+    return TokenCounts(
+        rows=file_rows - all_dropped,
+        dropped=all_dropped,
+        tokens=round(sum(lengths) * scale),
+        supervised_tokens=round(supervised * scale),
+        lengths=tuple(lengths),
+    )

@@ -4,7 +4,6 @@ Every default is filled in here, once; nothing is looked up again later. A pure 
 it names (`Sources`) and what is known of its base. Knows no HTTP and no SQL.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from services.gateway.jobs.request_schema import JobRequest
 from shared.bases.catalogue import Base, Catalogue
 from shared.errors import InvalidRequest
 from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
+from shared.training.plan import plan_training
 
 FEW_STEPS = 100
 M = TypeVar("M", bound=BaseModel)
@@ -190,19 +190,14 @@ def _validated(model: type[M], values: dict[str, Any], place: str) -> M:
         raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
 
 
-def optimizer_steps(rows: int, hyperparameters: Hyperparameters) -> int:
-    """Steps of a run in which no row is dropped."""
-    steps = math.ceil(rows / hyperparameters.batch_size) * hyperparameters.n_epochs
-    return min(steps, hyperparameters.max_steps or steps)
-
-
 def _warnings(spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
     warnings = list(training.dataset["warnings"])
     if validation:
         warnings += [f"validation file: {text}" for text in validation.dataset["warnings"] if "duplicates" in text]
         if validation.sha256 == training.sha256:
             warnings.append("the validation file is the training file: its loss will not show overfitting")
-    steps = optimizer_steps(training.dataset["rows"], spec.hyperparameters)
+    # As if no row were dropped or held out.
+    steps = plan_training(training.dataset["rows"], spec.hyperparameters).total_steps
     if steps < FEW_STEPS:
         warnings.append(
             f"{steps} optimizer steps are few ({FEW_STEPS} is a sensible minimum): more rows or more epochs teach more"

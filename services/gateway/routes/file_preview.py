@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
-from services.gateway.bases.tokenised import Row, tokenised_rows
+from services.gateway.bases.tokenised import TokenisedRow, tokenised_rows
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.routes.dependencies import (
     ArtifactsDep,
@@ -26,7 +26,7 @@ router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPE
 
 class Piece(BaseModel):
     text: str
-    supervised: Annotated[bool, Field(description="whether these tokens are supervised")]
+    supervised: Annotated[bool, Field(description="whether these tokens are supervised, that is, count in the loss")]
 
 
 class PreviewRow(BaseModel):
@@ -68,7 +68,7 @@ def preview_file(
     return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
 
 
-def _row(row: Row, tokenizer: Tokenizer) -> PreviewRow:
+def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:
     tokens = row.tokens
     return PreviewRow(
         row=row.number,

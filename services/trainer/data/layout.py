@@ -7,16 +7,12 @@ holds exactly `batch_size` rows (the last of an epoch what is left); the micro-b
 import hashlib
 import json
 from dataclasses import dataclass, field
-from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.jobs.spec import Hyperparameters
-
-# How soon a stop is seen depends on it: on CPU a micro-batch takes seconds.
-CPU_TOKEN_BUDGET = 1024
-CUDA_TOKEN_BUDGET = 16384
+from shared.training.plan import CPU_TOKEN_BUDGET, CUDA_TOKEN_BUDGET, TrainingPlan, plan_training
 
 MicroBatch = tuple[int, ...]
 
@@ -27,30 +23,29 @@ class Layout:
 
     Attributes:
         lengths: int64 [rows], tokens of each row.
+        plan: how many steps, and the checkpoints among them.
         token_budget: most tokens of a micro-batch, but for single rows that are longer.
     """
 
     lengths: NDArray[np.int64]
-    batch_size: int
-    n_epochs: int
-    max_steps: int | None
+    plan: TrainingPlan
     seed: int
     token_budget: int
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     @property
     def steps_per_epoch(self) -> int:
-        return ceil(len(self.lengths) / self.batch_size)
+        return self.plan.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        steps = self.n_epochs * self.steps_per_epoch
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+        return self.plan.total_steps
 
     def rows(self, step: int) -> list[int]:
         """Rows of 0-based optimizer step `step`, in the epoch's order."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        rows = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        size = self.plan.batch_size
+        rows = self._order(epoch)[index * size : (index + 1) * size]
         return [int(row) for row in rows]
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
@@ -61,11 +56,7 @@ class Layout:
         """Tokens of all steps before 0-based `step`."""
         epoch, index = divmod(step, self.steps_per_epoch)
         whole = epoch * int(self.lengths.sum())
-        return whole + (int(self.lengths[self._order(epoch)[: index * self.batch_size]].sum()) if index else 0)
-
-    def ends_epoch(self, steps: int) -> bool:
-        """Whether an epoch is complete after `steps` steps."""
-        return steps % self.steps_per_epoch == 0
+        return whole + (int(self.lengths[self._order(epoch)[: index * self.plan.batch_size]].sum()) if index else 0)
 
     def epoch(self, steps: int) -> float:
         """Epochs done after `steps` steps, with their fraction."""
@@ -73,8 +64,8 @@ class Layout:
 
     @property
     def identity(self) -> str:
-        """Hash of everything above, and of what numpy really makes of the seed in this version."""
-        settings = [self.batch_size, self.n_epochs, self.max_steps, self.seed, self.token_budget]
+        """Hash of all that decides the order, and of what numpy really makes of the seed in this version."""
+        settings = [self.plan.batch_size, self.plan.n_epochs, self.plan.max_steps, self.seed, self.token_budget]
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(np.ascontiguousarray(self.lengths).tobytes())
         digest.update(self._order(0).tobytes())
@@ -92,7 +83,7 @@ class Layout:
 def plan_layout(lengths: NDArray[np.int64], hyper: Hyperparameters, seed: int, device_type: str) -> Layout:
     """The layout of a job on a kind of device."""
     budget = CPU_TOKEN_BUDGET if device_type == "cpu" else CUDA_TOKEN_BUDGET
-    return Layout(lengths, hyper.batch_size, hyper.n_epochs, hyper.max_steps, seed, budget)
+    return Layout(lengths, plan_training(len(lengths), hyper), seed, budget)
 
 
 def most_tokens(lengths: NDArray[np.int64], batch_size: int, token_budget: int) -> int:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from services.trainer.contract import Check
 from services.trainer.data.dataset import ROWS_BETWEEN_CHECKS, Data, Rows
 from shared.errors import JobFailed
+from shared.training.plan import held_out_rows
 
 
 def hold_out(rows: Rows, share: float, seed: int, check: Check) -> Data:
@@ -22,7 +23,7 @@ def hold_out(rows: Rows, share: float, seed: int, check: Check) -> Data:
         StopRequested: see `Check`.
     """
     order = _content_order(rows, seed, check)
-    wanted = max(1, round(share * len(rows)))
+    wanted = held_out_rows(len(rows), share)
     held_out = order <= np.sort(order)[wanted - 1]
     if held_out.all():
         raise JobFailed(

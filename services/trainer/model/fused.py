@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from services.trainer.model.frozen import FrozenLinears
+from shared.training.memory import LOSS_ROWS
 
-# Rows of logits made at a time: at a vocabulary of 49,152 they take 25 MB, which malloc keeps for the next ones.
-LOSS_ROWS = 128
 _STEPS = 1 << 16
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import lcm
 from pathlib import Path
 
 import torch
@@ -94,22 +93,6 @@ class RunContext:
         patience = self.job.spec.hyperparameters.early_stopping_patience
         return patience is not None and history.evaluations_since_best >= patience
 
-    def checkpoints_left(self, step: int) -> int:
-        """How many checkpoints come after `step` steps."""
-        every, epoch = self.job.spec.hyperparameters.checkpoint_steps, self.layout.steps_per_epoch
-        total = self.layout.total_steps
-
-        def multiples(of: int) -> int:
-            return total // of - step // of
-
-        found = multiples(epoch)
-        if every is not None:
-            found += multiples(every) - multiples(lcm(epoch, every))
-        at_the_end = total % epoch == 0 or (every is not None and total % every == 0)
-        return found + (step < total and not at_the_end)
-
     def checkpoint_due(self, steps: int) -> bool:
-        """Whether a checkpoint is written after `steps` steps: each epoch, every `checkpoint_steps`, and at the end."""
-        every = self.job.spec.hyperparameters.checkpoint_steps
-        at_step = every is not None and steps % every == 0
-        return at_step or self.layout.ends_epoch(steps) or steps == self.layout.total_steps
+        """Whether a checkpoint is written after `steps` steps."""
+        return self.layout.plan.checkpoint_due(steps)

@@ -18,22 +18,16 @@ from torch import Tensor
 
 from services.trainer.data.layout import most_tokens
 from services.trainer.model.forward import Packed, loss_sum, pack, training_forward
-from services.trainer.model.fused import LOSS_ROWS
 from services.trainer.model.llama import fused_form
 from services.trainer.model.lora import Parameters
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.rng import RandomState
 from shared.jobs.spec import Hyperparameters
+from shared.training.memory import FRAGMENTATION, LOSS_ROWS, OPTIMIZER_BYTES, logits_bytes
 
 FreeMemory = Callable[[torch.device], int]
 # Enough that what every token keeps outweighs what is kept once.
 PROBE_TOKENS = 64
-# A gradient and Adam's two moments in fp32; the weights themselves are there.
-TRAINED_BYTES = 12
-# Logits, their logarithms and their gradient, in fp32.
-LOGITS_AT_WORK = 3
-# What allocators take for what is kept, as estimates reckon.
-FRAGMENTATION = 1.35
 # The backward pass works on one layer at a time; measured, it takes up to four times what the layer kept.
 LAYERS_AT_WORK = 4
 # Lengths people can remember.
@@ -168,14 +162,15 @@ def measure_need(
     with training_forward(model, dropout=True):
         kept = kept_bytes(model, pack([(ids, supervised)], precision.device), precision)
     random.restore(precision.device)
-    logits = 4.0 * LOGITS_AT_WORK * model.config.vocab_size
-    fixed = TRAINED_BYTES * sum(parameter.numel() for parameter in parameters.values())
+    vocabulary = model.config.vocab_size
+    # The weights themselves are there already.
+    fixed = OPTIMIZER_BYTES * sum(parameter.numel() for parameter in parameters.values())
     per_token = kept / len(ids) * (FRAGMENTATION + LAYERS_AT_WORK / model.config.num_hidden_layers)
     with precision.autocast():
         in_blocks = fused_form(model) is not None
     if in_blocks:
-        return Need(fixed + logits * LOSS_ROWS, per_token)
-    return Need(fixed, per_token + logits * share)
+        return Need(fixed + logits_bytes(vocabulary, LOSS_ROWS), per_token)
+    return Need(fixed, per_token + logits_bytes(vocabulary, share))
 
 
 def kept_bytes(model: Any, packed: Packed, precision: Precision) -> int:

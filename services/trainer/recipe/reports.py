@@ -94,7 +94,7 @@ def _seconds_left(run: RunContext, step: int) -> float | None:
     seconds = run.pace.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
     if seconds is None:
         return None
-    evaluations = 0 if run.data.validation is None else run.checkpoints_left(step)
+    evaluations = 0 if run.data.validation is None else layout.plan.checkpoints_after(step)
     return round(seconds + evaluations * run.evaluation_seconds, 1)
 
 

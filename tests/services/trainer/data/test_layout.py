@@ -5,8 +5,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.data.layout import CPU_TOKEN_BUDGET, Layout, plan_layout
+from services.trainer.data.layout import Layout, plan_layout
 from shared.jobs.spec import Hyperparameters
+from shared.training.plan import CPU_TOKEN_BUDGET, TrainingPlan
 
 lengths = st.lists(st.integers(2, 700), min_size=1, max_size=60)
 
@@ -14,7 +15,8 @@ lengths = st.lists(st.integers(2, 700), min_size=1, max_size=60)
 def make(
     lengths: list[int], batch_size: int = 8, n_epochs: int = 3, seed: int = 42, max_steps: int | None = None
 ) -> Layout:
-    return Layout(np.asarray(lengths, np.int64), batch_size, n_epochs, max_steps, seed, 1024)
+    plan = TrainingPlan(len(lengths), batch_size, n_epochs, max_steps)
+    return Layout(np.asarray(lengths, np.int64), plan, seed, 1024)
 
 
 @given(lengths, st.integers(1, 20), st.integers(1, 4), st.integers(0, 9))

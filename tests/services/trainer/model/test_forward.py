@@ -171,15 +171,15 @@ def test_a_packed_samples_gradients_are_its_own_alone(lora_model: Any) -> None:
     lora_model.to(torch.float64)
     samples = ragged(LENGTHS)
     packed = gradients(lora_model, samples, [tuple(range(8))], torch.float64)
-    targets = [int(supervised.sum()) for _, supervised in samples]
+    supervised = [int(flags.sum()) for _, flags in samples]
     alone = [gradients(lora_model, [sample], [(0,)], torch.float64) for sample in samples]
     bound = rounding(torch.float64, [*llama_sums(lora_model.config, max(LENGTHS), backward=True), sum(LENGTHS)])
     for index, expected in enumerate(packed):
-        total = sum(count * grads[index] for count, grads in zip(targets, alone, strict=True)) / sum(targets)
-        assert close(total, expected, bound)
+        weighted = [count * grads[index] for count, grads in zip(supervised, alone, strict=True)]
+        assert close(torch.stack(weighted).sum(0) / sum(supervised), expected, bound)
 
 
-def test_eos_is_learnt_though_pad_is_eos(lora_model: Any) -> None:
+def test_eos_is_supervised_though_pad_is_eos(lora_model: Any) -> None:
     """The logit of EOS at the end of a response gets a gradient that raises it."""
     lora_model.to(torch.float32)
     ids, supervised = np.array([5, 6, 7, EOS]), np.array([False, False, True, True])

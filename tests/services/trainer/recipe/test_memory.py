@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from services.gateway.bases import peak_memory
 from services.trainer.contract import JobRun
 from services.trainer.data.layout import Layout, most_tokens
 from services.trainer.model.bases import WarmBases
@@ -37,6 +36,7 @@ from shared.bases.catalogue import Catalogue
 from shared.errors import JobFailed
 from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
 from shared.storage.artifacts import LocalArtifactStore
+from shared.training.plan import TrainingPlan
 from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore
 from tests.tiny import tiny_catalogue, write_tiny_model
 
@@ -47,7 +47,7 @@ Lengths = st.lists(st.integers(2, 5000), min_size=1, max_size=60)
 @given(Lengths, st.integers(1, 20), st.integers(16, 6000), st.integers(0, 5))
 def test_no_micro_batch_has_more_than_the_most_tokens(lengths: list[int], batch: int, budget: int, seed: int) -> None:
     array = np.asarray(lengths, np.int64)
-    layout = Layout(array, batch, 3, None, seed, budget)
+    layout = Layout(array, TrainingPlan(len(lengths), batch, 3), seed, budget)
     bound = most_tokens(array, batch, budget)
     for step in range(layout.total_steps):
         for rows in layout.micro_batches(step):
@@ -104,12 +104,6 @@ def test_what_is_said_to_fit_fits(
 )
 def test_as_little_as_possible_is_changed(within: int, lengths: list[int], fit: Fit | None) -> None:
     assert largest_fit(within, np.asarray(lengths), Fit(4096, 8), 1024) == fit
-
-
-def test_the_estimates_reckon_with_the_same_constants() -> None:
-    assert memory.FRAGMENTATION == peak_memory.FRAGMENTATION
-    assert memory.LOGITS_AT_WORK == peak_memory.LOSS_BLOCKS
-    assert 4 + memory.TRAINED_BYTES == peak_memory._TRAINED_BYTES
 
 
 @pytest.mark.parametrize("fused", [True, False])

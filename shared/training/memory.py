@@ -1,7 +1,8 @@
-"""How much memory training takes at its peak: a pure function of shapes, before any model is loaded.
+"""How much memory training takes: the shares of it that both the estimate and the trainer reckon with.
 
-Counts what the trainer holds on a CPU: the process itself, the frozen base, LoRA with its optimizer state, what one
-micro-batch keeps for its backward pass (`services/trainer/model/llama.py`), and working space. Knows no job, no HTTP.
+The estimate computes all of it from shapes, before any model is loaded; the trainer measures what its forward pass
+saves and adds the rest from here. Counts a CPU: the process itself, the frozen base, LoRA with its optimizer state, the
+activations that one micro-batch saves for its backward pass, and working space. Knows no job, no HTTP and no torch.
 """
 
 from dataclasses import dataclass
@@ -9,19 +10,19 @@ from typing import Any
 
 from shared.jobs.spec import BasePrecision, LoraSpec
 
-# Tokens of a micro-batch at most, unless one row alone is longer: `services.trainer.data.layout` on a CPU.
-TOKEN_BUDGET = 1024
 # A worker without any model: what it imports (550), and what its libraries keep once they have worked; measured.
 PROCESS_MB = 850.0
-# What the C library takes for what is kept: freed blocks between living ones; measured from 1.2 to 1.5.
+# What the C library takes for what is saved: freed blocks between living ones; measured from 1.2 to 1.5.
 FRAGMENTATION = 1.35
-# Rows of logits that `services.trainer.model.fused` makes at a time, and how many such blocks live at once.
-LOSS_ROWS, LOSS_BLOCKS = 128, 3
+# Rows of logits made at a time: at a vocabulary of 49,152 they take 25 MB, which malloc keeps for the next ones.
+LOSS_ROWS = 128
+# Copies of them that live at once, in fp32: logits, their logarithms and their gradient.
+LOGITS_COPIES = 3
+# A gradient and Adam's two moments of a trained weight, all fp32.
+OPTIMIZER_BYTES = 12
 _WEIGHT_BYTES: dict[BasePrecision, float] = {"int8": 1, "nf4": 0.52, "bf16": 2, "fp16": 2, "fp32": 4}
 # What bitsandbytes does not hold (embeddings, output head) is fp32 beside it.
 _OTHER_BYTES: dict[BasePrecision, float] = {"int8": 4, "nf4": 4, "bf16": 2, "fp16": 2, "fp32": 4}
-# A weight, its gradient and Adam's two moments, all fp32.
-_TRAINED_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +72,31 @@ def model_shape(config: dict[str, Any]) -> ModelShape | None:
     )
 
 
-def tokens_at_once(batch_size: int, length: int) -> int:
-    """Tokens of the largest micro-batch if every row has `length`."""
-    return max(length, min(TOKEN_BUDGET // length, batch_size) * length)
-
-
 def peak_memory_mb(shape: ModelShape, precision: BasePrecision, lora: LoraSpec, tokens: int) -> float:
     """Peak resident memory of a training worker on a CPU, in MB of 10^6 bytes.
 
     Args:
-        tokens: of the largest micro-batch, see `tokens_at_once`; memory grows linearly with it.
+        tokens: of the largest micro-batch; memory grows linearly with it.
     """
     linears = shape.layers * sum(inputs * outputs for inputs, outputs in shape.inputs_and_outputs().values())
     others = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     base = linears * _WEIGHT_BYTES[precision] + others * _OTHER_BYTES[precision]
     trained = shape.layers * lora.r * sum(inputs + outputs for inputs, outputs in _adapted(shape, lora).values())
-    work = 4 * LOSS_BLOCKS * LOSS_ROWS * shape.vocabulary + 4 * _widened(shape, precision)
-    kept = FRAGMENTATION * tokens * shape.layers * kept_bytes(shape, lora)
-    return PROCESS_MB + (base + _TRAINED_BYTES * trained + work + kept) / 1e6
+    work = logits_bytes(shape.vocabulary, LOSS_ROWS) + 4 * _dequantised(shape, precision)
+    saved = FRAGMENTATION * tokens * shape.layers * saved_activation_bytes(shape, lora)
+    return PROCESS_MB + (base + (4 + OPTIMIZER_BYTES) * trained + work + saved) / 1e6
 
 
-def _widened(shape: ModelShape, precision: BasePrecision) -> int:
-    """Weights that are fp32 for the time of a product: the widest layers' and, held in half precision, the head's."""
-    if precision == "fp32":
-        return 0
-    head = shape.vocabulary * shape.hidden if precision in ("bf16", "fp16") else 0
-    return 2 * shape.hidden * shape.intermediate + head
+def logits_bytes(vocabulary: int, rows: float) -> float:
+    """Bytes that the loss of `rows` supervised tokens takes while it is computed, its gradient included."""
+    return 4 * LOGITS_COPIES * vocabulary * rows
 
 
-def _adapted(shape: ModelShape, lora: LoraSpec) -> dict[str, tuple[int, int]]:
-    return {name: size for name, size in shape.inputs_and_outputs().items() if name in lora.target_modules}
-
-
-def kept_bytes(shape: ModelShape, lora: LoraSpec) -> int:
+def saved_activation_bytes(shape: ModelShape, lora: LoraSpec) -> int:
     """Bytes that one token leaves in one layer for the backward pass.
 
-    Two residual streams, queries, keys, values and what was attended, gate and up; and the inputs of those products
-    that have LoRA (o_proj's is kept anyway), whose inner values and dropout masks (a byte a number) come on top.
+    Two residual streams, queries, keys, values and attention's output, gate and up; and the inputs of those products
+    that have LoRA (o_proj's is kept anyway), whose hidden values and dropout masks (a byte a number) come on top.
     """
     adapted = _adapted(shape, lora)
     floats = 2 * shape.hidden + 2 * shape.query + 2 * shape.key_value + 2 * shape.intermediate
@@ -117,3 +106,15 @@ def kept_bytes(shape: ModelShape, lora: LoraSpec) -> int:
     floats += lora.r * len(adapted)
     masks = sum(inputs for inputs, _ in adapted.values()) if lora.dropout else 0
     return 4 * floats + masks
+
+
+def _dequantised(shape: ModelShape, precision: BasePrecision) -> int:
+    """Weights that are fp32 for the time of a product: the widest layers' and, held in half precision, the head's."""
+    if precision == "fp32":
+        return 0
+    head = shape.vocabulary * shape.hidden if precision in ("bf16", "fp16") else 0
+    return 2 * shape.hidden * shape.intermediate + head
+
+
+def _adapted(shape: ModelShape, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+    return {name: size for name, size in shape.inputs_and_outputs().items() if name in lora.target_modules}

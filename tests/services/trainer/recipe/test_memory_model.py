@@ -1,4 +1,4 @@
-"""The memory formula: its pieces against a real (tiny) model, its constants against the trainer's."""
+"""The memory model of `shared.training.memory`: its pieces against what a real (tiny) model saves."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from services.gateway.bases.peak_memory import (
-    LOSS_ROWS,
-    TOKEN_BUDGET,
-    ModelShape,
-    kept_bytes,
-    model_shape,
-    peak_memory_mb,
-    tokens_at_once,
-)
-from services.trainer.data.layout import CPU_TOKEN_BUDGET
-from services.trainer.model import fused
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.forward import loss_sum, pack, training_forward
 from services.trainer.model.lora import lora_attached
@@ -26,15 +15,12 @@ from shared.bases.base_model import prepare_base
 from shared.bases.catalogue import Catalogue
 from shared.jobs.spec import BasePrecision, JobSpec, LoraSpec
 from shared.storage.artifacts import LocalArtifactStore
+from shared.training.memory import ModelShape, model_shape, peak_memory_mb, saved_activation_bytes
 from tests.tiny import prepared_tiny, tiny_catalogue, write_tiny_model
 
 CPU = torch.device("cpu")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMOLLM2 = ModelShape(30, 576, 1536, 576, 192, 49152, tied=True)
-
-
-def test_the_trainers_constants_are_these() -> None:
-    assert (TOKEN_BUDGET, LOSS_ROWS) == (CPU_TOKEN_BUDGET, fused.LOSS_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +32,12 @@ def test_the_trainers_constants_are_these() -> None:
         LoraSpec(dropout=0.1, target_modules=("o_proj", "down_proj")),
     ],
 )
-def test_what_a_token_keeps_in_a_layer_is_what_autograd_keeps(tmp_path: Path, lora: LoraSpec) -> None:
+def test_what_a_token_saves_in_a_layer_is_what_autograd_saves(tmp_path: Path, lora: LoraSpec) -> None:
     few, many, tokens = 2, 5, 60
     counted = (saved_bytes(tmp_path, lora, many, tokens) - saved_bytes(tmp_path, lora, few, tokens)) / (many - few)
     shape = ModelShape(2, 32, 64, 32, 16, 400, tied=True)
     # Beside these: one number of each norm and head, and attention's own sums.
-    assert counted / tokens == pytest.approx(kept_bytes(shape, lora), rel=0.03)
+    assert counted / tokens == pytest.approx(saved_activation_bytes(shape, lora), rel=0.03)
 
 
 def saved_bytes(root: Path, lora: LoraSpec, layers: int, tokens: int) -> int:
@@ -85,11 +71,6 @@ def test_it_grows_linearly_and_lora_and_precision_count() -> None:
     assert mb("nf4") < mb("int8") < mb("fp32")
     assert mb(target_modules=ALL, r=16, dropout=0) > mb()
     assert mb(use_rslora=True) == mb()
-
-
-def test_tokens_at_once_fill_the_budget_with_whole_rows() -> None:
-    assert [tokens_at_once(8, length) for length in (100, 300, 512, 1024, 2048)] == [800, 900, 1024, 1024, 2048]
-    assert tokens_at_once(1, 100) == 100
 
 
 def test_the_shape_is_read_from_a_llamas_configuration_only(tmp_path: Path) -> None:

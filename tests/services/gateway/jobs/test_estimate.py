@@ -1,0 +1,80 @@
+"""The estimate's arithmetic, held against the trainer's own plan and layout."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.bases.tokenised import TokenCounts, TokenisedRow, count_tokens
+from services.gateway.jobs.calibration import Calibration
+from services.gateway.jobs.estimate import estimate, largest_micro_batch_tokens
+from services.trainer.data.layout import plan_layout
+from shared.datasets.tokens import Tokens
+from shared.errors import InvalidRequest
+from shared.jobs.spec import Hyperparameters, JobSpec
+from shared.training.plan import CPU_TOKEN_BUDGET
+
+SPEC = JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="s")
+
+
+def spec(**hyper: Any) -> JobSpec:
+    return SPEC.model_copy(update={"hyperparameters": Hyperparameters(**hyper)})
+
+
+def test_time_counts_every_evaluation_and_no_step_that_is_not_made() -> None:
+    training, validation = TokenCounts(80, 0, 8_000, 4_000), TokenCounts(10, 0, 1_000, 500)
+    measured = Calibration(100.0, 1.0)
+    whole = estimate(spec(n_epochs=2), training, validation, measured, [])
+    # Before, and after each of two epochs; an evaluated token costs half a trained one.
+    assert (whole.total_steps, whole.tokens, whole.minutes) == (20, 16_000, round((16_000 + 1_500) / 100 / 60, 2))
+    short = estimate(spec(n_epochs=2, max_steps=5), training, None, measured, [])
+    assert (short.total_steps, short.tokens, short.supervised_tokens) == (5, 4_000, 2_000)
+    split = estimate(spec(n_epochs=1, validation_split=0.25), training, None, measured, [])
+    assert (split.total_steps, split.tokens) == (8, 6_000)
+    with pytest.raises(InvalidRequest, match="leaves no row to train on"):
+        estimate(spec(validation_split=0.5), TokenCounts(1, 0, 9, 3), None, measured, [])
+    with pytest.raises(InvalidRequest, match="anything left"):
+        estimate(spec(), TokenCounts(0, 9, 0, 0), None, measured, [])
+
+
+def test_checkpoints_that_coincide_are_one() -> None:
+    """3 epochs of 100 steps: the ends of the epochs are checkpoints every 50 and every 100 steps already."""
+    training, validation, measured = TokenCounts(800, 0, 80_000, 40_000), TokenCounts(10, 0, 1_000, 500), 100.0
+
+    def checkpoints(every: int | None) -> tuple[int, float | None]:
+        found = estimate(spec(checkpoint_steps=every), training, validation, Calibration(measured, 1.0), [])
+        return found.checkpoints, found.minutes
+
+    def minutes(evaluations: int) -> float:
+        return round((240_000 + 0.5 * 1_000 * evaluations) / measured / 60, 2)
+
+    assert [checkpoints(every) for every in (50, 100, None, 70)] == [
+        (6, minutes(7)),
+        (3, minutes(4)),
+        (3, minutes(4)),
+        (7, minutes(8)),
+    ]
+
+
+def test_a_large_file_is_taken_to_be_like_its_beginning() -> None:
+    row = TokenisedRow(1, "instruction-v1", Tokens([1, 2, 3, 4], [False, False, True, True]))
+    sample = [row, TokenisedRow(2, "instruction-v1", None), row, row]
+    assert count_tokens(iter(sample), 4) == TokenCounts(3, 1, 12, 6, (4, 4, 4))
+    assert count_tokens(iter(sample), 4_000) == TokenCounts(3_000, 1_000, 12_000, 6_000, (4, 4, 4))
+    assert count_tokens(iter([]), 0) == TokenCounts(0, 0, 0, 0)
+
+
+@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), st.integers(1, 20))
+def test_the_largest_micro_batch_is_near_the_trainers_own(lengths: list[int], batch_size: int) -> None:
+    hyper = Hyperparameters(batch_size=batch_size, n_epochs=3)
+    layout = plan_layout(np.asarray(lengths), hyper, 42, "cpu")
+    batches = [batch for step in range(layout.total_steps) for batch in layout.micro_batches(step)]
+    actual = max(sum(lengths[row] for row in batch) for batch in batches)
+    found = largest_micro_batch_tokens(lengths, batch_size)
+    assert max(lengths) <= found <= max(CPU_TOKEN_BUDGET, max(lengths))
+    # No step of any order is larger, and none smaller than its share.
+    assert actual <= max(found, min(CPU_TOKEN_BUDGET, sum(sorted(lengths)[-batch_size:])))
+    if len(set(lengths)) == 1 and sum(lengths[:batch_size]) <= CPU_TOKEN_BUDGET:
+        assert found == actual
