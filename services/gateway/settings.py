@@ -20,8 +20,8 @@ class GatewaySettings(Settings):
         key_file: where the first API key is written (0600); `home/api_key` if empty. A key found there is taken over.
         key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
             one database need the same.
-        inference_timeout: seconds without a byte from inference before a request is given up.
-        lease_seconds: how long a worker may show no life before its job goes to another; it shows some every 5 s.
+        inference_timeout: seconds without a byte from inference before a request is aborted.
+        lease_seconds: a worker that has not renewed its lease for so long loses its job to another; it renews every 5 s.
     """
 
     host: str = "127.0.0.1"

@@ -1,7 +1,9 @@
 """Public names of adapters, in OpenAI's form: `ft:<base>:<project>:<suffix>:<id>`, checkpoints `…:ckpt-step-<n>`."""
 
+import re
+
 PREFIX = "ft:"
-_CHECKPOINT = ":ckpt-step-"
+_CHECKPOINT = re.compile(r".+:ckpt-step-\d+")
 # As the column is.
 MAX_CHARACTERS = 255
 
@@ -13,11 +15,12 @@ def adapter_name(*, base: str, project: str, suffix: str | None, job_id: str) ->
 
 def checkpoint_name(final: str, step: int) -> str:
     """The name of the adapter of one checkpoint, from the name of the job's final adapter."""
-    return f"{final}{_CHECKPOINT}{step}"
+    return f"{final}:ckpt-step-{step}"
 
 
 def is_checkpoint_name(name: str) -> bool:
-    return _CHECKPOINT in name
+    """Whether a name is a checkpoint's; a client's suffix may be `ckpt-step-1`, too, and does not make it one."""
+    return _CHECKPOINT.fullmatch(name) is not None
 
 
 def may_be_adapter_name(name: str) -> bool:

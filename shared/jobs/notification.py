@@ -54,7 +54,7 @@ class NotificationQueue:
 
     def __init__(self, redis_url: str) -> None:
         self._app = celery_app(redis_url)
-        # A sender gives up soon, whether Redis refuses or is silent; a worker waits for it as long as it takes.
+        # A sender stops trying soon, whether Redis refuses or is silent; a worker waits for it as long as it takes.
         self._app.conf.broker_transport_options |= {
             "socket_timeout": SOCKET_TIMEOUT_SECONDS,
             "max_retries": 1,

@@ -78,7 +78,7 @@ class Phase(StrEnum):
 
 
 class RequestedAction(StrEnum):
-    """What a worker is asked to do with the job it holds, read with every renewal."""
+    """What the owner of a job wants its worker to do, read with every renewal."""
 
     NONE = "none"
     PAUSE = "pause"
@@ -162,10 +162,10 @@ class Preset(Frozen):
 
 
 PRESETS: dict[str, Preset] = {
-    # The tutorial's recipe, completed by the defaults HF's Trainer had for what it left unsaid.
+    # The tutorial's recipe, completed by the defaults HF's Trainer had for what it left out.
     "reference": Preset(hyperparameters=Hyperparameters(), lora=LoraSpec()),
     # All linear layers: held-out loss falls twice as far in the same time as with q and v alone. The learning rate
-    # comes from a sweep, see docs/training-notes.md.
+    # comes from a search over rates, see docs/training-notes.md.
     "recommended": Preset(
         hyperparameters=Hyperparameters(learning_rate=8e-4, warmup_ratio=0.03, scheduler="cosine"),
         lora=LoraSpec(

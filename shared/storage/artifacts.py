@@ -29,7 +29,7 @@ DATA = "data"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # The manifest's own hash, a field beside the manifest's.
-SEAL = "sha256"
+HASH_FIELD = "sha256"
 ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
 _ID = re.compile(ID_PATTERN)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -235,7 +235,7 @@ class LocalArtifactStore:
         for name in entries:
             _fsync(staged / name)
         complete = Manifest.model_validate(manifest.model_dump() | {"files": entries})
-        (staged / MANIFEST).write_text(_sealed(complete), encoding="utf-8")
+        (staged / MANIFEST).write_text(_as_written(complete), encoding="utf-8")
         self.place(staged, target)
         return complete
 
@@ -286,8 +286,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise ArtifactCorrupt(f"{folder.name}: no manifest")
     try:
         fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict) or fields.pop(SEAL, None) != _seal(fields):
-            raise ValueError(f"its {SEAL} is not that of its fields")
+        if not isinstance(fields, dict) or fields.pop(HASH_FIELD, None) != _hash_of(fields):
+            raise ValueError(f"its {HASH_FIELD} is not that of its fields")
         manifest = Manifest.model_validate(fields)
     except (ValueError, RecursionError, ValidationError) as error:
         raise ArtifactCorrupt(f"{folder.name}: unreadable manifest: {error}") from error
@@ -311,13 +311,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sealed(manifest: Manifest) -> str:
+def _as_written(manifest: Manifest) -> str:
     """A manifest as it is written."""
     fields = manifest.model_dump(mode="json", exclude_none=True)
-    return json.dumps(fields | {SEAL: _seal(fields)}, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(fields | {HASH_FIELD: _hash_of(fields)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _seal(fields: dict[str, Any]) -> str:
+def _hash_of(fields: dict[str, Any]) -> str:
     """SHA-256 of the fields as JSON in one form, so that a damaged disk cannot change what a folder belongs to.
 
     It keeps nobody from writing another manifest: who can write in the folder is trusted.

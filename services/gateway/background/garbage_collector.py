@@ -2,9 +2,9 @@
 
 Idempotent; runs in every gateway.
 
-Only what SQL does not vouch for and nobody has touched for an hour goes: a folder is always written before its row, and
-a reserved adapter belongs to whoever holds the lease it was reserved under, and a staged folder to the process that
-holds its lock. Prepared bases and caches are left alone.
+A folder goes if no row in SQL refers to it and nothing in it was written for an hour: a folder is always written before
+its row. A reserved adapter belongs to the worker that holds the lease it was reserved under, a staged folder to the
+process that holds its lock. Prepared bases and caches stay.
 """
 
 import time
@@ -53,7 +53,7 @@ class GarbageCollector:
 
     def collect(self) -> list[Path]:
         """Remove everything unwanted. Returns what went."""
-        # The folders are listed before SQL is asked: what appears in between is not in the list.
+        # The folders are listed before SQL is read: what appears in between is not in the list.
         candidates = list(self._old_folders())
         wanted = self._wanted()
         gone = [folder for folder in candidates if folder.name not in wanted and self._remove(folder)]

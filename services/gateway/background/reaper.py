@@ -1,4 +1,4 @@
-"""Finds jobs whose worker shows no life and jobs whose notification no worker took.
+"""Finds jobs whose worker no longer renews its lease, and jobs whose notification no worker took.
 
 Runs in every gateway; all it does is idempotent.
 """

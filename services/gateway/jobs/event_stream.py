@@ -1,6 +1,6 @@
 """A job's events as they happen: server-sent events, ascending, resumable by `Last-Event-ID`.
 
-SQL is asked once a second; whichever gateway the client comes back to goes on where it left off.
+SQL is read once a second; whichever gateway the client comes back to goes on where it left off.
 """
 
 import asyncio
@@ -75,6 +75,6 @@ class EventStream:
     def _read(self) -> tuple[bool, Page[Event]]:
         """Whether the job has ended, and the next events."""
         with self._database.read() as tx:
-            # Asked before the events: what is written together with the end is still read after it.
+            # Read before the events: what is written together with the end is still read after it.
             ended = self._store.get(tx, self._project, self._job_id).state.final
             return ended, self._store.events(tx, self._project, self._job_id, after=self._after, limit=PAGE)

@@ -59,8 +59,8 @@ def _as_requested(info: FieldInfo, *, auto: bool) -> tuple[Any, Any]:
     if isinstance(annotation, types.UnionType):
         (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
     exact = (Strict(),) if annotation in (int, float, bool) else ()
-    asked = Annotated[annotation, Field(), *info.metadata, *exact] | None
-    return (Annotated[asked, AutoMeansUnset()] if auto else asked), None
+    requested = Annotated[annotation, Field(), *info.metadata, *exact] | None
+    return (Annotated[requested, AutoMeansUnset()] if auto else requested), None
 
 
 def _part(name: str, spec: type[Frozen], doc: str, *, auto: bool = False, **extra: Any) -> type[Request]:
@@ -120,8 +120,8 @@ class JobRequest(Request):
 
     def fingerprint(self) -> str:
         """SHA-256 of what is requested, however it was spelled."""
-        asked = self.model_dump(mode="json", exclude_unset=True)
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        requested = self.model_dump(mode="json", exclude_unset=True)
+        return hashlib.sha256(json.dumps(requested, sort_keys=True).encode()).hexdigest()
 
     @field_validator("integrations", mode="before")
     @classmethod

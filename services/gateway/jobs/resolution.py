@@ -147,9 +147,9 @@ def _lora(request: JobRequest, preset: Preset, base: Base, parent: Parent | None
         if request.lora:
             raise InvalidRequest("an adapter is continued in its own shape; leave lora out", param="lora")
         return parent.lora
-    asked: dict[str, Any] = request.lora.model_dump(exclude_none=True) if request.lora else {}
+    requested: dict[str, Any] = request.lora.model_dump(exclude_none=True) if request.lora else {}
     targets = base.target_modules if request.preset == "reference" else preset.lora.target_modules
-    effective = preset.lora.model_dump() | {"target_modules": targets} | asked
+    effective = preset.lora.model_dump() | {"target_modules": targets} | requested
     if len(set(effective["target_modules"])) != len(effective["target_modules"]):
         raise InvalidRequest("a module is named twice", param="lora.target_modules")
     return _validated(LoraSpec, effective, "lora")
@@ -165,20 +165,20 @@ def _hyperparameters(request: JobRequest, preset: Preset) -> Hyperparameters:
         )
     place = "method.supervised.hyperparameters" if nested is not None else "hyperparameters"
     chosen = request.hyperparameters if nested is None else nested
-    asked: dict[str, Any] = chosen.model_dump(exclude_none=True) if chosen else {}
-    multiplier = asked.pop("learning_rate_multiplier", None)
+    requested: dict[str, Any] = chosen.model_dump(exclude_none=True) if chosen else {}
+    multiplier = requested.pop("learning_rate_multiplier", None)
     if multiplier is not None:
-        if "learning_rate" in asked:
+        if "learning_rate" in requested:
             raise InvalidRequest(
                 "give learning_rate or learning_rate_multiplier, not both", param=f"{place}.learning_rate_multiplier"
             )
-        asked["learning_rate"] = multiplier * preset.hyperparameters.learning_rate
-        if asked["learning_rate"] > 1:
+        requested["learning_rate"] = multiplier * preset.hyperparameters.learning_rate
+        if requested["learning_rate"] > 1:
             raise InvalidRequest(
                 f"times the preset's {preset.hyperparameters.learning_rate:g} the learning rate is above 1",
                 param=f"{place}.learning_rate_multiplier",
             )
-    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | asked, place)
+    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | requested, place)
 
 
 def _validated(model: type[M], values: dict[str, Any], place: str) -> M:

@@ -12,7 +12,7 @@ from shared.errors import InvalidRequest, NotFound
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers a request: a base's catalogue id, and an adapter's id unless it is the base alone."""
+    """What answers a request: a base's catalogue id, and an adapter's id unless the base answers without one."""
 
     base: str
     adapter: str | None = None

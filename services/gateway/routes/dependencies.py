@@ -99,7 +99,7 @@ async def _model_id(model_id: str) -> str:
 
 
 def _known(value: str, kind: str) -> str:
-    # What cannot be an id is not found, before a database is asked (PostgreSQL refuses NUL with an error).
+    # What cannot be an id is not found, before SQL is read (PostgreSQL refuses NUL with an error).
     if not _ID.fullmatch(value):
         raise NotFound(f"no such {kind}")
     return value

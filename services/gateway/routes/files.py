@@ -68,7 +68,7 @@ async def create_file(
                 await run_in_threadpool(upload.feed, chunk)
             return await run_in_threadpool(_keep, upload, database, artifacts, idempotency, files, project, attempts)
     except ClientDisconnect:
-        # Nobody reads this.
+        # The client has left: this is for the access log.
         raise InvalidRequest("the upload was broken off") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -85,7 +85,7 @@ def _keep(
     project: str,
     attempts: Callable[[str], Attempt],
 ) -> Response:
-    """Store what was received, its row after its bytes: a crash between them leaves a folder nobody refers to."""
+    """Store what was received, its row after its bytes: a crash between them leaves a folder that no row refers to."""
     new = upload.finish()
     attempt = attempts(new.fingerprint())
     file_id = new_id("file")
@@ -137,7 +137,7 @@ def delete_file(
     """Delete a file that no unfinished job needs."""
     with database.write() as tx:
         files.delete(tx, project, file_id)
-    # The row went first: what a crash leaves behind is a folder nobody refers to.
+    # The row went first: what a crash leaves behind is a folder that no row refers to.
     artifacts.remove(artifacts.file(file_id))
     return json_response(FileDeletedJson(id=file_id))
 

@@ -9,7 +9,7 @@ from shared.http.error_bodies import OPENAI_ERRORS, TGI_ERRORS
 
 __all__ = ["NEEDS_KEY", "OPENAI_ERRORS", "TGI_ERRORS", "json_response", "stored_response"]
 
-# It only documents: the route class has refused whoever has no key before this is asked.
+# It only documents: the route class has refused requests without a key before this runs.
 NEEDS_KEY = Depends(HTTPBearer(auto_error=False, scheme_name="api_key", description="An API key, `ts-…`"))
 
 

@@ -28,6 +28,6 @@ def test_three_rows_are_taken_with_the_tutorials_advice_on_the_file_and_on_the_j
     assert job["warnings"][: len(advice)] == advice
     steps = "3 optimizer steps are few (100 is a sensible minimum): more rows or more epochs teach more"
     assert job["warnings"][len(advice) :] == [steps, "a batch of 8 is more than all rows"]
-    # Advice is not an error, and is told in the job's story too.
+    # Advice is not an error, and is in the job's event log too.
     events = gateway.http.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
     assert steps in " ".join(event["message"] for event in events)

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 import shared.storage.artifacts
 from shared.errors import ArtifactCorrupt, NotFound
-from shared.storage.artifacts import MANIFEST, SEAL, LocalArtifactStore, Manifest, new_id, read_manifest, sha256_of
+from shared.storage.artifacts import (
+    HASH_FIELD,
+    MANIFEST,
+    LocalArtifactStore,
+    Manifest,
+    new_id,
+    read_manifest,
+    sha256_of,
+)
 
 CONTENT = {"a.bin": bytes(range(200)), "b.json": b'{"x": 1}', "empty": b""}
 
@@ -80,9 +88,9 @@ def test_any_changed_byte_is_refused(
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose manifest uses every field."""
-    store = LocalArtifactStore(tmp_path_factory.mktemp("sealed"))
+    store = LocalArtifactStore(tmp_path_factory.mktemp("published"))
     target = store.adapter("adapter-1")
     with store.staged() as folder:
         (folder / "a.bin").write_bytes(b"content")
@@ -93,8 +101,8 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_no_bit_of_a_manifest_can_flip_unseen(sealed: Path, data: st.DataObject) -> None:
-    listing = sealed / MANIFEST
+def test_no_bit_of_a_manifest_can_flip_unseen(published: Path, data: st.DataObject) -> None:
+    listing = published / MANIFEST
     written = listing.read_bytes()
     place = data.draw(st.integers(0, 8 * len(written) - 1))
     damaged = bytearray(written)
@@ -102,38 +110,38 @@ def test_no_bit_of_a_manifest_can_flip_unseen(sealed: Path, data: st.DataObject)
     try:
         listing.write_bytes(damaged)
         with pytest.raises(ArtifactCorrupt):
-            read_manifest(sealed, "adapter")
+            read_manifest(published, "adapter")
     finally:
         listing.write_bytes(written)
-    assert read_manifest(sealed, "adapter").step == 120
+    assert read_manifest(published, "adapter").step == 120
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"base": "another"}, {"base_revision": "s"}, {"step": 8}, {"template": None}, {"versions": {}}, {SEAL: "0" * 64},
-     {SEAL: None}, {SEAL: 5}],
+    [{"base": "another"}, {"base_revision": "s"}, {"step": 8}, {"template": None}, {"versions": {}},
+     {HASH_FIELD: "0" * 64}, {HASH_FIELD: None}, {HASH_FIELD: 5}],
 )  # fmt: skip
-def test_a_changed_field_is_noticed(sealed: Path, change: dict[str, object]) -> None:
-    listing = sealed / MANIFEST
+def test_a_changed_field_is_noticed(published: Path, change: dict[str, object]) -> None:
+    listing = published / MANIFEST
     written = listing.read_text()
     fields = {name: value for name, value in (json.loads(written) | change).items() if value is not None}
     try:
         listing.write_text(json.dumps(fields))
-        with pytest.raises(ArtifactCorrupt, match=SEAL):
-            read_manifest(sealed, "adapter")
+        with pytest.raises(ArtifactCorrupt, match=HASH_FIELD):
+            read_manifest(published, "adapter")
     finally:
         listing.write_text(written)
     # How it is laid out says nothing.
     listing.write_text(json.dumps(json.loads(written), separators=(",", ":")))
-    assert read_manifest(sealed, "adapter").template == "chat-ä"
+    assert read_manifest(published, "adapter").template == "chat-ä"
     listing.write_text(written)
 
 
 def resealed(fields: dict[str, object]) -> str:
     """A manifest whose own hash is right whatever it says."""
-    rest = {name: value for name, value in fields.items() if name != SEAL}
+    rest = {name: value for name, value in fields.items() if name != HASH_FIELD}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return json.dumps(rest | {SEAL: digest})
+    return json.dumps(rest | {HASH_FIELD: digest})
 
 
 @pytest.mark.parametrize(
@@ -277,3 +285,23 @@ def test_ids_are_random_and_lie_below_the_root(store: LocalArtifactStore) -> Non
     assert all(store.adapter(each).parent == store.root / "adapters" for each in ids)
     assert store.checkpoint("ftjob-1", 3, 120) == store.root / "jobs" / "ftjob-1" / "3" / "step-00000120"
     assert store.cache("0" * 64) == store.root / "cache" / ("0" * 64)
+
+
+def test_a_placed_folder_goes_again_unless_it_is_kept(store: LocalArtifactStore) -> None:
+    def place(target: Path, *, keep: bool, fail: bool) -> None:
+        with store.staged() as staged:
+            (staged / "data").write_bytes(b"x")
+            with store.placed(staged, target) as placed:
+                assert (target / "data").read_bytes() == b"x"
+                if keep:
+                    placed.keep()
+                if fail:
+                    raise OSError("the answer to COMMIT was lost")
+
+    targets = [store.file(new_id("file")) for _ in range(4)]
+    place(targets[0], keep=True, fail=False)
+    place(targets[1], keep=False, fail=False)
+    for target, keep in ((targets[2], True), (targets[3], False)):
+        with pytest.raises(OSError, match="lost"):
+            place(target, keep=keep, fail=True)
+    assert [target.exists() for target in targets] == [True, False, True, False]

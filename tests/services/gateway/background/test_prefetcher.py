@@ -77,7 +77,7 @@ def inference() -> Iterator[StandIn]:
 def test_only_final_adapters_of_jobs_that_just_succeeded_are_seen(scene: Scene) -> None:
     watching = Prefetcher(scene.database, Replicas((), httpx.AsyncClient()))
     scene.succeed(scene.claimed())
-    # What had ended before is nobody's news.
+    # What had ended before is not new.
     assert watching.published() == []
     first, second, failing, deleted = (scene.claimed() for _ in range(4))
     cancelled = scene.jobs.create("default", SPEC)

@@ -87,9 +87,9 @@ def test_a_silent_workers_job_goes_to_the_next_one(scene: Scene) -> None:
     again = scene.claimed()
     assert (again.job.id, again.job.attempt) == (lease.job.id, 2)
     assert again.token > lease.token
-    story = [event.message for event in scene.store.events("default", lease.job.id, after=0, limit=100).items]
-    assert "Worker worker-1 was lost" in story
-    assert story[-1] == "Started again (attempt 2) on worker worker-1"
+    log = [event.message for event in scene.store.events("default", lease.job.id, after=0, limit=100).items]
+    assert "Worker worker-1 was lost" in log
+    assert log[-1] == "Started again (attempt 2) on worker worker-1"
 
 
 def test_one_sign_of_life_starts_the_count_again(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-"""Jobs through the front door: what is wrong is refused by name and leaves no job; wishes in every state."""
+"""Jobs through the front door: what is wrong is refused by name and leaves no job; actions requested in every state."""
 
 import json
 import threading
@@ -137,7 +137,7 @@ def test_metadata_with_any_key_is_found_again(gateway: Gateway, file: str) -> No
 def test_what_is_wished_for_in_every_state(gateway: Gateway, file: str) -> None:
     leases = gateway.leases
 
-    def wish(job: str, verb: str) -> httpx.Response:
+    def request(job: str, verb: str) -> httpx.Response:
         return gateway.http.post(f"{PATH}/{job}/{verb}")
 
     def new() -> str:
@@ -149,14 +149,14 @@ def test_what_is_wished_for_in_every_state(gateway: Gateway, file: str) -> None:
     running = new()
     lease = leases.claim("worker")
     assert lease is not None
-    assert wish(running, "pause").json()["state"] == "pausing"
-    assert wish(running, "pause").json()["status"] == "running"
-    assert wish(running, "resume").status_code == 400
-    assert wish(running, "cancel").json()["state"] == "cancelling"
-    assert wish(running, "pause").status_code == 400
+    assert request(running, "pause").json()["state"] == "pausing"
+    assert request(running, "pause").json()["status"] == "running"
+    assert request(running, "resume").status_code == 400
+    assert request(running, "cancel").json()["state"] == "cancelling"
+    assert request(running, "pause").status_code == 400
     leases.release(lease, "Stopped")
     for verb, state in (("cancel", 200), ("pause", 400), ("resume", 400)):
-        answer = wish(running, verb)
+        answer = request(running, verb)
         assert answer.status_code == state
         if state == 400:
             assert answer.json()["error"]["code"] == f"cannot_{verb}"

@@ -8,7 +8,7 @@ from tests.services.gateway.conftest import ROWS, Gateway
 PATH = "/v1/fine_tuning/jobs"
 
 
-def told(step: int, loss: float, **more: float) -> NewEvent:
+def point(step: int, loss: float, **more: float) -> NewEvent:
     return NewEvent(f"Step {step}", type="metrics", data={"step": step, "train_loss": loss, **more})
 
 
@@ -20,8 +20,8 @@ def test_the_series_ascends_pages_and_takes_the_last_word_on_a_step(gateway: Gat
     lease = gateway.leases.claim("worker-1")
     assert lease is not None
     # Step 10 is trained again, as after a lost worker.
-    news = [told(5, 3.0), told(10, 2.8), NewEvent("not a point"), told(10, 2.5, valid_loss=2.9), told(15, 2.4)]
-    gateway.leases.record(lease, news)
+    events = [point(5, 3.0), point(10, 2.8), NewEvent("not a point"), point(10, 2.5, valid_loss=2.9), point(15, 2.4)]
+    gateway.leases.record(lease, events)
 
     def get(**params: Any) -> Any:
         return gateway.http.get(path, params=params).json()
