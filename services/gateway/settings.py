@@ -21,7 +21,7 @@ class GatewaySettings(Settings):
         key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
             one database need the same.
         inference_timeout: seconds without a byte from inference before a request is aborted.
-        lease_seconds: a worker that has not renewed its lease for so long loses its job to another; it renews every 5 s.
+        lease_seconds: a worker that has not renewed its lease for so long loses its job to another; it renews each 5 s.
     """
 
     host: str = "127.0.0.1"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from services.inference.adapters.registry import AdapterRegistry, Checked
-from services.inference.adapters.weights import WEIGHTS, read_adapter, refuse
+from services.inference.adapters.weights import read_adapter, refuse
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, precision_to_load
@@ -18,10 +18,10 @@ from shared.bases.base_model import LoadedBase, choose_device, compute_dtype, lo
 from shared.bases.catalogue import Catalogue
 from shared.datasets.templates import template_by_id
 from shared.errors import InvalidRequest
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import ADAPTER_WEIGHTS, LocalArtifactStore
 
 
-def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: Catalogue) -> Serving:
+def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalogue: Catalogue) -> Serving:
     """Prepare and load the base, start the engine.
 
     Raises:
@@ -39,7 +39,7 @@ def build_serving(settings: InferenceSettings, store: ArtifactStore, catalogue: 
     return assemble(load_base(base, store, precision, device, dtype), settings, store)
 
 
-def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactStore) -> Serving:
+def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
     """The service around a loaded base, which is read or changed in place and not to be used any more."""
     chosen = choose_runner(
         loaded.model,
@@ -81,7 +81,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: ArtifactSto
 def read_checked(
     folder: Path,
     loaded: LoadedBase,
-    store: ArtifactStore,
+    store: LocalArtifactStore,
     settings: InferenceSettings,
     modules: Mapping[str, tuple[int, int]],
     dtype: torch.dtype,
@@ -89,7 +89,7 @@ def read_checked(
     """Verify an adapter folder, see that it belongs to this base, and read it.
 
     Raises:
-        NotFound, ArtifactCorrupt: see `ArtifactStore.verify`.
+        NotFound, ArtifactCorrupt: see `LocalArtifactStore.verify`.
         InvalidRequest: code `adapter_refused`, with the reason.
     """
     manifest = store.verify(folder, "adapter")
@@ -98,9 +98,9 @@ def read_checked(
     if (manifest.base, manifest.base_sha256) != (loaded.base.id, loaded.sha256):
         same = "other weights of it" if manifest.base == loaded.base.id else f"this server has {loaded.base.id}"
         raise refuse(f"it was trained on the base {manifest.base} ({same})")
-    if WEIGHTS not in manifest.files:
-        raise refuse(f"it has no {WEIGHTS}")
-    if manifest.files[WEIGHTS].size > settings.adapter_bytes:
+    if ADAPTER_WEIGHTS not in manifest.files:
+        raise refuse(f"it has no {ADAPTER_WEIGHTS}")
+    if manifest.files[ADAPTER_WEIGHTS].size > settings.adapter_bytes:
         raise refuse(f"it is larger than this server's budget of {settings.adapter_bytes} bytes")
     try:
         template = template_by_id(manifest.template, loaded.tokenizer.chat) if manifest.template else None

@@ -21,7 +21,7 @@ from shared.datasets.tokens import Tokenizer
 from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
 from shared.jobs.spec import BasePrecision
 from shared.processor import this_processor
-from shared.storage.artifacts import ArtifactStore, Manifest, sha256_of
+from shared.storage.artifacts import LocalArtifactStore, Manifest, sha256_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -69,7 +69,7 @@ def compute_dtype(name: str, device: torch.device, precision: BasePrecision = "f
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def prepare_base(base: Base, store: ArtifactStore) -> Manifest:
+def prepare_base(base: Base, store: LocalArtifactStore) -> Manifest:
     """Bring a base model into the artifact store once; verifies and returns what is there if it is there.
 
     Raises:
@@ -144,7 +144,11 @@ def _copy_folder(source: Path, folder: Path) -> None:
 
 
 def load_base(
-    base: Base, store: ArtifactStore, precision: BasePrecision, device: torch.device, dtype: torch.dtype = torch.float32
+    base: Base,
+    store: LocalArtifactStore,
+    precision: BasePrecision,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedBase:
     """Load a prepared base, frozen and in eval mode.
 

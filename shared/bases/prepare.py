@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from shared.bases.catalogue import Base, load_catalogue
 from shared.errors import NotFound, TunesmithError
 from shared.settings import Settings
-from shared.storage.artifacts import ArtifactStore, LocalArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 
 
-def prepare_first(bases: Sequence[Base], store: ArtifactStore) -> Base:
+def prepare_first(bases: Sequence[Base], store: LocalArtifactStore) -> Base:
     """Prepare the first of `bases` that can be had here, and say on stderr why others could not.
 
     Raises:
@@ -28,7 +28,7 @@ def prepare_first(bases: Sequence[Base], store: ArtifactStore) -> Base:
     raise TunesmithError("no base model could be prepared: " + ", ".join(base.id for base in bases))
 
 
-def _prepare(base: Base, store: ArtifactStore) -> None:
+def _prepare(base: Base, store: LocalArtifactStore) -> None:
     try:
         store.verify(store.base(base.id), "base")
     except NotFound:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ArtifactCorrupt, NotFound
-from shared.storage.artifacts import ArtifactStore, read_manifest
+from shared.storage.artifacts import LocalArtifactStore, read_manifest
 from shared.training.memory import ModelShape, model_shape
 
 MAX_HEADER_BYTES = 100 << 20
@@ -33,7 +33,7 @@ class BaseFacts:
 class PreparedBases:
     """Facts of the bases in an artifact store, read once each."""
 
-    def __init__(self, artifacts: ArtifactStore) -> None:
+    def __init__(self, artifacts: LocalArtifactStore) -> None:
         self._artifacts = artifacts
         self._known: dict[str, BaseFacts] = {}
 

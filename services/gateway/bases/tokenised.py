@@ -11,7 +11,7 @@ from shared.datasets.templates import template_for
 from shared.datasets.tokens import Tokenizer, Tokens
 from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 
 # Of a larger file so many rows are tokenised, and the rest is taken to be like them.
 SAMPLED_ROWS = 2_000
@@ -47,7 +47,7 @@ class TokenCounts:
 class Tokenizers:
     """Tokenizers of the prepared bases, read once each."""
 
-    def __init__(self, artifacts: ArtifactStore) -> None:
+    def __init__(self, artifacts: LocalArtifactStore) -> None:
         self._artifacts = artifacts
         self._known: dict[str, Tokenizer] = {}
         self._lock = threading.Lock()

@@ -19,7 +19,7 @@ from services.inference.engine.interface import AdapterWeights, Engine
 from shared.datasets.templates import Template
 from shared.errors import ArtifactCorrupt, InvalidRequest, NotFound, Overloaded, Unavailable
 from shared.logs import get_logger
-from shared.storage.artifacts import ArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore, Manifest
 
 State = Literal["loading", "resident", "draining"]
 _log = get_logger("adapters")
@@ -82,7 +82,7 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        store: ArtifactStore,
+        store: LocalArtifactStore,
         engine: Engine,
         read: Callable[[Path], Checked],
         pool: Executor,

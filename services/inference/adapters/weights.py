@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from services.inference.engine.lora import LoraWeights
 from shared.errors import InvalidRequest
+from shared.storage.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _DTYPES = frozenset({"F32", "F16", "BF16"})
 # Keys of adapter_config.json that do not change what the weights compute. Any other must be unset or off.
@@ -45,10 +45,10 @@ def read_adapter(
     Raises:
         InvalidRequest: code `adapter_refused`, with the reason.
     """
-    config = _read_config(folder / CONFIG)
+    config = _read_config(folder / ADAPTER_CONFIG)
     rank, scaling = _rank_and_scaling(config, max_rank)
     targets = _targets(config, modules)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     expected = {f"{_PREFIX}{path}.lora_{side}.weight": path for path in targets for side in "AB"}
     if missing := sorted(expected.keys() - tensors.keys()):
         raise refuse(f"{len(missing)} tensors of its target layers are missing, such as {missing[0]}")
@@ -67,9 +67,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        raise refuse(f"{CONFIG} is missing or not JSON") from None
+        raise refuse(f"{ADAPTER_CONFIG} is missing or not JSON") from None
     if not isinstance(config, dict):
-        raise refuse(f"{CONFIG} is not an object")
+        raise refuse(f"{ADAPTER_CONFIG} is not an object")
     if config.get("peft_type") != "LORA":
         raise refuse(f"peft_type is {str(config.get('peft_type'))[:40]!r}, only LORA is served")
     if config.get("bias", "none") != "none":
@@ -115,7 +115,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 tensors[key] = file.get_tensor(key)
             return tensors
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise refuse(f"{WEIGHTS} cannot be read: {str(error)[:200]}") from None
+        raise refuse(f"{ADAPTER_WEIGHTS} cannot be read: {str(error)[:200]}") from None
 
 
 def _checked(tensors: dict[str, torch.Tensor], path: str, side: str, shape: tuple[int, int]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from shared.datasets.templates import Template, template_for
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, JobFailed, NotFound
 from shared.jobs.spec import Hyperparameters, JobSpec
-from shared.storage.artifacts import ArtifactStore, sha256_of
+from shared.storage.artifacts import LocalArtifactStore, sha256_of
 
 # Raised whenever the same rows would give other tokens or another file layout.
 CACHE_FORMAT = 1
@@ -67,7 +67,7 @@ class Data:
     validation: Rows | None
 
 
-def prepare_data(spec: JobSpec, store: ArtifactStore, tokenizer: Tokenizer, check: Check) -> Data:
+def prepare_data(spec: JobSpec, store: LocalArtifactStore, tokenizer: Tokenizer, check: Check) -> Data:
     """Tokenise the job's files, or find them tokenised.
 
     Raises:
@@ -85,7 +85,7 @@ def prepare_data(spec: JobSpec, store: ArtifactStore, tokenizer: Tokenizer, chec
 
 
 def _prepare(
-    store: ArtifactStore,
+    store: LocalArtifactStore,
     tokenizer: Tokenizer,
     file_id: str,
     sha256: str | None,
@@ -95,7 +95,7 @@ def _prepare(
 ) -> Rows:
     code = f"invalid_{role}_file"
     try:
-        file = store.file(file_id) / "data"
+        file = store.file_data(file_id)
         if not file.is_file():
             raise JobFailed(f"the {role} file {file_id} has been deleted", code=code)
         actual = sha256_of(file)
@@ -107,7 +107,7 @@ def _prepare(
 
 
 def tokenise(
-    store: ArtifactStore, tokenizer: Tokenizer, file: Path, sha256: str, hyper: Hyperparameters, check: Check
+    store: LocalArtifactStore, tokenizer: Tokenizer, file: Path, sha256: str, hyper: Hyperparameters, check: Check
 ) -> Rows:
     """The rows of an uploaded file, from the cache if these very tokens were made before.
 

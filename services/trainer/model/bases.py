@@ -21,7 +21,7 @@ from shared.bases.catalogue import Base, Catalogue
 from shared.datasets.tokens import Tokenizer
 from shared.errors import JobFailed, NotFound
 from shared.jobs.spec import JobSpec
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class TrainableBase:
 class WarmBases:
     """Prepares, loads and keeps one base at a time: a second one beside it may not fit."""
 
-    def __init__(self, catalogue: Catalogue, store: ArtifactStore, device: torch.device) -> None:
+    def __init__(self, catalogue: Catalogue, store: LocalArtifactStore, device: torch.device) -> None:
         self.device = device
         self._catalogue = catalogue
         self._store = store

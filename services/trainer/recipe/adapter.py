@@ -14,10 +14,7 @@ from services.trainer.contract import JobRun
 from services.trainer.model.bases import TrainableBase
 from shared.bases.base_model import library_versions
 from shared.bases.catalogue import Base
-from shared.storage.artifacts import Manifest
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+from shared.storage.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest
 
 # What readers (peft of any version, vLLM) expect to find even where it is the default.
 _ALWAYS = (
@@ -40,9 +37,11 @@ def write_adapter(folder: Path, model: PeftModel, base: Base) -> None:
     """Write the LoRA weights (fp32) and their configuration into a staged folder."""
     # `save_embedding_layers` left to itself may ask the hub about the base.
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
     config = _config(model.peft_config["default"], base)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _config(lora: LoraConfig, base: Base) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def canonical_name(base: Base) -> str:
 
 
 def adapter_manifest(job: JobRun, adapter_id: str, step: int, base: TrainableBase, template: str) -> Manifest:
-    """The manifest of an adapter, its files still to be filled in by `ArtifactStore.publish`."""
+    """The manifest of an adapter, its files still to be filled in by `LocalArtifactStore.publish`."""
     return Manifest(
         kind="adapter",
         id=adapter_id,

@@ -21,7 +21,7 @@ from services.trainer.recipe.metrics import History
 from services.trainer.recipe.rng import RandomState
 from shared.bases.base_model import library_versions
 from shared.errors import ArtifactCorrupt, JobFailed, NotFound
-from shared.storage.artifacts import ArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore, Manifest
 
 TENSORS = "state.safetensors"
 VALUES = "state.json"
@@ -99,7 +99,7 @@ def read_state(folder: Path, state: TrainingState, identity: Identity, device: t
 
 def resume(
     candidates: Sequence[Path],
-    store: ArtifactStore,
+    store: LocalArtifactStore,
     state: TrainingState,
     identity: Identity,
     session: Session,
@@ -129,7 +129,7 @@ def resume(
 
 
 def publish_state(
-    store: ArtifactStore, job: JobRun, base: TrainableBase, template: str, state: TrainingState, identity: Identity
+    store: LocalArtifactStore, job: JobRun, base: TrainableBase, template: str, state: TrainingState, identity: Identity
 ) -> Path:
     """Publish the resume state of the last whole step; it counts once the session has committed it."""
     target = store.checkpoint(job.job_id, job.lease_token, state.history.step)
@@ -153,7 +153,7 @@ def publish_state(
     return target
 
 
-def prune(store: ArtifactStore, known: list[Path]) -> None:
+def prune(store: LocalArtifactStore, known: list[Path]) -> None:
     """Remove all but the two newest of the committed resume states this run knows of, oldest first in `known`.
 
     Only those: a folder we know nothing of may belong to a worker that took the job over.

@@ -16,7 +16,7 @@ from services.trainer.recipe.checkpoint import Identity
 from services.trainer.recipe.eta import Pace
 from services.trainer.recipe.memory import FreeMemory, Shortage
 from services.trainer.recipe.metrics import History
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 
 Clock = Callable[[], float]
 # Logits of a whole row of a large vocabulary would be the run's peak of memory.
@@ -41,7 +41,7 @@ class RunContext:
     data: Data
     layout: Layout
     precision: Precision
-    store: ArtifactStore
+    store: LocalArtifactStore
     session: Session
     check: Check
     clock: Clock

@@ -53,7 +53,7 @@ from services.trainer.recipe.schedule import learning_rate
 from services.trainer.recipe.step import MAX_SKIPPED_STEPS, make_optimizer, take_step
 from shared.errors import JobFailed
 from shared.jobs.spec import Phase
-from shared.storage.artifacts import ArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore, Manifest
 
 # Failures after which the warm base may hold half an adapter or other weights: the next job loads it afresh.
 SPOILS_THE_BASE = frozenset({"out_of_memory", "base_changed"})
@@ -62,7 +62,7 @@ SPOILS_THE_BASE = frozenset({"out_of_memory", "base_changed"})
 def finetune(
     job: JobRun,
     bases: WarmBases,
-    store: ArtifactStore,
+    store: LocalArtifactStore,
     session: Session,
     candidates: Sequence[Path] = (),
     *,
@@ -98,7 +98,7 @@ def finetune(
 def prepare(
     job: JobRun,
     bases: WarmBases,
-    store: ArtifactStore,
+    store: LocalArtifactStore,
     session: Session,
     peak_flops: Mapping[torch.dtype, float],
     clock: Clock,

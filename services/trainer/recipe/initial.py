@@ -6,12 +6,11 @@ from safetensors.torch import load_file
 
 from services.trainer.model.bases import TrainableBase
 from services.trainer.model.lora import trainable
-from services.trainer.recipe.adapter import WEIGHTS
 from shared.errors import ArtifactCorrupt, JobFailed, NotFound
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import ADAPTER_WEIGHTS, LocalArtifactStore
 
 
-def start_from(model: PeftModel, adapter_id: str, base: TrainableBase, store: ArtifactStore) -> None:
+def start_from(model: PeftModel, adapter_id: str, base: TrainableBase, store: LocalArtifactStore) -> None:
     """Copy an adapter's weights into freshly attached LoRA of the same shape, in place.
 
     Raises:
@@ -24,7 +23,7 @@ def start_from(model: PeftModel, adapter_id: str, base: TrainableBase, store: Ar
         raise JobFailed(f"the adapter to start from cannot be used: {error.message}", code="initial_adapter") from error
     if manifest.base_sha256 != base.loaded.sha256:
         raise JobFailed("the adapter to start from belongs to other base weights", code="initial_adapter")
-    tensors, parameters = load_file(folder / WEIGHTS), trainable(model)
+    tensors, parameters = load_file(folder / ADAPTER_WEIGHTS), trainable(model)
     # peft leaves the adapter's name out of what it saves.
     shapes = {name.replace(".default.", "."): parameter.shape for name, parameter in parameters.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:

@@ -18,7 +18,7 @@ from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault
 from shared.logs import get_logger
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 
 
 class Worker:
@@ -36,7 +36,7 @@ class Worker:
     def __init__(
         self,
         leases: Leases,
-        store: ArtifactStore,
+        store: LocalArtifactStore,
         bases: WarmBases,
         *,
         name: str,

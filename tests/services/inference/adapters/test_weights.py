@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.inference.adapters.weights import CONFIG, WEIGHTS, read_adapter
+from services.inference.adapters.weights import read_adapter
 from shared.errors import InvalidRequest
+from shared.storage.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.services.inference.harness import Tiny
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -31,24 +32,24 @@ def modules(tiny: Tiny) -> dict[str, tuple[int, int]]:
 @pytest.fixture
 def folder(tiny: Tiny, adapters: list[str], tmp_path: Path) -> Path:
     """A copy of a good adapter, to be spoilt."""
-    for name in (WEIGHTS, CONFIG):
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         (tmp_path / name).write_bytes((tiny.store.adapter(adapters[0]) / name).read_bytes())
     return tmp_path
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_tensors(folder: Path, change: Change) -> None:
-    tensors = {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
+    tensors = {key: value.clone() for key, value in load_file(folder / ADAPTER_WEIGHTS).items()}
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
 def test_a_good_adapter_is_read_with_its_scaling(folder: Path, modules: dict[str, tuple[int, int]]) -> None:
-    raw = load_file(folder / WEIGHTS)
+    raw = load_file(folder / ADAPTER_WEIGHTS)
     weights = read_adapter(folder, modules, max_rank=8)
     assert weights.rank == 8
     assert sorted(weights.pairs) == [f"model.layers.{i}.self_attn.{n}" for i in (0, 1) for n in ("q_proj", "v_proj")]
@@ -134,7 +135,7 @@ def test_tensors_that_are_refused(
 
 @pytest.mark.parametrize("lie", ["longer", "shape", "overlap", "no json", "truncated", "empty", "huge header"])
 def test_lying_headers_are_refused(folder: Path, modules: dict[str, tuple[int, int]], lie: str) -> None:
-    path = folder / WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -159,9 +160,9 @@ def test_lying_headers_are_refused(folder: Path, modules: dict[str, tuple[int, i
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"peft_type": "LORA"}'])
 def test_a_broken_configuration_is_refused(folder: Path, modules: dict[str, tuple[int, int]], text: str) -> None:
-    (folder / CONFIG).write_text(text)
+    (folder / ADAPTER_CONFIG).write_text(text)
     refuse(folder, modules, "")
-    (folder / CONFIG).unlink()
+    (folder / ADAPTER_CONFIG).unlink()
     refuse(folder, modules, "missing")
 
 

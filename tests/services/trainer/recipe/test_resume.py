@@ -17,7 +17,7 @@ import torch
 from services.trainer.contract import Finished, Stopped
 from shared.errors import JobFailed
 from shared.jobs.spec import JobSpec, LoraSpec
-from shared.storage.artifacts import ArtifactStore
+from shared.storage.artifacts import LocalArtifactStore
 from tests.services.trainer.harness import RecordingSession, TinyJob, instruction_rows, weights_of
 
 HELD_OUT = instruction_rows(3, start=40)
@@ -45,7 +45,7 @@ def same(one: Finished, other: Finished) -> bool:
     return weights_of(one) == weights_of(other) and reports[0] == reports[1]
 
 
-def candidates(store: ArtifactStore, job: str, sessions: list[RecordingSession]) -> list[Path]:
+def candidates(store: LocalArtifactStore, job: str, sessions: list[RecordingSession]) -> list[Path]:
     """What the job store would list: committed checkpoints, newest first."""
     found = {commit.step: token for token, session in enumerate(sessions, 1) for commit in session.commits}
     return [store.checkpoint(job, found[step], step) for step in sorted(found, reverse=True)]
