@@ -28,11 +28,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt, the response to it, and whether the response is learnt. EOS follows every response."""
+    """A prompt, the response to it, and whether the response is supervised. EOS follows every response."""
 
     prompt: Prompt
     response: str
-    learnt: bool = True
+    supervised: bool = True
 
 
 class Template(Protocol):
@@ -146,7 +146,7 @@ class ChatTemplate:
         """One turn per assistant message, its prompt being what the template writes since the previous response.
 
         Where a template does not render a conversation's beginning as the beginning of the whole (some strip earlier
-        reasoning), only the last assistant message is learnt.
+        reasoning), only the last assistant message is supervised.
         """
         if not isinstance(example, Chat):
             raise _wrong_form(self.id, example)

@@ -1,35 +1,14 @@
-"""Text to token ids and back, with `tokenizers` alone: no torch, no transformers, so the gateway can count.
-
-Owns what is supervised: the response and its EOS, marked by length, never by token id (pad = eos in many models).
-"""
+"""Text to token ids and back, with `tokenizers` alone: no torch, no transformers, so the gateway can count tokens."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from shared.datasets.templates import ChatTemplate, Prompt, Turn
+from shared.datasets.templates import ChatTemplate, Prompt
 from shared.errors import ArtifactCorrupt
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One example as the trainer sees it.
-
-    Attributes:
-        ids: token ids, at most `max_length`.
-        supervised: for each id, whether predicting it counts in the loss; never true for the first.
-    """
-
-    ids: list[int]
-    supervised: list[bool]
-
-    @property
-    def supervised_count(self) -> int:
-        return sum(self.supervised)
 
 
 class Tokenizer:
@@ -75,26 +54,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
-
-    def encode_turns(self, turns: Sequence[Turn], *, max_length: int, train_on_prompt: bool = False) -> Tokens | None:
-        """The ids of one example: for each turn encode(prompt) + encode(response) + EOS, cut at `max_length`.
-
-        Returns:
-            None if nothing is left to learn (all supervised tokens were cut off).
-        """
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for turn in turns:
-            prompt = self.encode_prompt(turn.prompt)
-            response = [*self.encode(turn.response, add_special_tokens=False), self.eos_id]
-            ids += prompt + response
-            supervised += [train_on_prompt] * len(prompt) + [turn.learnt] * len(response)
-            if len(ids) >= max_length:
-                break
-        ids, supervised = ids[:max_length], supervised[:max_length]
-        # The first token has nothing before it to be predicted from.
-        supervised[:1] = [False]
-        return Tokens(ids, supervised) if any(supervised) else None
 
 
 def _token(config: dict[str, Any], key: str) -> str:

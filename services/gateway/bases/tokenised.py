@@ -7,8 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 from shared.datasets.examples import format_of, read_examples
+from shared.datasets.loss_mask import MaskedTokens, masked_tokens
 from shared.datasets.templates import template_for
-from shared.datasets.tokens import Tokenizer, Tokens
+from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters
 from shared.storage.artifacts import LocalArtifactStore
@@ -23,7 +24,7 @@ class TokenisedRow:
 
     number: int
     template: str
-    tokens: Tokens | None
+    tokens: MaskedTokens | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class TokenCounts:
     """What a file comes to.
 
     Attributes:
-        rows: rows with something to learn.
-        dropped: rows with nothing to learn within `max_length`.
+        rows: rows with supervised tokens.
+        dropped: rows without supervised tokens within `max_length`.
         tokens, supervised_tokens: of all rows that are not dropped, once.
         lengths: tokens of each row that was tokenised.
     """
@@ -80,9 +81,8 @@ def tokenised_rows(file: Path, tokenizer: Tokenizer, hyper: Hyperparameters) -> 
     template = None
     for number, example in enumerate(read_examples(file), 1):
         template = template or template_for(format_of(example), tokenizer.chat)
-        tokens = tokenizer.encode_turns(
-            template.turns(example), max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt
-        )
+        turns = template.turns(example)
+        tokens = masked_tokens(tokenizer, turns, max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt)
         yield TokenisedRow(number, template.id, tokens)
 
 

@@ -18,7 +18,8 @@ from services.gateway.routes.dependencies import (
     TokenizersDep,
 )
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
-from shared.datasets.tokens import Tokenizer, Tokens
+from shared.datasets.loss_mask import MaskedTokens
+from shared.datasets.tokens import Tokenizer
 from shared.jobs.spec import Hyperparameters
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["files"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
@@ -80,7 +81,7 @@ def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:
     )
 
 
-def pieces(tokens: Tokens, tokenizer: Tokenizer) -> list[Piece]:
+def pieces(tokens: MaskedTokens, tokenizer: Tokenizer) -> list[Piece]:
     """Runs of tokens that are all supervised or all not, as text."""
     marked = zip(tokens.ids, tokens.supervised, strict=True)
     return [

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from services.trainer.contract import Check
 from shared.datasets.examples import Example, format_of, read_examples
+from shared.datasets.loss_mask import masked_tokens
 from shared.datasets.templates import Template, template_for
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, JobFailed, NotFound
@@ -56,7 +57,7 @@ class Rows:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids, supervised) of one row, each [tokens]; see `shared.datasets.tokens.Tokens`."""
+        """(ids, supervised) of one row, each [tokens]; see `shared.datasets.loss_mask`."""
         record: dict[str, Any] = self.dataset[int(row)]
         return np.asarray(record["ids"], np.int64), np.asarray(record["supervised"], np.bool_)
 
@@ -161,9 +162,8 @@ def _write(
     for index, example in enumerate(examples):
         if index % ROWS_BETWEEN_CHECKS == 0:
             check()
-        tokens = tokenizer.encode_turns(
-            template.turns(example), max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt
-        )
+        turns = template.turns(example)
+        tokens = masked_tokens(tokenizer, turns, max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt)
         if tokens is None:
             dropped += 1
             continue

@@ -1,12 +1,9 @@
-"""What must be true of a finished run before anybody may use its adapter."""
+"""Checks of a finished run, made before its adapter is published."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import Tensor
 
@@ -14,34 +11,7 @@ from services.trainer.model.bases import TrainableBase, fingerprint
 from services.trainer.model.forward import Packed, supervised_logits, training_forward
 from services.trainer.model.lora import lora_loaded, trainable
 from services.trainer.model.precision import Precision
-from services.trainer.recipe.memory import Shortage
 from shared.errors import JobFailed
-
-
-@contextmanager
-def out_of_memory_explained(foreseen: Callable[[], Shortage | None] = lambda: None) -> Iterator[None]:
-    """Turn the many faces of out-of-memory into one.
-
-    Args:
-        foreseen: what was known of it before it happened.
-
-    Raises:
-        JobFailed: `out_of_memory`, with what to change, in numbers if they are known.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-            raise
-        known = foreseen()
-        fields = list(known.smaller) if known else []
-        raise JobFailed(
-            f"out of memory; {known.advice}"
-            if known
-            else "out of memory; lower max_length, use base_precision int8 or nf4, or fewer target modules",
-            param=f"hyperparameters.{fields[0]}" if fields else None,
-            code="out_of_memory",
-        ) from error
 
 
 def check_trained(model: PeftModel) -> None:

@@ -24,19 +24,14 @@ from services.trainer.model.malloc import give_back_free_memory
 from services.trainer.model.precision import choose_precision
 from services.trainer.recipe.adapter import adapter_manifest, write_adapter
 from services.trainer.recipe.checkpoint import TrainingState, prune, publish_state, resume
-from services.trainer.recipe.checks import (
-    check_base_unchanged,
-    check_reload,
-    check_trained,
-    out_of_memory_explained,
-    sample_logits,
-)
+from services.trainer.recipe.checks import check_base_unchanged, check_reload, check_trained, sample_logits
 from services.trainer.recipe.context import Clock, RunContext
 from services.trainer.recipe.eta import Pace
 from services.trainer.recipe.evaluate import evaluation_loss
 from services.trainer.recipe.initial import start_from
 from services.trainer.recipe.memory import FreeMemory, free_bytes, measure_need, shortage
 from services.trainer.recipe.metrics import History, matmul_parameters, reset_peak_memory
+from services.trainer.recipe.out_of_memory import out_of_memory_explained
 from services.trainer.recipe.reports import (
     metrics_of,
     progress_of,

@@ -83,11 +83,11 @@ def test_chat_turns_join_to_the_conversation(oracle: Any, conversation: list[dic
     assert [turn.response for turn in turns] == [m["content"] for m in conversation if m["role"] == "assistant"]
 
 
-def test_messages_of_weight_zero_are_not_learnt() -> None:
+def test_messages_of_weight_zero_are_not_supervised() -> None:
     example = Chat(
         (Message("user", "a"), Message("assistant", "b", 0), Message("user", "c"), Message("assistant", "d"))
     )
-    assert [turn.learnt for turn in chat().turns(example)] == [False, True]
+    assert [turn.supervised for turn in chat().turns(example)] == [False, True]
 
 
 def test_a_template_that_rewrites_history_learns_the_last_answer_only() -> None:

@@ -11,7 +11,7 @@ from services.gateway.bases.tokenised import TokenCounts, TokenisedRow, count_to
 from services.gateway.jobs.calibration import Calibration
 from services.gateway.jobs.estimate import estimate, largest_micro_batch_tokens
 from services.trainer.data.layout import plan_layout
-from shared.datasets.tokens import Tokens
+from shared.datasets.loss_mask import MaskedTokens
 from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters, JobSpec
 from shared.training.plan import CPU_TOKEN_BUDGET
@@ -59,7 +59,7 @@ def test_checkpoints_that_coincide_are_one() -> None:
 
 
 def test_a_large_file_is_taken_to_be_like_its_beginning() -> None:
-    row = TokenisedRow(1, "instruction-v1", Tokens([1, 2, 3, 4], [False, False, True, True]))
+    row = TokenisedRow(1, "instruction-v1", MaskedTokens([1, 2, 3, 4], [False, False, True, True]))
     sample = [row, TokenisedRow(2, "instruction-v1", None), row, row]
     assert count_tokens(iter(sample), 4) == TokenCounts(3, 1, 12, 6, (4, 4, 4))
     assert count_tokens(iter(sample), 4_000) == TokenCounts(3_000, 1_000, 12_000, 6_000, (4, 4, 4))

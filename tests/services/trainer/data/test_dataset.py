@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from services.trainer.contract import StopRequested
+from services.trainer.data import dataset
 from services.trainer.data.dataset import Rows, prepare_data
 from shared.datasets.tokens import Tokenizer
 from shared.errors import JobFailed
@@ -65,7 +66,7 @@ def test_equal_content_is_tokenised_once(tiny: TinyJob, monkeypatch: pytest.Monk
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_turns", unexpected)
+        patch.setattr(dataset, "masked_tokens", unexpected)
         assert prepare(tiny, instruction_rows(5)).key == first.key
     others = [
         prepare(tiny, instruction_rows(6)).key,

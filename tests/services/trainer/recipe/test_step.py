@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from services.trainer.model.forward import Packed, pack, training_forward
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import Precision, choose_precision
-from services.trainer.recipe.checks import check_trained, out_of_memory_explained
+from services.trainer.recipe.checks import check_trained
+from services.trainer.recipe.out_of_memory import out_of_memory_explained
 from services.trainer.recipe.step import StepResult, make_optimizer, take_step
 from shared.errors import JobFailed
 from shared.jobs.spec import Hyperparameters
