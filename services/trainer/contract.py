@@ -1,6 +1,6 @@
-"""The recipe's boundary: what it is given, whom it talks to while it works, and how it ends.
+"""The recipe's contract: its input, the session it reports to, and how it ends.
 
-Owns no behaviour. Whoever runs the recipe implements `Session`; nothing here knows how a job is stored or queued.
+Owns no behaviour. The worker implements `Session`; nothing here knows how a job is stored or queued.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Session(Protocol):
         ...
 
     def should_stop(self) -> bool:
-        """Whether to checkpoint and let go (pause, cancel, shutdown). Cheap: asked between micro-batches."""
+        """Whether to checkpoint and release the job (pause, cancel, shutdown). Cheap: asked between micro-batches."""
         ...
 
     def reserve_adapter(self) -> str:
@@ -72,7 +72,7 @@ class Finished:
 class Stopped:
     """Stopped on request after whole step `step`, whose checkpoint is committed.
 
-    `step` is 0 if this claim has neither done a step nor got as far as restoring one; earlier checkpoints stand.
+    `step` is 0 if this claim has neither done a step nor restored one; earlier checkpoints stay.
     """
 
     step: int
@@ -82,7 +82,7 @@ Outcome = Finished | Stopped
 
 
 class StopRequested(Exception):
-    """Raised by a `Check` inside the recipe; never leaves it."""
+    """A `Check` raises it inside the recipe; it never leaves the recipe."""
 
 
 Check = Callable[[], None]

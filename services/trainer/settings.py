@@ -12,10 +12,10 @@ class TrainerSettings(Settings):
     """Settings of one worker.
 
     Attributes:
-        worker_name: what events and logs call it.
+        worker_name: the name in events and logs.
         threads: torch threads; fixed, because a resumed job must compute as it did before. 0 takes every core.
-        nice: how far the worker stands back for other processes on its cores (0 to 19): serving goes before training.
-        renew_seconds: how often the worker shows life while it holds a job; the reaper waits 15 s.
+        nice: the worker's niceness (0 to 19): on shared cores, serving goes before training.
+        renew_seconds: how often the worker renews the lease on its job; the reaper waits 15 s.
     """
 
     worker_name: str = Field(default_factory=socket.gethostname)

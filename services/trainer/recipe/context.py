@@ -13,7 +13,7 @@ from services.trainer.model.bases import TrainableBase
 from services.trainer.model.forward import Packed, pack
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.checkpoint import Identity
-from services.trainer.recipe.eta import Pace
+from services.trainer.recipe.eta import Throughput
 from services.trainer.recipe.memory import FreeMemory, Shortage
 from services.trainer.recipe.metrics import History
 from shared.storage.artifacts import LocalArtifactStore
@@ -52,7 +52,7 @@ class RunContext:
     shortage: Shortage | None = None
     evaluation_seconds: float = 0.0
     tokens_at_once: int = 0
-    pace: Pace = field(default_factory=Pace)
+    throughput: Throughput = field(default_factory=Throughput)
     resume_states: list[Path] = field(default_factory=list)
 
     @property

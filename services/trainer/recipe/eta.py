@@ -1,20 +1,20 @@
-"""How fast this claim's steps have gone, and so how long the rest will take.
+"""This claim's throughput, and from it the time that the remaining steps will take (ETA).
 
-Which rows a step holds is known beforehand, so what is left is counted in tokens, not in steps.
+The rows of every step are known beforehand, so the remaining work is counted in tokens, not in steps.
 """
 
 from dataclasses import dataclass
 
-# What a step costs beside its tokens (weights widened, Adam, bookkeeping), as the tokens that take as long.
+# What a step costs beside its tokens (weights dequantised, Adam, bookkeeping), as the tokens that take as long.
 STEP_TOKENS = 32
 
 
 @dataclass(slots=True)
-class Pace:
+class Throughput:
     """Steps of one claim: a resumed job may have begun on another machine.
 
     Attributes:
-        cold: the base has just been loaded; its first step, which compiles kernels, counts only until there is another.
+        cold: the base has just been loaded: the first step compiles kernels, and counts only until there is another.
     """
 
     cold: bool = False
@@ -26,7 +26,8 @@ class Pace:
         """Count a step.
 
         Args:
-            tokens: real tokens of it.
+            tokens: its real (non-pad) tokens.
+            seconds: how long it took.
         """
         if self.cold and self.steps == 1:
             self.cold, self.steps, self.tokens, self.seconds = False, 0, 0, 0.0

@@ -26,9 +26,9 @@ from services.trainer.recipe.adapter import adapter_manifest, write_adapter
 from services.trainer.recipe.checkpoint import TrainingState, prune, publish_state, resume
 from services.trainer.recipe.checks import check_base_unchanged, check_reload, check_trained, sample_logits
 from services.trainer.recipe.context import Clock, RunContext
-from services.trainer.recipe.eta import Pace
+from services.trainer.recipe.eta import Throughput
 from services.trainer.recipe.evaluate import evaluation_loss
-from services.trainer.recipe.initial import start_from
+from services.trainer.recipe.initial import load_initial_adapter
 from services.trainer.recipe.memory import FreeMemory, free_bytes, measure_need, shortage
 from services.trainer.recipe.metrics import History, matmul_parameters, reset_peak_memory
 from services.trainer.recipe.out_of_memory import out_of_memory_explained
@@ -125,7 +125,7 @@ def prepare(
         check=check,
         clock=clock,
         base_loaded=seconds is not None,
-        pace=Pace(cold=seconds is not None),
+        throughput=Throughput(cold=seconds is not None),
         matmul_weights=matmul_parameters(base.loaded.model),
         peak_flops=peak_flops.get(precision.dtype),
         free_memory=free_memory,
@@ -141,7 +141,7 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
             tell_about_adapter(run.session, counts)
             look_at_memory(run, model)
             if spec.initial_adapter:
-                start_from(model, spec.initial_adapter, run.base, run.store)
+                load_initial_adapter(model, spec.initial_adapter, run.base, run.store)
             state = begin(run, model, candidates)
             try:
                 train(run, model, state)
@@ -241,7 +241,7 @@ def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
     state.random = RandomState.capture(run.device)
     seconds = run.clock() - started
     history.add(result, seconds)
-    run.pace.add(result.tokens, seconds)
+    run.throughput.add(result.tokens, seconds)
     if history.skipped_in_a_row > MAX_SKIPPED_STEPS:
         raise JobFailed(
             f"{history.skipped_in_a_row} steps in a row overflowed fp16; use compute_dtype fp32 or bf16",

@@ -1,4 +1,4 @@
-"""Starting from an adapter that was trained before, instead of from LoRA's zero."""
+"""Starting from an adapter that was trained before, instead of from LoRA's untrained weights."""
 
 import torch
 from peft import PeftModel
@@ -10,7 +10,7 @@ from shared.errors import ArtifactCorrupt, JobFailed, NotFound
 from shared.storage.artifacts import ADAPTER_WEIGHTS, LocalArtifactStore
 
 
-def start_from(model: PeftModel, adapter_id: str, base: TrainableBase, store: LocalArtifactStore) -> None:
+def load_initial_adapter(model: PeftModel, adapter_id: str, base: TrainableBase, store: LocalArtifactStore) -> None:
     """Copy an adapter's weights into freshly attached LoRA of the same shape, in place.
 
     Raises:

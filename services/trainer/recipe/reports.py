@@ -91,7 +91,7 @@ def _seconds_left(run: RunContext, step: int) -> float | None:
     """What steps and evaluations are left after `step` steps."""
     layout = run.layout
     total = layout.total_steps
-    seconds = run.pace.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
+    seconds = run.throughput.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
     if seconds is None:
         return None
     evaluations = 0 if run.data.validation is None else layout.plan.checkpoints_after(step)

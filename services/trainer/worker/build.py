@@ -1,4 +1,4 @@
-"""Puts one worker together from its settings; the only place that chooses implementations."""
+"""The worker's composition root: builds one from its settings, and alone chooses implementations."""
 
 from collections.abc import Callable
 from typing import get_args

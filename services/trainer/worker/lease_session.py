@@ -1,12 +1,10 @@
-"""The recipe's line to the job store: a lease kept alive beside the training, and writes that carry its token.
+"""The recipe's session with the job store: a lease renewed beside the training, and writes that carry its token.
 
 Knows leases; knows nothing of torch or of what is trained.
 """
 
-import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.contract import EventType, Level
 from services.trainer.worker.retry import with_retries
+from services.trainer.worker.stall import StallDetector
 from shared.errors import LeaseLost
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
@@ -22,18 +21,16 @@ from shared.jobs.spec import Phase, Progress, RequestedAction
 from shared.logs import get_logger
 
 PROGRESS_SECONDS = 0.5
-STALL_SECONDS = 600.0
-STALL_STEPS = 10
 
 
 class LeaseSession:
     """Implements `services.trainer.contract.Session` over one lease; use as a context manager.
 
-    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when nothing has
-    moved (no micro-batch, step or phase) for max(10 min, 10 × the median step): a worker that hangs must lose its job.
+    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when the training
+    hangs.
 
     Args:
-        handover: true when this worker is to let go of its job (shutdown).
+        handover: true when this worker is to release its job (shutdown).
         clock: monotonic seconds.
     """
 
@@ -51,16 +48,16 @@ class LeaseSession:
         self._handover = handover
         self._renew_seconds = renew_seconds
         self._clock = clock
-        self._claimed = self._moved = self._stepped = clock()
+        self._claimed = clock()
+        self._stall = StallDetector(clock)
         self._training_since: float | None = None
         self._progress_written = float("-inf")
         self._progress: Progress | None = None
-        self._untold: list[NewEvent] = []
-        self._steps: deque[float] = deque(maxlen=101)
-        self._wish = RequestedAction.NONE
+        self._unwritten: list[NewEvent] = []
+        self._requested = RequestedAction.NONE
         self._lost = False
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_until_done, name="lease", daemon=True)
         self._log = get_logger("session")
 
     def __enter__(self) -> Self:
@@ -71,8 +68,13 @@ class LeaseSession:
         self._done.set()
         self._thread.join()
 
+    @property
+    def renewing(self) -> bool:
+        """Whether the lease is still being renewed."""
+        return self._thread.is_alive()
+
     def phase(self, phase: Phase) -> None:
-        self._moved = self._clock()
+        self._stall.moved()
         with_retries(lambda: self._leases.record(self._lease, phase=phase), abort=self._handover)
         if phase is Phase.TRAINING and self._training_since is None:
             self._training_since = self._clock()
@@ -80,8 +82,7 @@ class LeaseSession:
     def progress(self, progress: Progress) -> None:
         """Written at most twice a second: steps of a tiny model must not wait for the disk."""
         now = self._clock()
-        self._steps.append(now - self._stepped)
-        self._moved = self._stepped = now
+        self._stall.step_done()
         self._progress = progress
         if now - self._progress_written >= PROGRESS_SECONDS:
             self._write()
@@ -111,52 +112,46 @@ class LeaseSession:
         Raises:
             LeaseLost: the job is another worker's by now.
         """
-        self._moved = self._clock()
+        self._stall.moved()
         if self._lost:
             raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
-        return self._wish is not RequestedAction.NONE or self._handover()
+        return self._requested is not RequestedAction.NONE or self._handover()
 
     def reserve_adapter(self) -> str:
         return with_retries(lambda: self._leases.reserve_adapter(self._lease), abort=self._handover)
 
     def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
-        self._moved = self._clock()
+        self._stall.moved()
         with_retries(
             lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), abort=self._handover
         )
 
     def flush(self) -> None:
-        """Write what was held back."""
-        if self._progress is not None or self._untold:
-            news, progress = self._untold, self._progress
-            with_retries(lambda: self._leases.record(self._lease, news, progress=progress), abort=self._handover)
-            self._progress, self._untold = None, []
+        """Write the progress and the events that are not written yet."""
+        if self._progress is not None or self._unwritten:
+            events, progress = self._unwritten, self._progress
+            with_retries(lambda: self._leases.record(self._lease, events, progress=progress), abort=self._handover)
+            self._progress, self._unwritten = None, []
 
-    def _write(self, *news: NewEvent) -> None:
-        """Write what is new; what the database does not take now is told with the next write."""
-        self._untold += news
+    def _write(self, *events: NewEvent) -> None:
+        """Write events and the latest progress; if the database is away, they go with the next write."""
+        self._unwritten += events
         try:
-            self._leases.record(self._lease, self._untold, progress=self._progress)
+            self._leases.record(self._lease, self._unwritten, progress=self._progress)
         except SQLAlchemyError as error:
-            self._log.warning("events held back", count=len(self._untold), error=str(error))
+            self._log.warning("events not written yet", count=len(self._unwritten), error=str(error))
             return
-        self._untold = []
+        self._unwritten = []
         self._progress = None
         self._progress_written = self._clock()
 
-    def _stalled(self) -> bool:
-        patience = STALL_SECONDS
-        if self._steps:
-            patience = max(patience, STALL_STEPS * statistics.median(self._steps))
-        return self._clock() - self._moved > patience
-
-    def _keep_alive(self) -> None:
+    def _renew_until_done(self) -> None:
         while not self._done.wait(self._renew_seconds):
-            if self._stalled():
-                self._log.error("nothing has moved for long; the lease is left to expire")
+            if self._stall.stalled():
+                self._log.error("training hangs; the lease is left to expire")
                 return
             try:
-                self._wish = self._leases.renew(self._lease)
+                self._requested = self._leases.renew(self._lease)
             except LeaseLost:
                 self._lost = True
                 return

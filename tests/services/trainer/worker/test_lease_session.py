@@ -1,13 +1,15 @@
 """A lease's session against a real SQLite store; the clock is the test's own."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from services.trainer.worker.lease_session import STALL_SECONDS, LeaseSession
+from services.trainer.worker.lease_session import LeaseSession
+from services.trainer.worker.stall import STALL_SECONDS
 from shared.errors import LeaseLost
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
@@ -78,19 +80,26 @@ def wait_for(leases: Renewals, times: int) -> None:
         assert leases.renewed.acquire(timeout=30)
 
 
+def wait_until_not_renewing(open_session: LeaseSession) -> None:
+    deadline = time.monotonic() + 30
+    while open_session.renewing:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_lease_is_renewed_beside_the_work(leases: Renewals, lease: Lease) -> None:
     with session(leases, lease, Clock()):
         wait_for(leases, 3)
     assert leases.heartbeats.read()[0].renewals >= 3
 
 
-@pytest.mark.parametrize("wish", ["pause", "cancel"])
-def test_a_wish_is_seen(store: Jobs, leases: Renewals, lease: Lease, wish: str) -> None:
-    with session(leases, lease, Clock()) as line:
-        assert not line.should_stop()
-        getattr(store, wish)("default", lease.job.id)
+@pytest.mark.parametrize("action", ["pause", "cancel"])
+def test_a_requested_action_is_seen(store: Jobs, leases: Renewals, lease: Lease, action: str) -> None:
+    with session(leases, lease, Clock()) as open_session:
+        assert not open_session.should_stop()
+        getattr(store, action)("default", lease.job.id)
         wait_for(leases, 2)
-        assert line.should_stop()
+        assert open_session.should_stop()
 
 
 def test_shutdown_is_seen_without_asking_the_database(leases: Renewals, lease: Lease) -> None:
@@ -98,88 +107,79 @@ def test_shutdown_is_seen_without_asking_the_database(leases: Renewals, lease: L
 
 
 def test_a_lost_lease_raises(leases: Renewals, lease: Lease) -> None:
-    with session(leases, lease, Clock()) as line:
+    with session(leases, lease, Clock()) as open_session:
         wait_for(leases, 1)
         while not leases.heartbeats.expire(leases.heartbeats.read()[0]):
             pass
         leases.renewed.acquire(timeout=30)
-        line._thread.join(30)
+        wait_until_not_renewing(open_session)
         with pytest.raises(LeaseLost):
-            line.should_stop()
+            open_session.should_stop()
 
 
-def test_who_hangs_loses_the_lease(leases: Renewals, lease: Lease) -> None:
+def test_a_training_that_hangs_loses_the_lease(leases: Renewals, lease: Lease) -> None:
     clock = Clock()
-    with session(leases, lease, clock) as line:
+    with session(leases, lease, clock) as open_session:
         wait_for(leases, 1)
         clock.now += STALL_SECONDS + 1
-        line._thread.join(30)
-        assert not line._thread.is_alive()
+        wait_until_not_renewing(open_session)
 
 
-def test_slow_steps_are_not_taken_for_a_hang(leases: Renewals, lease: Lease) -> None:
+@pytest.mark.parametrize("sign", ["phase", "micro-batch", "step"])
+def test_every_sign_of_movement_keeps_the_lease(leases: Renewals, lease: Lease, sign: str) -> None:
     clock = Clock()
-    line = session(leases, lease, clock)
-    for step in range(3):
-        clock.now += 300
-        line.progress(Progress(step=step))
-    clock.now += 2900
-    assert not line._stalled()
-    clock.now += 101
-    assert line._stalled()
-
-
-def test_a_phase_and_a_micro_batch_count_as_movement(leases: Renewals, lease: Lease) -> None:
-    clock = Clock()
-    line = session(leases, lease, clock)
-    clock.now += STALL_SECONDS + 1
-    assert line._stalled()
-    line.phase(Phase.EVALUATING)
-    assert not line._stalled()
-    clock.now += STALL_SECONDS + 1
-    assert not line.should_stop()
-    assert not line._stalled()
+    with session(leases, lease, clock) as open_session:
+        for _ in range(3):
+            clock.now += STALL_SECONDS - 1
+            if sign == "phase":
+                open_session.phase(Phase.EVALUATING)
+            elif sign == "micro-batch":
+                assert not open_session.should_stop()
+            else:
+                open_session.progress(Progress(step=1))
+            wait_for(leases, 2)
+        assert open_session.renewing
 
 
 def test_progress_is_thinned_and_nothing_is_withheld(store: Jobs, leases: Renewals, lease: Lease) -> None:
-    line = session(leases, lease, Clock())
+    open_session = session(leases, lease, Clock())
     for step in range(1, 6):
-        line.progress(Progress(step=step, total_steps=9))
+        open_session.progress(Progress(step=step, total_steps=9))
     assert store.get("default", lease.job.id).progress.step == 1
-    line.flush()
+    open_session.flush()
     assert store.get("default", lease.job.id).progress.step == 5
-    line.progress(Progress(step=6))
-    line.event("told", data={"x": 1})
+    open_session.progress(Progress(step=6))
+    open_session.event("written", data={"x": 1})
     assert store.get("default", lease.job.id).progress.step == 6
     newest = store.events("default", lease.job.id, limit=1).items[0]
-    assert (newest.message, newest.data) == ("told", {"x": 1})
+    assert (newest.message, newest.data) == ("written", {"x": 1})
 
 
 def test_a_database_that_is_away_for_a_while_loses_no_event(
     store: Jobs, leases: Renewals, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = session(leases, lease, Clock())
+    open_session = session(leases, lease, Clock())
 
     def away(*_: object, **__: object) -> None:
         raise OperationalError("UPDATE", None, Exception("database is locked"))
 
     with monkeypatch.context() as patch:
         patch.setattr(leases, "record", away)
-        line.event("one")
-    line.event("two")
-    told = store.events("default", lease.job.id, limit=2).items
-    assert [event.message for event in told] == ["two", "one"]
+        open_session.event("one")
+    open_session.event("two")
+    written = store.events("default", lease.job.id, limit=2).items
+    assert [event.message for event in written] == ["two", "one"]
 
 
-def test_the_first_step_is_told_with_its_time(store: Jobs, leases: Renewals, lease: Lease) -> None:
+def test_the_first_step_is_reported_with_its_time(store: Jobs, leases: Renewals, lease: Lease) -> None:
     clock = Clock()
-    line = session(leases, lease, clock)
+    open_session = session(leases, lease, clock)
     clock.now += 0.5
-    line.phase(Phase.TRAINING)
+    open_session.phase(Phase.TRAINING)
     clock.now += 2
     # A later phase of training is not the first.
-    line.phase(Phase.TRAINING)
-    line.first_step(base_loaded=False)
+    open_session.phase(Phase.TRAINING)
+    open_session.first_step(base_loaded=False)
     newest = store.events("default", lease.job.id, limit=1).items[0]
     assert newest.data == {
         "claim_to_training_seconds": 0.5,

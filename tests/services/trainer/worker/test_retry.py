@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from services.trainer.worker import retry as patience
+from services.trainer.worker import retry
 from services.trainer.worker.retry import with_retries
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(retry, "RETRY_EVERY_SECONDS", 0)
 
 
 def away(times: int, error: type[Exception] = OperationalError) -> tuple[list[int], Callable[[], str]]:
@@ -46,8 +46,8 @@ def test_at_a_shutdown_there_is_no_time() -> None:
     assert len(tries) == 2
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", -1)
+def test_retries_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "RETRY_FOR_SECONDS", -1)
     tries, write = away(5)
     with pytest.raises(OperationalError):
         with_retries(write)
