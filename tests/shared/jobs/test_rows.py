@@ -16,6 +16,16 @@ def test_jobs_of_the_same_nanosecond_page_without_loss(store: Jobs, spec: JobSpe
     assert set(seen) == created
 
 
+def test_queue_positions_count_the_jobs_of_all_projects(store: Jobs, spec: JobSpec) -> None:
+    created = [store.create(project, spec).id for project in "abacab"]
+    page = store.list("a", limit=2)
+    assert [job.id for job in page.items] == [created[4], created[2]]
+    assert [job.progress.queue_position for job in page.items] == [5, 3]
+    assert [job.progress.queue_position for job in store.list("b").items] == [6, 2]
+    store.cancel("b", created[1])
+    assert [job.progress.queue_position for job in store.list("b").items] == [5, None]
+
+
 def test_queue_positions_follow_age(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     ids = [store.create("default", spec).id for _ in range(3)]
     assert [store.get("default", i).progress.queue_position for i in ids] == [1, 2, 3]
