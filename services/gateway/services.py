@@ -17,7 +17,9 @@ from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import IdempotencyStore
 from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.prober import Prober
+from services.gateway.inference.project_tags import ProjectTags
 from services.gateway.inference.replicas import Replicas
 from services.gateway.jobs.resolution import JobResolver
 from services.gateway.jobs.sources import JobSources
@@ -55,6 +57,7 @@ class Services:
     health: HealthCache
     models: ModelStore
     replicas: Replicas
+    forwarder: Forwarder
     metrics: Metrics
 
 
@@ -95,12 +98,15 @@ def _opened(
         artifacts = LocalArtifactStore(settings.artifacts_root)
         bases = PreparedBases(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
+        secret = _secret(settings)
+        models = ModelStore(catalogue, adapters)
+        replicas = Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value())
         services = Services(
             settings=settings,
             database=database,
             artifacts=artifacts,
             catalogue=catalogue,
-            keys=Keys(database, _secret(settings)),
+            keys=Keys(database, secret),
             idempotency=IdempotencyStore(),
             files=files,
             jobs=jobs,
@@ -111,8 +117,9 @@ def _opened(
             notifications=notifications,
             notifier=Notifier(notifications),
             health=HealthCache(database, notifications),
-            models=ModelStore(catalogue, adapters),
-            replicas=Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value()),
+            models=models,
+            replicas=replicas,
+            forwarder=Forwarder(database, models, replicas, ProjectTags(secret), settings.default_base),
             metrics=metrics,
         )
         if services.keys.ensure_first(settings.key_path):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -15,16 +16,15 @@ from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
 from services.inference.metrics import Metrics
+from services.inference.routes.adapters import adapters_router
 from services.inference.routes.internal_route import internal_route
 from services.inference.routes.openai import openai_router
-from services.inference.routes.operations import health_router, operations_router
+from services.inference.routes.operations import health, operations_router
 from services.inference.routes.tgi import tgi_router
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.http.error_bodies import OPENAI_ERRORS, TGI_ERRORS
 from shared.http.web import RequestContext, install_error_handlers
-
-VERSION = "0.1.0"
 
 
 def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> FastAPI:
@@ -51,7 +51,7 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
 
     app = FastAPI(
         title="Tunesmith inference",
-        version=VERSION,
+        version=version("tunesmith"),
         summary="Private API: generates with one base model and any of its adapters.",
         lifespan=lifespan,
         # Every gateway asks for /info every other second.
@@ -59,15 +59,16 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
         docs_url=None,
         redoc_url=None,
     )
-    app.state.metrics = metrics
+    app.state.metrics, app.state.settings = metrics, settings
     route_class = internal_route(settings.internal_token.get_secret_value(), settings.body_bytes)
-    app.include_router(health_router(), responses=TGI_ERRORS)
+    app.include_router(health, responses=TGI_ERRORS)
     # It only documents: the route class has refused whoever has no token before this is asked.
     token = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="TUNESMITH_INTERNAL_TOKEN"))
     for router, errors in (
         (tgi_router(route_class), TGI_ERRORS),
         (openai_router(route_class), OPENAI_ERRORS),
-        (operations_router(route_class, settings, VERSION), TGI_ERRORS),
+        (adapters_router(route_class), TGI_ERRORS),
+        (operations_router(route_class), TGI_ERRORS),
     ):
         app.include_router(router, responses=errors, dependencies=[token])
     install_error_handlers(app)

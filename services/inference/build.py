@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from services.inference.adapters.registry import AdapterRegistry, Checked
+from services.inference.adapters.residency import Residency
 from services.inference.adapters.weights import read_adapter, refuse
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
@@ -63,7 +64,8 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
 
     # Readers compute on one thread each: helpers of theirs would take the cores from the engine's.
     pool = ThreadPoolExecutor(2, "adapter-reader", initializer=torch.set_num_threads, initargs=(1,))
-    adapters = AdapterRegistry(store, engine, read, pool, budget=settings.adapter_bytes, slots=settings.adapter_slots)
+    residency = Residency(engine, budget=settings.adapter_bytes, slots=settings.adapter_slots)
+    adapters = AdapterRegistry(store, engine, read, pool, residency)
     base = ServedBase(
         id=loaded.base.id,
         aliases=loaded.base.aliases,

@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.inference.serving import Run, Serving
+from services.inference.generation import Generation
+from services.inference.serving import Serving
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -37,7 +38,7 @@ class Metrics:
         )
         self._generated = self._histogram("tgi_request_generated_tokens", "Tokens generated.", _TOKENS)
         self._input = self._histogram("tgi_request_input_length", "Prompt tokens.", _TOKENS)
-        self._asked = self._histogram("tgi_request_max_new_tokens", "Tokens allowed.", _TOKENS)
+        self._max_new = self._histogram("tgi_request_max_new_tokens", "Tokens allowed.", _TOKENS)
         self._load = self._histogram(
             "tunesmith_adapter_load_duration", "Seconds a request waited for a load.", _SECONDS
         )
@@ -61,9 +62,9 @@ class Metrics:
     def refused(self, code: str) -> None:
         self._failure.labels(code).inc()
 
-    def finished(self, run: Run) -> None:
+    def finished(self, generation: Generation) -> None:
         """Count a request that generated to its end."""
-        times, started = run.times, run.started
+        times, started = generation.times, generation.started
         queue = started.queue_seconds if started else 0.0
         inference = max(0.0, times.last_token - times.submitted - queue)
         self._count.inc()
@@ -73,12 +74,12 @@ class Metrics:
         self._queue.observe(queue)
         self._validation.observe(times.submitted - times.received)
         self._inference.observe(inference)
-        self._per_token.observe(inference / max(1, run.generated))
-        self._generated.observe(run.generated)
-        self._input.observe(len(run.request.prompt))
-        self._asked.observe(run.request.max_new_tokens)
-        if run.adapter_load_ms is not None:
-            self._load.observe(run.adapter_load_ms / 1e3)
+        self._per_token.observe(inference / max(1, generation.generated))
+        self._generated.observe(generation.generated)
+        self._input.observe(len(generation.request.prompt))
+        self._max_new.observe(generation.request.max_new_tokens)
+        if generation.adapter_load_ms is not None:
+            self._load.observe(generation.adapter_load_ms / 1e3)
 
 
 class _State(Collector):
@@ -96,9 +97,9 @@ class _State(Collector):
             "tunesmith_adapter_bytes_resident": ("Bytes of resident adapters.", adapters.used_bytes),
         }
         counters = {
-            "tunesmith_adapter_loads": ("Adapters loaded.", adapters.counters.loads),
-            "tunesmith_adapter_load_failures": ("Adapters refused.", adapters.counters.failed_loads),
-            "tunesmith_adapter_evictions": ("Adapters evicted.", adapters.counters.evictions),
+            "tunesmith_adapter_loads": ("Adapters loaded.", adapters.loads),
+            "tunesmith_adapter_load_failures": ("Adapters refused.", adapters.failed_loads),
+            "tunesmith_adapter_evictions": ("Adapters evicted.", adapters.evictions),
             "tunesmith_engine_steps": ("Engine steps.", stats.steps),
             "tunesmith_engine_tokens": ("Tokens generated.", stats.tokens),
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shared.datasets.examples import Message
 from shared.datasets.templates import InstructionTemplate, Prompt, Template
 from shared.datasets.tokens import Tokenizer
+from shared.inference_api.fields import ChatMessage
 
 # Below this many characters encoding is quicker than handing it to a thread.
 _SHORT = 4096
@@ -58,6 +59,11 @@ class ChatSource:
 
 PromptSource = RawText | RawIds | InstructionSource | ChatSource
 """`size_hint` estimates the prompt's tokens (about four characters each) before its template is known."""
+
+
+def plain(messages: Sequence[ChatMessage]) -> list[Message]:
+    """The messages as templates know them."""
+    return [Message("system" if each.role == "developer" else each.role, each.text) for each in messages]
 
 
 async def ids_of(source: PromptSource, tokenizer: Tokenizer, template: Template | None) -> tuple[str, list[int]]:

@@ -12,8 +12,6 @@ from shared.errors import InvalidRequest, NotFound, TunesmithError
 from shared.frozen import Frozen, ModuleName
 from shared.jobs.spec import BasePrecision
 
-# What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
-NO_MODEL_IN_PARTICULAR = frozenset({"", "dummy", "tgi"})
 BUILT_IN = Path(__file__).with_name("catalogue.toml")
 _SOURCES = (
     re.compile(r"hub:(?P<repo>\w[\w.-]*/\w[\w.-]*)@(?P<revision>[0-9a-f]{40})"),

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -33,6 +34,28 @@ def encode_event(data: str, id: str = "") -> bytes:
     """
     first = f"id: {id}\n" if id else ""
     return f"{first}data: {data}\n\n".encode()
+
+
+def documented_events(event: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """`content` of a response in an API document: a stream of events whose data is JSON of this shape."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _inlined(event)}
+    item = {"type": "object", "properties": {"data": data, "id": {"type": "string"}}, "required": ["data"]}
+    return {MEDIA_TYPE: {"itemSchema": item}}
+
+
+def _inlined(model: type[BaseModel]) -> Any:
+    """The model's schema without references: those of a document lead to models of routes, and an event is none."""
+    schema = model.model_json_schema(mode="serialization")
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return inline(definitions[node["$ref"].rsplit("/", 1)[1]])
+            return {key: inline(value) for key, value in node.items()}
+        return [inline(value) for value in node] if isinstance(node, list) else node
+
+    return inline(schema)
 
 
 class EventStreamResponse(Response):

@@ -4,6 +4,7 @@
 and stack traces never leave. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
 """
 
+import json
 import re
 import secrets
 import time
@@ -37,6 +38,11 @@ def error_body(error: TunesmithError, path: str) -> dict[str, Any]:
     where = f"{error.param}: " if error.param and error.param not in error.message else ""
     kind = _TGI_TYPES.get(error.status, "generation")
     return {"error": where + error.message, "error_type": kind} | error.details()
+
+
+def error_json(error: TunesmithError, path: str) -> str:
+    """The same as JSON in one line, for a stream whose status is out already."""
+    return json.dumps(error_body(error, path))
 
 
 def error_response(error: TunesmithError, path: str) -> JSONResponse:
@@ -84,11 +90,13 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         phrase = HTTPStatus(error.status_code).phrase.lower()
+        if error.status_code == 400:
+            # A body that is no JSON at all; its status follows the dialect like that of any other bad body.
+            return error_response(InvalidRequest(error.detail, code="bad_request"), request.scope["path"])
         if error.status_code == 404:
             problem: TunesmithError = NotFound(f"no such path: {request.method} {request.scope['path'][:200]}")
         else:
-            detail = error.detail if error.status_code == 400 else phrase
-            problem = InvalidRequest(detail, code=phrase.replace(" ", "_"))
+            problem = InvalidRequest(phrase, code=phrase.replace(" ", "_"))
         body = error_body(problem, request.scope["path"])
         # Starlette names the methods of one route only; a path may have several.
         headers = {"allow": ", ".join(_methods(request))} if error.status_code == 405 else error.headers

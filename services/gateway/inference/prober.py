@@ -7,6 +7,7 @@ that hangs delays the news of no other.
 import asyncio
 
 import httpx
+from pydantic import ValidationError
 
 from services.gateway.inference.replicas import Replica, Replicas
 from shared.logs import get_logger
@@ -64,7 +65,7 @@ class Prober:
                 info = await self._replicas.ask(replica)
         except TimeoutError:
             self._replicas.mark_down(replica, f"no answer to /info within {TIMEOUT_SECONDS:g} s")
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValidationError) as error:
             self._replicas.mark_down(replica, str(error) or type(error).__name__)
         else:
             self._replicas.mark_up(replica, info)

@@ -1,6 +1,5 @@
 """An answer of inference on its way to the client: bytes as they come, nothing held back, nothing left running."""
 
-import json
 from contextlib import suppress
 
 import httpx
@@ -11,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from shared.errors import Unavailable
 from shared.http.disconnect import while_connected
 from shared.http.event_stream import MEDIA_TYPE, encode_event
-from shared.http.web import error_body
+from shared.http.web import error_json
 
 # RFC 9110 §7.6.1, and what this gateway says itself.
 _NOT_PASSED = frozenset(
@@ -46,6 +45,6 @@ class Relay(Response):
                 # The connection is closed before the announced length: no client takes that for a whole answer.
                 raise
             # The status is out; a stream can still say what happened.
-            body = json.dumps(error_body(Unavailable("inference broke off the answer"), path))
+            body = error_json(Unavailable("inference broke off the answer"), path)
             await send({"type": "http.response.body", "body": encode_event(body), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

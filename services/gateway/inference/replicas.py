@@ -11,12 +11,12 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 
 from services.gateway.models.store import Target
 from shared.errors import Unavailable
+from shared.inference_api.administration import INFO, InfoJson, adapter_path
 from shared.logs import get_logger
 
 UNLOAD_TIMEOUT_SECONDS = 5.0
@@ -33,14 +33,14 @@ class Replica:
     """
 
     url: str
-    info: dict[str, Any] | None = None
+    info: InfoJson | None = None
     waiting: set[asyncio.Timeout] = field(default_factory=set)
     reported_down: bool = False
 
     @property
     def base(self) -> str | None:
         """Id of the base it serves; None while it is down."""
-        return str(self.info["base"]) if self.info else None
+        return self.info.base if self.info else None
 
 
 class Replicas:
@@ -59,23 +59,20 @@ class Replicas:
 
     # ------------------------------------------------------------------ state, written by the prober
 
-    async def ask(self, replica: Replica) -> dict[str, Any]:
+    async def ask(self, replica: Replica) -> InfoJson:
         """A process's `/info`.
 
         Raises:
             httpx.HTTPError: it is down or refuses.
-            ValueError: its answer is not understood.
+            ValidationError: its answer is not what this version understands.
         """
-        answer = await self._client.get(f"{replica.url}/info", headers=self._headers)
+        answer = await self._client.get(replica.url + INFO, headers=self._headers)
         answer.raise_for_status()
-        info = answer.json()
-        if not isinstance(info, dict) or not isinstance(info.get("base"), str):
-            raise ValueError("its /info names no base")
-        return info
+        return InfoJson.model_validate_json(answer.content)
 
-    def mark_up(self, replica: Replica, info: dict[str, Any]) -> None:
+    def mark_up(self, replica: Replica, info: InfoJson) -> None:
         if replica.info is None:
-            self._log.info("inference is up", url=replica.url, base=info["base"])
+            self._log.info("inference is up", url=replica.url, base=info.base)
         replica.info, replica.reported_down = info, False
 
     def mark_down(self, replica: Replica, reason: str) -> None:
@@ -95,7 +92,7 @@ class Replicas:
         """Ids of the bases that are served now, in the order of the configured URLs."""
         return list(dict.fromkeys(replica.base for replica in self.all if replica.base))
 
-    def info(self, base: str) -> dict[str, Any]:
+    def info(self, base: str) -> InfoJson:
         """`/info` of a process that serves `base`.
 
         Raises:
@@ -153,7 +150,8 @@ class Replicas:
         Raises:
             Unavailable: as `send`.
         """
-        path = f"/adapters/{target.adapter}?gently={protect_recent_seconds:g}"
+        assert target.adapter is not None
+        path = adapter_path(target.adapter, protect_recent_seconds=protect_recent_seconds)
         response = await self.send(target, path, b"", {}, method="PUT")
         await response.aclose()
         return response.status_code
@@ -164,7 +162,7 @@ class Replicas:
 
     async def _unload(self, replica: Replica, adapter: str) -> None:
         try:
-            url = f"{replica.url}/adapters/{adapter}"
+            url = replica.url + adapter_path(adapter)
             await self._client.delete(url, headers=self._headers, timeout=UNLOAD_TIMEOUT_SECONDS)
         except httpx.HTTPError as error:
             self._log.warning("adapter not unloaded", url=replica.url, adapter=adapter, error=str(error))

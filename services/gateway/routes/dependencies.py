@@ -13,6 +13,7 @@ from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import HEADER, Attempt, IdempotencyStore
 from services.gateway.http.keys import Owner
+from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.replicas import Replicas
 from services.gateway.jobs.resolution import JobResolver
 from services.gateway.jobs.sources import JobSources
@@ -37,17 +38,11 @@ def _part(get: Callable[[Services], object]) -> Any:
     return Depends(part)
 
 
-async def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
-
-
-# TODO(issue 9): the last routes that take the bag.
-Using = Annotated[Services, Depends(_services)]
 ArtifactsDep = Annotated[LocalArtifactStore, _part(lambda services: services.artifacts)]
 BasesDep = Annotated[PreparedBases, _part(lambda services: services.bases)]
 CatalogueDep = Annotated[Catalogue, _part(lambda services: services.catalogue)]
 DatabaseDep = Annotated[Database, _part(lambda services: services.database)]
+ForwarderDep = Annotated[Forwarder, _part(lambda services: services.forwarder)]
 FilesDep = Annotated[FileStore, _part(lambda services: services.files)]
 IdempotencyDep = Annotated[IdempotencyStore, _part(lambda services: services.idempotency)]
 JobsDep = Annotated[JobStore, _part(lambda services: services.jobs)]

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from services.gateway.http.auth import AuthenticatedRoute
-from services.gateway.routes.dependencies import Using
+from services.gateway.routes.dependencies import HealthDep, MetricsDep, ModelsDep, ReplicasDep
 from services.gateway.routes.responses import NEEDS_KEY, TGI_ERRORS
 
 # Open to everybody: load balancers have no key, and nothing is told that a key would protect.
@@ -37,20 +37,20 @@ async def health_live() -> LiveJson:
 
 @health.get("/health", include_in_schema=False)
 @health.get("/health/ready", responses={503: {"model": ReadyJson}})
-async def health_ready(services: Using) -> Response:
+async def health_ready(health: HealthDep, replicas: ReplicasDep, models: ModelsDep) -> Response:
     """The database answers; the body says the same of Redis and of every base."""
-    database, redis = await services.health.check()
-    served = services.replicas.served()
+    database, redis = await health.check()
+    served = replicas.served()
     state = ReadyJson(
         status="ready" if database else "not_ready",
         database=database,
         redis=redis,
-        inference={base.id: base.id in served for base in services.models.bases},
+        inference={base.id: base.id in served for base in models.bases},
     )
     return JSONResponse(state.model_dump(), 200 if database else 503)
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(services: Using) -> Response:
+def metrics(metrics: MetricsDep) -> Response:
     """Prometheus text: requests of this gateway, jobs by state, doorbells waiting."""
-    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,45 +1,42 @@
-"""Headers of the generate routes: text-generation-inference's, and which base, adapter and precision served."""
+"""Headers of an answer: text-generation-inference's, and which base, adapter and precision served."""
 
-from services.inference.serving import Run, ServedBase
+from services.inference.generation import Generation
+from services.inference.serving import ServedBase
 
 
-def early(run: Run, base: ServedBase) -> dict[str, str]:
+def early(generation: Generation, base: ServedBase) -> dict[str, str]:
     """What is known before the first token: who serves, and of the adapter what its load took and cost this request."""
     headers = {
         "x-model-id": base.id,
         "x-precision": base.precision,
-        "x-prompt-tokens": str(len(run.request.prompt)),
+        "x-prompt-tokens": str(len(generation.request.prompt)),
     }
-    if run.adapter_id is not None:
-        headers["x-adapter-id"] = run.adapter_id
-        headers["x-adapter-loaded-in-ms"] = f"{run.adapter_loaded_in_ms:.1f}"
-    if run.adapter_load_ms is not None:
-        headers["x-adapter-load-ms"] = f"{run.adapter_load_ms:.1f}"
+    if generation.adapter_id is not None:
+        headers["x-adapter-id"] = generation.adapter_id
+        headers["x-adapter-loaded-in-ms"] = f"{generation.adapter_loaded_in_ms:.1f}"
+    if generation.adapter_load_ms is not None:
+        headers["x-adapter-load-ms"] = f"{generation.adapter_load_ms:.1f}"
     return headers
 
 
-def full(run: Run, base: ServedBase, characters: int) -> dict[str, str]:
-    """All of it, times in whole milliseconds as text-generation-inference has them.
-
-    Args:
-        characters: of the prompt as the client sent it.
-    """
-    times = run.times
+def full(generation: Generation, base: ServedBase) -> dict[str, str]:
+    """All headers, times in whole milliseconds as text-generation-inference has them."""
+    times = generation.times
     ended = times.last_token or times.started or times.submitted
-    queue = run.started.queue_seconds if run.started else 0.0
+    queue = generation.started.queue_seconds if generation.started else 0.0
     inference = max(0.0, ended - times.submitted - queue)
-    return early(run, base) | {
+    return early(generation, base) | {
         "x-compute-type": base.device,
         "x-compute-time": f"{ended - times.received:.3f}",
-        "x-compute-characters": str(characters),
+        "x-compute-characters": str(len(generation.prompt_text)),
         "x-total-time": _ms(ended - times.received),
         "x-validation-time": _ms(times.submitted - times.received),
         "x-queue-time": _ms(queue),
         "x-inference-time": _ms(inference),
-        "x-time-per-token": _ms(inference / max(1, run.generated)),
+        "x-time-per-token": _ms(inference / max(1, generation.generated)),
         "x-time-to-first-token": _ms(times.first_token - times.received),
-        "x-generated-tokens": str(run.generated),
-        "x-total-tokens": str(len(run.request.prompt) + run.generated),
+        "x-generated-tokens": str(generation.generated),
+        "x-total-tokens": str(len(generation.request.prompt) + generation.generated),
     }
 
 

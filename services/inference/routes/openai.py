@@ -1,33 +1,107 @@
 """OpenAI's dialect: chat completions, completions, models. `model` names the base or an adapter id."""
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
+from services.inference.engine.interface import FinishReason as EngineReason
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
-from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText
-from services.inference.routes import headers
-from services.inference.routes.schemas import MIN_DIVISOR, ChatCompletionBody, CompletionBody, plain
-from services.inference.routes.streaming import begin
-from services.inference.serving import Ask, Run, ServedBase, Serving
-from shared.bases.catalogue import NO_MODEL_IN_PARTICULAR
+from services.inference.generation import Generation, PromptRequest
+from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText, plain
+from services.inference.routes.dependencies import ClientsModelName, ProjectTag, ServingDep
+from services.inference.routes.respond import respond
+from services.inference.serving import ServedBase, Serving
 from shared.errors import TunesmithError
-from shared.http.disconnect import while_connected
-from shared.http.event_stream import EventStreamResponse
-from shared.http.web import error_body
+from shared.http.event_stream import DONE
+from shared.inference_api.administration import ServedModelJson, ServedModelListJson
+from shared.inference_api.documented import CHAT_ANSWERS, COMPLETION_ANSWERS
+from shared.inference_api.fields import MIN_DIVISOR
+from shared.inference_api.openai import (
+    CHAT_COMPLETIONS,
+    COMPLETIONS,
+    NO_MODEL_IN_PARTICULAR,
+    AssistantMessageJson,
+    ChatChoiceJson,
+    ChatChunkChoiceJson,
+    ChatCompletionBody,
+    ChatCompletionChunkJson,
+    ChatCompletionJson,
+    ChatLogprobJson,
+    ChatLogprobsJson,
+    CompletionBody,
+    CompletionChoiceJson,
+    CompletionJson,
+    CompletionLogprobsJson,
+    DeltaJson,
+    FinishReason,
+    TopLogprobJson,
+    UsageJson,
+)
 
-_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+CHAT_NEW_TOKENS, COMPLETION_NEW_TOKENS = 512, 16
+_REASONS: dict[EngineReason | None, FinishReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 _ADAPTER_CODES = frozenset({"model_not_found", "adapter_refused", "adapter_corrupt", "adapter_too_large"})
-_FIELDS = {"inputs": "prompt", "max_new_tokens": "max_tokens"}
-_CHAT_FIELDS = _FIELDS | {"inputs": "messages"}
+
+
+def openai_router(route_class: type[APIRoute]) -> APIRouter:
+    """The `/v1` routes."""
+    router = APIRouter(route_class=route_class, tags=["openai"])
+    router.post(CHAT_COMPLETIONS, operation_id="chat_completions", responses=CHAT_ANSWERS)(chat_completions)
+    router.post(COMPLETIONS, operation_id="completions", responses=COMPLETION_ANSWERS)(completions)
+    router.get("/v1/models", operation_id="models")(models)
+    return router
+
+
+async def chat_completions(
+    body: ChatCompletionBody,
+    request: Request,
+    serving: ServingDep,
+    project_tag: ProjectTag,
+    model_name: ClientsModelName = "",
+) -> Response:
+    """Answer a conversation with the base or an adapter (`model`)."""
+    asked = PromptRequest(
+        ChatSource(plain(body.messages)),
+        adapter_of(body.model, serving.base),
+        _generation_request(body, body.top_logprobs or 0),
+        body.max_completion_tokens or body.max_tokens,
+        CHAT_NEW_TOKENS,
+        project_tag=project_tag,
+    )
+    dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs))
+    return await respond(request, serving, asked, dialect, stream=bool(body.stream))
+
+
+async def completions(
+    body: CompletionBody,
+    request: Request,
+    serving: ServingDep,
+    project_tag: ProjectTag,
+    model_name: ClientsModelName = "",
+) -> Response:
+    """Complete a prompt with the base or an adapter (`model`)."""
+    asked = PromptRequest(
+        _source(body),
+        adapter_of(body.model, serving.base),
+        _generation_request(body, body.logprobs or 0),
+        body.max_tokens or COMPLETION_NEW_TOKENS,
+        project_tag=project_tag,
+    )
+    dialect = CompletionDialect(serving, body, model_name, logprobs=body.logprobs is not None)
+    return await respond(request, serving, asked, dialect, stream=bool(body.stream))
+
+
+async def models(serving: ServingDep) -> ServedModelListJson:
+    """The base, and the adapters that are here; others are loaded when they are named."""
+    base = ServedModelJson(id=serving.base.id, parent=None)
+    adapters = [ServedModelJson(id=entry.id, parent=serving.base.id) for entry in serving.adapters.entries()]
+    return ServedModelListJson(data=[base, *adapters])
 
 
 def adapter_of(model: str, base: ServedBase) -> str | None:
@@ -35,9 +109,9 @@ def adapter_of(model: str, base: ServedBase) -> str | None:
     return None if model in NO_MODEL_IN_PARTICULAR or model == base.id or model in base.aliases else model
 
 
-def _sampling(body: ChatCompletionBody | CompletionBody) -> Sampling:
+def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives: int) -> GenerationRequest:
     temperature = 1.0 if body.temperature is None else body.temperature
-    return Sampling(
+    sampling = Sampling(
         # 0 is greedy, and so is what cannot be told from it.
         do_sample=temperature >= MIN_DIVISOR,
         temperature=max(temperature, MIN_DIVISOR),
@@ -46,123 +120,17 @@ def _sampling(body: ChatCompletionBody | CompletionBody) -> Sampling:
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         seed=secrets.randbits(63) if body.seed is None else body.seed % (1 << 63),
     )
+    return GenerationRequest(
+        prompt=(),
+        sampling=sampling,
+        stop=body.stops,
+        keep_stop=False,
+        ignore_eos=bool(body.ignore_eos),
+        top_logprobs=alternatives,
+    )
 
 
-@dataclass(slots=True)
-class _Dialect:
-    """The shapes of one of the two routes, for one answer."""
-
-    chat: bool
-    model: str
-    fingerprint: str
-    logprobs: bool
-    tokenizer: Any
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            "choices": choices,
-        }
-
-    def whole(self, text: str, tokens: list[Token], reason: str) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return self.envelope([choice], chunk=False)
-
-    def piece(self, text: str, tokens: list[Token], reason: str | None, *, first: bool = False) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
-        if self.chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | ({} if reason else {"content": text})
-        else:
-            choice["text"] = text
-        return self.envelope([choice], chunk=True)
-
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        if self.chat:
-            return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
-        offsets, at = [], 0
-        for token in tokens:
-            offsets.append(at)
-            at += len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._name(a.id): a.logprob for a in token.alternatives} for token in tokens],
-            "text_offset": offsets,
-        }
-
-    def _chat_logprob(self, token: Token) -> dict[str, Any]:
-        return self._entry(token.id, token.logprob) | {
-            "top_logprobs": [self._entry(other.id, other.logprob) for other in token.alternatives]
-        }
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        name = self._name(token)
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
-
-    def _name(self, token: int) -> str:
-        name: str = self.tokenizer.decode([token], skip_special_tokens=False)
-        return name
-
-
-def _usage(run: Run) -> dict[str, int]:
-    prompt = len(run.request.prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": run.generated, "total_tokens": prompt + run.generated}
-
-
-def openai_router(route_class: type[APIRoute]) -> APIRouter:
-    """The `/v1` routes, served by `request.app.state.serving`."""
-    router = APIRouter(prefix="/v1", route_class=route_class, tags=["openai"])
-
-    @router.post("/chat/completions", operation_id="chat_completions", responses=_RESPONSES)
-    async def chat(body: ChatCompletionBody, request: Request) -> Response:
-        source = ChatSource(plain(body.messages))
-        alternatives = body.top_logprobs or 0
-        limit = body.max_completion_tokens or body.max_tokens
-        return await _answer(request, body, source, limit, 512, alternatives, logprobs=bool(body.logprobs))
-
-    @router.post("/completions", operation_id="completions", responses=_RESPONSES)
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        alternatives = body.logprobs or 0
-        return await _answer(
-            request, body, _prompt(body), body.max_tokens or 16, 16, alternatives, logprobs=body.logprobs is not None
-        )
-
-    @router.get("/models", operation_id="models")
-    async def models(request: Request) -> dict[str, Any]:
-        """The base, and the adapters that are here; others are loaded when they are named."""
-        serving: Serving = request.app.state.serving
-        names = [(serving.base.id, None)] + [(entry.id, serving.base.id) for entry in serving.adapters.entries()]
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "tunesmith", "parent": parent}
-            for name, parent in names
-        ]
-        return {"object": "list", "data": data}
-
-    return router
-
-
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "A completion, or with `stream` server-sent events of its chunks, ended by `[DONE]`.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-    }
-}
-
-
-def _prompt(body: CompletionBody) -> PromptSource:
+def _source(body: CompletionBody) -> PromptSource:
     if isinstance(body.prompt, str):
         return RawText(body.prompt)
     if isinstance(body.prompt[0], str):
@@ -170,85 +138,137 @@ def _prompt(body: CompletionBody) -> PromptSource:
     return RawIds([token for token in body.prompt if isinstance(token, int)])
 
 
-async def _answer(
-    request: Request,
-    body: ChatCompletionBody | CompletionBody,
-    source: PromptSource,
-    limit: int | None,
-    default: int,
-    alternatives: int,
-    *,
-    logprobs: bool,
-) -> Response:
-    serving: Serving = request.app.state.serving
-    base = serving.base
-    generation = GenerationRequest(
-        prompt=(),
-        sampling=_sampling(body),
-        stop=body.stops,
-        keep_stop=False,
-        ignore_eos=bool(body.ignore_eos),
-        top_logprobs=alternatives,
-    )
-    ask = Ask(source, adapter_of(body.model, base), generation, limit, default)
-    fingerprint = f"{base.revision[:12]}-{base.precision}"
-    dialect = _Dialect(
-        isinstance(body, ChatCompletionBody), _name(request, body, base), fingerprint, logprobs, serving.tokenizer
-    )
-    try:
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await _stream(request, serving, ask, dialect, with_usage)
-        return await _whole(request, serving, ask, dialect)
-    except TunesmithError as error:
-        raise _in_openai_words(error, _CHAT_FIELDS if dialect.chat else _FIELDS) from error
+class _OpenAIDialect:
+    """What both routes' answers share.
+
+    Args:
+        model_name: what the gateway's client called the model; the body's own name if empty.
+        logprobs: whether log probabilities were asked for.
+    """
+
+    prefix: str
+    fields: dict[str, str]
+
+    def __init__(
+        self, serving: Serving, body: ChatCompletionBody | CompletionBody, model_name: str, *, logprobs: bool
+    ) -> None:
+        base = serving.base
+        self._tokenizer, self._logprobs_wanted, self._with_usage = serving.tokenizer, logprobs, body.includes_usage
+        self._answer: dict[str, Any] = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model_name or body.model or base.id,
+            "system_fingerprint": f"{base.revision[:12]}-{base.precision}",
+        }
+
+    def translated(self, error: TunesmithError) -> TunesmithError:
+        # A copy: one failed load is reported to many requests.
+        own = copy(error)
+        if error.code in _ADAPTER_CODES:
+            own.param = "model"
+        elif error.param is not None:
+            own.param = self.fields.get(error.param, error.param)
+        return own
+
+    def _says_something(self, tokens: Sequence[Token]) -> bool:
+        return bool(len(tokens) == 1 or tokens[-1].text or self._logprobs_wanted)
+
+    def _name(self, token: int) -> str:
+        name: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return name
 
 
-def _name(request: Request, body: ChatCompletionBody | CompletionBody, base: ServedBase) -> str:
-    """The model's name in the answer: what the gateway's client called it, if the gateway says so."""
-    given = request.headers.get("x-model-name", "")
-    return given if 0 < len(given) <= 256 else body.model or base.id
+class ChatDialect(_OpenAIDialect):
+    """Chat completions."""
+
+    prefix = "chatcmpl"
+    fields: dict[str, str] = {"inputs": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+
+    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+        choice = ChatChoiceJson(
+            index=0,
+            finish_reason=_REASONS[generation.finish],
+            logprobs=self._logprobs(tokens),
+            message=AssistantMessageJson(role="assistant", content=_text(tokens), refusal=None),
+        )
+        return ChatCompletionJson(**self._answer, object="chat.completion", choices=[choice], usage=_usage(generation))
+
+    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
+        if not self._says_something(tokens):
+            return None
+        text = tokens[-1].text
+        delta = DeltaJson(role="assistant", content=text) if len(tokens) == 1 else DeltaJson(content=text)
+        return self._chunk(delta, tokens[-1:], None)
+
+    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
+        yield self._chunk(DeltaJson(), [], _REASONS[generation.finish])
+        if self._with_usage:
+            yield ChatCompletionChunkJson(
+                **self._answer, object="chat.completion.chunk", choices=[], usage=_usage(generation)
+            )
+        yield DONE
+
+    def _chunk(self, delta: DeltaJson, tokens: Sequence[Token], reason: FinishReason | None) -> BaseModel:
+        choice = ChatChunkChoiceJson(index=0, finish_reason=reason, logprobs=self._logprobs(tokens), delta=delta)
+        return ChatCompletionChunkJson(**self._answer, object="chat.completion.chunk", choices=[choice])
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobsJson | None:
+        if not self._logprobs_wanted:
+            return None
+        return ChatLogprobsJson(content=[self._logprob(token) for token in tokens], refusal=None)
+
+    def _logprob(self, token: Token) -> ChatLogprobJson:
+        others = [TopLogprobJson(**self._named(other.id, other.logprob)) for other in token.alternatives]
+        return ChatLogprobJson(**self._named(token.id, token.logprob), top_logprobs=others)
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        name = self._name(token)
+        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
 
 
-def _in_openai_words(error: TunesmithError, fields: Mapping[str, str]) -> TunesmithError:
-    """The same error, naming the field of this dialect. A copy: one failed load is reported to many requests."""
-    own = copy(error)
-    if error.code in _ADAPTER_CODES:
-        own.param = "model"
-    elif error.param is not None:
-        own.param = fields.get(error.param, error.param)
-    return own
+class CompletionDialect(_OpenAIDialect):
+    """Completions; a stream's chunks have the shape of the whole."""
+
+    prefix = "cmpl"
+    fields: dict[str, str] = {"inputs": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+
+    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+        answer = self._piece(_text(tokens), tokens, _REASONS[generation.finish])
+        answer.usage = _usage(generation)
+        return answer
+
+    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
+        return self._piece(tokens[-1].text, tokens[-1:], None) if self._says_something(tokens) else None
+
+    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
+        yield self._piece("", [], _REASONS[generation.finish])
+        if self._with_usage:
+            yield CompletionJson(**self._answer, object="text_completion", choices=[], usage=_usage(generation))
+        yield DONE
+
+    def _piece(self, text: str, tokens: Sequence[Token], reason: FinishReason | None) -> CompletionJson:
+        choice = CompletionChoiceJson(index=0, finish_reason=reason, logprobs=self._logprobs(tokens), text=text)
+        return CompletionJson(**self._answer, object="text_completion", choices=[choice])
+
+    def _logprobs(self, tokens: Sequence[Token]) -> CompletionLogprobsJson | None:
+        if not self._logprobs_wanted:
+            return None
+        offsets, at = [], 0
+        for token in tokens:
+            offsets.append(at)
+            at += len(token.text)
+        return CompletionLogprobsJson(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[{self._name(other.id): other.logprob for other in token.alternatives} for token in tokens],
+            text_offset=offsets,
+        )
 
 
-async def _whole(request: Request, serving: Serving, ask: Ask, dialect: _Dialect) -> Response:
-    base = serving.base
-
-    async def collect() -> Response:
-        async with serving.run(ask) as run:
-            tokens = [token async for token in run.tokens()]
-            text = "".join(token.text for token in tokens)
-            content = dialect.whole(text, tokens, _REASONS[str(run.finish)]) | {"usage": _usage(run)}
-            return JSONResponse(content, headers=headers.full(run, base, len(run.prompt_text)))
-
-    return await while_connected(request.receive, collect())
+def _text(tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens)
 
 
-async def _stream(request: Request, serving: Serving, ask: Ask, dialect: _Dialect, with_usage: bool) -> Response:
-    begun = await begin(request.receive, serving, ask)
-    run = begun.run
-
-    async def events() -> AsyncIterator[str]:
-        first = True
-        try:
-            async for token in begun.tokens():
-                if first or token.text or dialect.logprobs:
-                    yield json.dumps(dialect.piece(token.text, [token], None, first=first))
-                first = False
-            yield json.dumps(dialect.piece("", [], _REASONS[str(run.finish)]))
-            if with_usage:
-                yield json.dumps(dialect.envelope([], chunk=True) | {"usage": _usage(run)})
-            yield "[DONE]"
-        except TunesmithError as error:
-            yield json.dumps(error_body(error, request.url.path))
-
-    return EventStreamResponse(events(), begun.close, headers.early(run, serving.base))
+def _usage(generation: Generation) -> UsageJson:
+    prompt, completion = len(generation.request.prompt), generation.generated
+    return UsageJson(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

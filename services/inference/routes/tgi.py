@@ -5,65 +5,80 @@ events. Differences from the original on purpose: an unknown adapter is 404, nev
 its first token has a real status; special tokens have empty text; log probabilities are the model's own.
 """
 
-import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
 from services.inference.engine.interface import GenerationRequest, Sampling, Token
-from services.inference.prompts import ChatSource, InstructionSource, PromptSource, RawText
-from services.inference.routes import headers
-from services.inference.routes.schemas import GenerateBody, Parameters, plain
-from services.inference.routes.streaming import begin
-from services.inference.serving import Ask, Run, Serving
+from services.inference.generation import Generation, PromptRequest
+from services.inference.prompts import ChatSource, InstructionSource, PromptSource, RawText, plain
+from services.inference.routes.dependencies import ProjectTag, ServingDep
+from services.inference.routes.respond import respond
+from services.inference.serving import Serving
 from shared.errors import InvalidRequest, TunesmithError
-from shared.http.disconnect import while_connected
-from shared.http.event_stream import EventStreamResponse
-from shared.http.web import error_body
-
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The generated text with details if asked for; server-sent events of tokens if streamed.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-    }
-}
-
-
-_LIST_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The same in a list of one; server-sent events of tokens if streamed.",
-        "content": {
-            "application/json": {"schema": {"type": "array", "items": {"type": "object"}}},
-            "text/event-stream": {},
-        },
-    }
-}
+from shared.inference_api.documented import TGI_ANSWERS, TGI_LIST_ANSWERS, TGI_STREAM
+from shared.inference_api.tgi import (
+    COMPAT,
+    GENERATE,
+    GENERATE_STREAM,
+    DetailsJson,
+    GenerateBody,
+    GenerateJson,
+    GenerateListJson,
+    Parameters,
+    PromptTokenJson,
+    SummaryJson,
+    TokenEventJson,
+    TokenJson,
+)
 
 
 def tgi_router(route_class: type[APIRoute]) -> APIRouter:
-    """The generate routes, served by `request.app.state.serving`."""
+    """The generate routes."""
     router = APIRouter(route_class=route_class, tags=["generate"])
-
-    @router.post("/generate", operation_id="generate", responses=_RESPONSES)
-    async def generate(body: GenerateBody, request: Request) -> Response:
-        return await (_stream(request, body) if body.stream else _whole(request, body, as_list=False))
-
-    @router.post("/generate_stream", operation_id="generate_stream", responses=_RESPONSES)
-    async def generate_stream(body: GenerateBody, request: Request) -> Response:
-        return await _stream(request, body)
-
-    @router.post("/", operation_id="generate_compat", responses=_LIST_RESPONSES)
-    async def compat(body: GenerateBody, request: Request) -> Response:
-        return await (_stream(request, body) if body.stream else _whole(request, body, as_list=True))
-
+    for path, endpoint, answers in (
+        (GENERATE, generate, TGI_ANSWERS),
+        (GENERATE_STREAM, generate_stream, TGI_STREAM),
+        (COMPAT, generate_compat, TGI_LIST_ANSWERS),
+    ):
+        router.post(path, operation_id=endpoint.__name__, responses=answers)(endpoint)
     return router
 
 
-def ask_of(body: GenerateBody) -> Ask:
+async def generate(body: GenerateBody, request: Request, serving: ServingDep, project_tag: ProjectTag) -> Response:
+    """Complete a text with the base or an adapter (`parameters.adapter_id`)."""
+    return await _respond(request, serving, body, project_tag, stream=bool(body.stream))
+
+
+async def generate_stream(
+    body: GenerateBody, request: Request, serving: ServingDep, project_tag: ProjectTag
+) -> Response:
+    """The same as server-sent events."""
+    return await _respond(request, serving, body, project_tag, stream=True)
+
+
+async def generate_compat(
+    body: GenerateBody, request: Request, serving: ServingDep, project_tag: ProjectTag
+) -> Response:
+    """The same for clients that post to the bare URL; the answer is a list."""
+    return await _respond(request, serving, body, project_tag, stream=bool(body.stream), as_list=True)
+
+
+async def _respond(
+    request: Request, serving: Serving, body: GenerateBody, project_tag: str, *, stream: bool, as_list: bool = False
+) -> Response:
+    parameters = body.parameters or Parameters()
+    if stream and parameters.decoder_input_details:
+        raise InvalidRequest("not supported when streaming", param="parameters.decoder_input_details")
+    dialect = TgiDialect(serving, parameters, as_list=as_list)
+    return await respond(request, serving, prompt_request(body, project_tag), dialect, stream=stream)
+
+
+def prompt_request(body: GenerateBody, project_tag: str = "") -> PromptRequest:
     """What the engine is asked for."""
     given = body.parameters or Parameters()
     sampled = given.sampled
@@ -85,7 +100,9 @@ def ask_of(body: GenerateBody) -> Ask:
         prompt_logprobs=bool(given.decoder_input_details),
     )
     limit = 100 if given.max_new_tokens is None else given.max_new_tokens
-    return Ask(_source(body), given.adapter_id or None, request, limit, truncate=given.truncate)
+    return PromptRequest(
+        _source(body), given.adapter_id or None, request, limit, truncate=given.truncate, project_tag=project_tag
+    )
 
 
 def _source(body: GenerateBody) -> PromptSource:
@@ -97,116 +114,84 @@ def _source(body: GenerateBody) -> PromptSource:
     return ChatSource(plain(body.messages))
 
 
-def _characters(body: GenerateBody) -> int:
-    given = (body.inputs, body.instruction, body.input)
-    return sum(len(text) for text in given if text) + sum(len(m.plain().content) for m in body.messages or ())
+class TgiDialect:
+    """Answers as text-generation-inference and LoRAX have them."""
 
+    def __init__(self, serving: Serving, parameters: Parameters, *, as_list: bool = False) -> None:
+        self._serving, self._parameters, self._as_list = serving, parameters, as_list
 
-class _Shapes:
-    """Tokens and details as the dialect has them, for one answer."""
+    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+        given = self._parameters
+        answer = GenerateJson(generated_text=self._text(generation, tokens))
+        # LoRAX and text-generation-inference return details for decoder_input_details too.
+        if given.details or given.decoder_input_details or given.top_n_tokens:
+            answer.details = self._details(generation, tokens)
+        return GenerateListJson([answer]) if self._as_list else answer
 
-    def __init__(self, serving: Serving, run: Run, parameters: Parameters) -> None:
-        self._serving, self._run, self._parameters = serving, run, parameters
+    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+        token, given = tokens[-1], self._parameters
+        last = token.finish is not None
+        event = TokenEventJson(
+            index=len(tokens),
+            token=_token(token),
+            generated_text=self._text(generation, tokens) if last else None,
+            details=SummaryJson(**self._summary(generation)) if last and given.details else None,
+        )
+        if given.top_n_tokens:
+            event.top_tokens = self._alternatives(token)
+        return event
 
-    def text(self, tokens: list[Token]) -> str:
-        prefix = self._run.prompt_text if self._parameters.return_full_text else ""
+    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
+        return ()
+
+    def translated(self, error: TunesmithError) -> TunesmithError:
+        return error
+
+    def _text(self, generation: Generation, tokens: Sequence[Token]) -> str:
+        prefix = generation.prompt_text if self._parameters.return_full_text else ""
         return prefix + "".join(token.text for token in tokens)
 
-    def token(self, token: Token) -> dict[str, Any]:
+    def _summary(self, generation: Generation) -> dict[str, Any]:
+        prompt, sampling = len(generation.request.prompt), generation.request.sampling
         return {
-            "id": token.id,
-            "text": token.text,
-            "logprob": token.logprob,
-            "special": token.special,
-            "skipped": False,
-        }
-
-    def alternatives(self, token: Token) -> list[dict[str, Any]]:
-        return [
-            {"id": a.id, "text": self._name(a.id), "logprob": a.logprob, "special": False, "skipped": False}
-            for a in token.alternatives
-        ]
-
-    def summary(self) -> dict[str, Any]:
-        """`details` of a stream's last event: the names of text-generation-inference and of LoRAX."""
-        run, base = self._run, self._serving.base
-        prompt = len(run.request.prompt)
-        return {
-            "finish_reason": run.finish,
-            "generated_tokens": run.generated,
-            "seed": run.request.sampling.seed if run.request.sampling.do_sample else None,
+            "finish_reason": generation.finish,
+            "generated_tokens": generation.generated,
+            "seed": sampling.seed if sampling.do_sample else None,
             "input_length": prompt,
             "prompt_tokens": prompt,
             "skipped_tokens": 0,
-            "model_id": base.id,
-            "adapter_id": run.adapter_id,
-            "adapter_load_ms": run.adapter_load_ms,
-            "precision": base.precision,
+            "model_id": self._serving.base.id,
+            "adapter_id": generation.adapter_id,
+            "adapter_load_ms": generation.adapter_load_ms,
+            "precision": self._serving.base.precision,
         }
 
-    def details(self, tokens: list[Token]) -> dict[str, Any]:
-        details = self.summary() | {"prefill": self._prefill(), "tokens": [self.token(token) for token in tokens]}
+    def _details(self, generation: Generation, tokens: Sequence[Token]) -> DetailsJson:
+        details = DetailsJson(
+            **self._summary(generation), prefill=self._prefill(generation), tokens=[_token(token) for token in tokens]
+        )
         if self._parameters.top_n_tokens:
-            details["top_tokens"] = [self.alternatives(token) for token in tokens]
+            details.top_tokens = [self._alternatives(token) for token in tokens]
         return details
 
-    def _prefill(self) -> list[dict[str, Any]]:
-        if not self._parameters.decoder_input_details or self._run.started is None:
-            return []
-        logprobs = [None, *self._run.started.prompt_logprobs]
+    def _alternatives(self, token: Token) -> list[TokenJson]:
         return [
-            {"id": token, "text": self._name(token), "logprob": logprob}
-            for token, logprob in zip(self._run.request.prompt, logprobs, strict=True)
+            TokenJson(id=other.id, text=self._name(other.id), logprob=other.logprob, special=False, skipped=False)
+            for other in token.alternatives
+        ]
+
+    def _prefill(self, generation: Generation) -> list[PromptTokenJson]:
+        if not self._parameters.decoder_input_details or generation.started is None:
+            return []
+        logprobs = [None, *generation.started.prompt_logprobs]
+        return [
+            PromptTokenJson(id=token, text=self._name(token), logprob=logprob)
+            for token, logprob in zip(generation.request.prompt, logprobs, strict=True)
         ]
 
     def _name(self, token: int) -> str:
         return self._serving.tokenizer.decode([token], skip_special_tokens=False)
 
 
-async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Response:
-    serving: Serving = request.app.state.serving
-    parameters = body.parameters or Parameters()
-    # LoRAX and text-generation-inference return details for decoder_input_details too.
-    detailed = parameters.details or parameters.decoder_input_details or parameters.top_n_tokens
-
-    async def collect() -> Response:
-        async with serving.run(ask_of(body)) as run:
-            tokens = [token async for token in run.tokens()]
-            shapes = _Shapes(serving, run, parameters)
-            answer: dict[str, Any] = {"generated_text": shapes.text(tokens)}
-            if detailed:
-                answer["details"] = shapes.details(tokens)
-            return JSONResponse(
-                [answer] if as_list else answer, headers=headers.full(run, serving.base, _characters(body))
-            )
-
-    return await while_connected(request.receive, collect())
-
-
-async def _stream(request: Request, body: GenerateBody) -> Response:
-    serving: Serving = request.app.state.serving
-    parameters = body.parameters or Parameters()
-    if parameters.decoder_input_details:
-        raise InvalidRequest("not supported when streaming", param="parameters.decoder_input_details")
-    begun = await begin(request.receive, serving, ask_of(body))
-    shapes = _Shapes(serving, begun.run, parameters)
-
-    async def events() -> AsyncIterator[str]:
-        said: list[Token] = []
-        try:
-            async for token in begun.tokens():
-                said.append(token)
-                last = token.finish is not None
-                event = {
-                    "index": len(said),
-                    "token": shapes.token(token),
-                    "generated_text": shapes.text(said) if last else None,
-                    "details": shapes.summary() if last and parameters.details else None,
-                }
-                if parameters.top_n_tokens:
-                    event["top_tokens"] = shapes.alternatives(token)
-                yield json.dumps(event)
-        except TunesmithError as error:
-            yield json.dumps(error_body(error, request.url.path))
-
-    return EventStreamResponse(events(), begun.close, headers.early(begun.run, serving.base))
+def _token(token: Token) -> TokenJson:
+    return TokenJson(id=token.id, text=token.text, logprob=token.logprob, special=token.special, skipped=False)

@@ -12,7 +12,15 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from shared.inference_api.administration import InfoJson
 from tests.services.gateway.conftest import served
+
+
+def info_of(base: str) -> InfoJson:
+    """What a process that serves `base` says of itself."""
+    numbers = {name: 4 for name, field in InfoJson.model_fields.items() if field.annotation is int}
+    texts = {name: "x" for name, field in InfoJson.model_fields.items() if field.annotation is str}
+    return InfoJson.model_validate({**numbers, **texts, "base": base, "aliases": [], "measured": []})
 
 
 @dataclass
@@ -54,7 +62,7 @@ class StandIn:
                 await self._held(request)
             if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                 return JSONResponse({"error": "no"}, 401)
-            return JSONResponse({"base": self.base, "revision": "r", "precision": "fp32", "slots": 4})
+            return JSONResponse(info_of(self.base).model_dump())
 
         @app.put("/adapters/{adapter_id}")
         async def load(adapter_id: str, request: Request) -> Response:
@@ -116,17 +124,17 @@ class StandIn:
         return gone
 
     async def _tokens(self, request: Request) -> AsyncIterator[bytes]:
-        yield b'data:{"token":{"text":"first"}}\n\n'
+        yield b'data: {"token":{"text":"first"}}\n\n'
         try:
             while self.unfinished:  # noqa: ASYNC110 (set by the test's thread)
                 await asyncio.sleep(0.01)
             while self.flooding:
-                yield b"data:" + b"x" * (64 << 10) + b"\n\n"
+                yield b"data: " + b"x" * (64 << 10) + b"\n\n"
                 self.flooded += 1
                 await asyncio.sleep(0)
             if self.broken:
                 raise OSError("the process died")
-            yield b'data:{"token":{"text":"last"}}\n\n'
+            yield b'data: {"token":{"text":"last"}}\n\n'
         except asyncio.CancelledError:
             self.closed.append(request.url.path)
             raise

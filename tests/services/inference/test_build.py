@@ -8,9 +8,10 @@ import pytest
 from services.inference.build import build_serving
 from services.inference.engine import packed
 from services.inference.engine.interface import GenerationRequest
+from services.inference.generation import PromptRequest
 from services.inference.precision import ServingPrecision
 from services.inference.prompts import RawText
-from services.inference.serving import Ask, Serving
+from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.errors import NotFound, TunesmithError
 from shared.processor import Processor, this_processor
@@ -23,9 +24,9 @@ NEEDS_BF16 = pytest.mark.skipif(not this_processor().converts_bf16, reason=f"no 
 
 async def texts(serving: Serving, names: list[str | None]) -> list[str]:
     async def one(name: str | None) -> str:
-        ask = Ask(RawText("def f(x): return x"), name, GenerationRequest(()), 12)
-        async with serving.run(ask) as run:
-            return "".join([token.text async for token in run.tokens()])
+        asked = PromptRequest(RawText("def f(x): return x"), name, GenerationRequest(()), 12)
+        async with serving.generate(asked) as generation:
+            return "".join([token.text async for token in generation.tokens()])
 
     answers = await asyncio.gather(*(one(name) for name in names))
     await serving.close()

@@ -110,7 +110,7 @@ def test_a_database_that_is_away_hides_nothing(scene: Scene, monkeypatch: pytest
 def test_it_is_tried_until_inference_can(scene: Scene, inference: StandIn, statuses: list[int]) -> None:
     inference.load_statuses = list(statuses)
     assert scene.prefetch(Target(BASE, "adapter-1"), [inference.url]) == "loaded"
-    assert inference.loaded == [("adapter-1", "gently=600")] * (len(statuses) + 1)
+    assert inference.loaded == [("adapter-1", "protect_recent_seconds=600")] * (len(statuses) + 1)
 
 
 def test_it_is_not_tried_for_ever(scene: Scene, inference: StandIn) -> None:
@@ -163,7 +163,7 @@ def test_the_gateway_does_so_by_itself_and_counts_it(settings: Settings, monkeyp
         assert lease is not None
         adapter = leases.reserve_adapter(lease)
         leases.succeed(lease, adapter, REPORT)
-        eventually(lambda: inference.loaded == [(adapter, "gently=600")])
+        eventually(lambda: inference.loaded == [(adapter, "protect_recent_seconds=600")])
         counted = 'tunesmith_gateway_prefetches_total{outcome="loaded"} 1.0'
         eventually(lambda: counted in gateway.http.get("/metrics").text)
         assert inference.sent == []

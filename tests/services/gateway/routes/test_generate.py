@@ -1,6 +1,7 @@
 """Generation through the gateway: names, routing, and what is passed on untouched. Inference is a stand-in."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import insert
 
+from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.inference.project_tags import ProjectTags
 from services.gateway.settings import GatewaySettings
+from shared.inference_api.headers import MODEL_NAME, PROJECT_TAG, PROJECT_TAG_PATTERN
 from shared.jobs.spec import TrainingReport
 from shared.storage.artifacts import Manifest
+from shared.storage.tables import api_keys
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.services.gateway.inference_stand_in import StandIn, standing_in
 from tests.services.gateway.test_openai_client import REPORT
@@ -19,6 +25,9 @@ from tests.services.gateway.test_openai_client import REPORT
 BASE = "smollm2-135m-instruct"
 OTHER_BASE = "tinyllama-1.1b-chat"
 Settings = Callable[..., GatewaySettings]
+MESSAGES = [{"role": "user", "content": "a"}]
+OTHER_KEY = "ts-" + "o" * 40
+NO_NAMES: list[Any] = [5, True, ["x"], {"id": "x"}, 1.5, "\ud800", "x" * 257]
 
 
 @pytest.fixture
@@ -53,7 +62,8 @@ def base_manifest(base: str) -> Manifest:
 
 @pytest.mark.parametrize("path", ["/generate", "/"])
 def test_a_body_without_a_model_goes_on_as_it_came(gateway: Gateway, inference: StandIn, path: str) -> None:
-    body = {"inputs": "2 + 2 = \ud800\U0001f389", "parameters": {"adapter_id": None, "seed": 2**70, "x": [1.5e300, {}]}}
+    parameters = {"adapter_id": None, "seed": 2**62, "temperature": 0.1, "stop": ["\u2028"], "watermark": False}
+    body = {"inputs": "2 + 2 = \x00\U0001f389", "parameters": parameters}
     headers = {"x-request-id": "req-mine", "cookie": "private=1", "content-type": "application/json"}
     answer = gateway.http.post(path, content=json.dumps(body), headers=headers)
     assert answer.status_code == 200
@@ -81,14 +91,12 @@ def test_every_name_of_a_model_becomes_its_id(gateway: Gateway, inference: Stand
     assert inference.sent[0][1]["parameters"]["top_k"] == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["ft:nobody", "adapter-000000000000000000000000", "../../x", "a\x00b", "ü", "x" * 5000]
-)
+@pytest.mark.parametrize("name", ["ft:nobody", "adapter-000000000000000000000000", "../../x", "a\x00b", "ü", "x" * 256])
 def test_an_unknown_model_is_404_and_never_the_base(gateway: Gateway, inference: StandIn, name: str) -> None:
     tgi = gateway.http.post("/generate", json={"inputs": "a", "parameters": {"adapter_id": name}})
     assert tgi.status_code == 404
     assert tgi.json()["error_type"] == "validation"
-    openai = gateway.http.post("/v1/chat/completions", json={"model": name, "messages": []})
+    openai = gateway.http.post("/v1/chat/completions", json={"model": name, "messages": MESSAGES})
     assert openai.status_code == 404
     assert openai.json()["error"]["code"] == "model_not_found"
     assert openai.json()["error"]["param"] == "model"
@@ -108,13 +116,61 @@ def test_what_clients_send_for_no_model_in_particular_is_the_default(
     assert answer.status_code == (404 if name else 200)
 
 
-@pytest.mark.parametrize("name", [5, True, ["x"], {"id": "x"}, 1.5])
-def test_what_is_no_name_is_left_for_inference_to_refuse(gateway: Gateway, inference: StandIn, name: Any) -> None:
-    """Taken out, the base would answer as if nothing had been asked for."""
-    gateway.http.post("/generate", json={"inputs": "a", "parameters": {"adapter_id": name}})
-    gateway.http.post("/v1/chat/completions", json={"model": name, "messages": []})
-    (_, tgi, _), (_, chat, _) = inference.sent
-    assert (tgi["parameters"]["adapter_id"], chat["model"]) == (name, name)
+BAD_BODIES: list[tuple[str, dict[str, Any], str]] = [
+    *[("/generate", {"inputs": "a", "parameters": {"adapter_id": n}}, "parameters.adapter_id") for n in NO_NAMES],
+    *[("/v1/completions", {"prompt": "a", "model": name}, "model") for name in NO_NAMES],
+    ("/generate", {"inputs": "a", "surprise": 1}, "surprise"),
+    ("/", {"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
+    ("/generate_stream", {"messages": []}, "messages"),
+    ("/generate_stream", {"inputs": "\ud800"}, "inputs"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ("/v1/completions", {}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), BAD_BODIES)
+def test_bad_bodies_are_refused_here_with_the_field_named(
+    gateway: Gateway, inference: StandIn, path: str, body: dict[str, Any], field: str
+) -> None:
+    """Taken out instead, the base would answer as if nothing had been asked for."""
+    answer = gateway.http.post(path, content=json.dumps(body))
+    assert answer.status_code == (400 if path.startswith("/v1") else 422)
+    if path.startswith("/v1"):
+        assert answer.json()["error"]["param"] == field
+    else:
+        assert answer.json()["error_type"] == "validation"
+        assert field in answer.json()["error"]
+    assert inference.sent == []
+
+
+def test_inference_learns_of_the_project_by_an_opaque_tag_that_no_client_can_set(
+    gateway: Gateway, inference: StandIn
+) -> None:
+    keys = Keys(gateway.services.database, read_or_make_secret(gateway.settings.key_secret_path))
+    row = {"id": "key-other", "project": "other", "digest": keys._digest(OTHER_KEY), "created_at": 0}
+    with gateway.services.database.write() as connection:
+        connection.execute(insert(api_keys).values(row))
+    for key in (gateway.key, OTHER_KEY):
+        for path in ("/generate", "/generate_stream", "/", "/v1/chat/completions", "/v1/completions"):
+            headers = {"authorization": f"Bearer {key}", PROJECT_TAG: "of-somebody-else", MODEL_NAME: "mine"}
+            body = {"messages": MESSAGES} if path != "/v1/completions" else {"prompt": "a"}
+            assert gateway.http.post(path, json=body, headers=headers).is_success
+    tags = [headers[PROJECT_TAG] for _, _, headers in inference.sent]
+    assert len(set(tags[:5])) == len(set(tags[5:])) == 1
+    assert tags[0] != tags[5]
+    for tag in tags:
+        assert re.fullmatch(PROJECT_TAG_PATTERN, tag)
+        assert not {"default", "other", "of-somebody-else"} & {tag}
+    assert not any(MODEL_NAME in headers for _, _, headers in inference.sent)
+    assert ProjectTags(b"another installation").tag("default") != tags[0]
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_is_json_whatever_its_client_calls_it(gateway: Gateway, kind: str | None) -> None:
+    """`curl -d` without a header calls it a form."""
+    headers = {"content-type": kind} if kind else {}
+    assert gateway.http.post("/generate", content=b'{"inputs": "a"}', headers=headers).is_success
 
 
 def test_a_deleted_model_is_gone_everywhere(gateway: Gateway, inference: StandIn) -> None:
@@ -165,7 +221,7 @@ def test_a_base_nobody_serves_is_503_and_says_what_is_served(gateway: Gateway) -
 
 def test_refusals_of_inference_pass_with_their_headers(gateway: Gateway, inference: StandIn) -> None:
     inference.status = 429
-    answer = gateway.http.post("/v1/chat/completions", json={"model": BASE, "messages": []})
+    answer = gateway.http.post("/v1/chat/completions", json={"model": BASE, "messages": MESSAGES})
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
     assert answer.json()["error"]["message"] == "full"
 
@@ -191,9 +247,9 @@ def test_a_stream_arrives_piece_by_piece(gateway: Gateway, inference: StandIn) -
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.iter_lines()
         # The second piece does not exist yet: nothing was held back.
-        assert json.loads(next(lines).removeprefix("data:")) == {"token": {"text": "first"}}
+        assert json.loads(next(lines).removeprefix("data: ")) == {"token": {"text": "first"}}
         inference.unfinished = False
-        assert [json.loads(line.removeprefix("data:")) for line in lines if line] == [{"token": {"text": "last"}}]
+        assert [json.loads(line.removeprefix("data: ")) for line in lines if line] == [{"token": {"text": "last"}}]
 
 
 def test_when_the_client_goes_the_stream_behind_it_is_closed(gateway: Gateway, inference: StandIn) -> None:
@@ -239,8 +295,8 @@ def test_when_the_client_goes_before_the_answer_inference_learns_it(gateway: Gat
 @pytest.mark.parametrize(("path", "shape"), [("/generate_stream", "error_type"), ("/v1/chat/completions", "error")])
 def test_a_stream_that_breaks_says_so(gateway: Gateway, inference: StandIn, path: str, shape: str) -> None:
     inference.broken = True
-    answer = gateway.http.post(path, json={"inputs": "a", "stream": True})
-    last = json.loads(answer.text.strip().splitlines()[-1].removeprefix("data:"))
+    answer = gateway.http.post(path, json={"messages": MESSAGES, "stream": True})
+    last = json.loads(answer.text.strip().splitlines()[-1].removeprefix("data: "))
     assert shape in last
 
 
@@ -281,7 +337,7 @@ def test_a_process_that_is_away_is_passed_over(settings: Settings) -> None:
 
 def test_without_inference_jobs_go_on_and_generation_says_what_is_missing(settings: Settings) -> None:
     with running_gateway(settings(inference_urls="http://127.0.0.1:9, http://127.0.0.1:10/")) as gateway:
-        answer = gateway.http.post("/v1/chat/completions", json={"messages": []})
+        answer = gateway.http.post("/v1/chat/completions", json={"messages": MESSAGES})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_not_served")
         assert gateway.http.get("/health/ready").json()["inference"] == {BASE: False, OTHER_BASE: False}
         assert gateway.upload(ROWS).is_success

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from shared.inference_api.administration import PROTECT_RECENT_SECONDS_OLD
 from shared.storage.artifacts import MANIFEST, new_id
 from tests.services.inference.adapters_on_disk import publish
 from tests.services.inference.harness import Tiny
@@ -121,14 +122,16 @@ def test_requests_in_flight_finish_on_what_they_began_with(small: Server) -> Non
     assert resident(small) == {adapter}
 
 
-def test_a_gentle_load_over_http(tiny: Tiny, adapters: list[str]) -> None:
+def test_a_load_that_protects_recent_adapters_over_http(tiny: Tiny, adapters: list[str]) -> None:
     with running(tiny, adapter_slots=1) as server:
-        assert server.http.put(f"/adapters/{adapters[0]}?gently=60").json()["state"] == "resident"
-        refused = server.http.put(f"/adapters/{adapters[1]}?gently=60")
+        assert server.http.put(f"/adapters/{adapters[0]}?protect_recent_seconds=60").json()["state"] == "resident"
+        refused = server.http.put(f"/adapters/{adapters[1]}?protect_recent_seconds=60")
         assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
         assert resident(server) == {adapters[0]}
         for wrong in ("-1", "nan", "inf", "x", "1e9"):
-            assert server.http.put(f"/adapters/{adapters[1]}?gently={wrong}").status_code == 422
+            assert server.http.put(f"/adapters/{adapters[1]}?protect_recent_seconds={wrong}").status_code == 422
+        # The name of the version before, with its meaning.
+        assert server.http.put(f"/adapters/{adapters[1]}?{PROTECT_RECENT_SECONDS_OLD}=60").status_code == 429
         assert server.http.put(f"/adapters/{adapters[1]}").status_code == 200
         assert resident(server) == {adapters[1]}
         assert "tunesmith_adapter_loads_total 2.0" in server.http.get("/metrics").text

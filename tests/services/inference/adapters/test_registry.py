@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from services.inference.adapters.registry import AdapterRegistry, Checked
+from services.inference.adapters.residency import Residency
 from services.inference.engine.interface import GenerationRequest, Sink, Stats
 from shared.errors import InvalidRequest, NotFound, Overloaded
 from tests.services.inference.harness import Tiny
@@ -60,7 +61,8 @@ def registry(tiny: Tiny, engine: SlowEngine, **limits: Any) -> AdapterRegistry:
         return Checked(tiny.store.verify(folder, "adapter"), Weights(), None)
 
     pool = ThreadPoolExecutor(1)
-    return AdapterRegistry(tiny.store, engine, read, pool, **{"budget": 100, "slots": 2, "patience": 0.2} | limits)
+    residency = Residency(engine, **{"budget": 100, "slots": 2, "wait_seconds": 0.2} | limits)
+    return AdapterRegistry(tiny.store, engine, read, pool, residency)
 
 
 async def until(condition: Any) -> None:
@@ -123,7 +125,7 @@ def test_a_full_house_waits_for_a_release_and_else_says_so(tiny: Tiny, adapters:
         engine.loads[1][1].set_result(None)
         await second
         assert engine.unloaded == [entry.uid]
-        assert held.counters.evictions == 1
+        assert held.evictions == 1
 
     asyncio.run(scenario())
 
@@ -137,7 +139,7 @@ def test_an_engine_that_fails_to_load_is_an_error_for_those_who_wait(tiny: Tiny,
         engine.loads[0][1].set_exception(InvalidRequest("no"))
         with pytest.raises(InvalidRequest):
             await task
-        assert (held.entries(), held.used_bytes, held.counters.failed_loads) == ([], 0, 1)
+        assert (held.entries(), held.used_bytes, held.failed_loads) == ([], 0, 1)
         with pytest.raises(NotFound):
             await held.acquire("adapter-none")
 
@@ -151,25 +153,25 @@ class Clock:
         return self.now
 
 
-def test_a_gentle_load_evicts_only_what_was_left_alone(tiny: Tiny, adapters: list[str]) -> None:
+def test_what_was_used_recently_is_not_evicted_for_a_load_that_protects_it(tiny: Tiny, adapters: list[str]) -> None:
     async def scenario() -> None:
         engine, clock = SlowEngine(at_once=True), Clock()
         held = registry(tiny, engine, clock=clock)
         first, second, third, fourth = adapters
-        await held.load(first, gently=60)
+        await held.load(first, protect_recent_seconds=60)
         clock.now += 50
         await held.load(second)
         clock.now += 5
         # Both have been used within a minute: no room, and that is said at once.
         with pytest.raises(Overloaded):
-            await held.load(third, gently=60)
-        assert ({entry.id for entry in held.entries()}, held.counters.evictions) == ({first, second}, 0)
+            await held.load(third, protect_recent_seconds=60)
+        assert ({entry.id for entry in held.entries()}, held.evictions) == ({first, second}, 0)
         clock.now += 5
-        await held.load(third, gently=60)
-        assert ({entry.id for entry in held.entries()}, held.counters.evictions) == ({second, third}, 1)
+        await held.load(third, protect_recent_seconds=60)
+        assert ({entry.id for entry in held.entries()}, held.evictions) == ({second, third}, 1)
         # What is there already stays and needs no room; a request takes it as ever.
         clock.now += 1
-        await held.load(second, gently=60)
+        await held.load(second, protect_recent_seconds=60)
         await held.load(fourth)
         assert {entry.id for entry in held.entries()} == {second, fourth}
 
@@ -177,23 +179,23 @@ def test_a_gentle_load_evicts_only_what_was_left_alone(tiny: Tiny, adapters: lis
 
 
 @pytest.mark.parametrize("kept", ["in use", "pinned"])
-def test_a_gentle_load_leaves_who_is_in_use_or_pinned(tiny: Tiny, adapters: list[str], kept: str) -> None:
+def test_a_protecting_load_evicts_nothing_in_use_or_pinned(tiny: Tiny, adapters: list[str], kept: str) -> None:
     async def scenario() -> None:
         engine, clock = SlowEngine(at_once=True), Clock()
         held = registry(tiny, engine, clock=clock, slots=1)
         entry, _ = await held.acquire(adapters[0])
         if kept == "pinned":
             held.release(entry)
-            await held.pin(adapters[0], True)
+            await held.pin(adapters[0])
         clock.now += 3600
         with pytest.raises((Overloaded, InvalidRequest)):
-            await held.load(adapters[1], gently=60)
+            await held.load(adapters[1], protect_recent_seconds=60)
         assert [each.id for each in held.entries()] == [adapters[0]]
 
     asyncio.run(scenario())
 
 
-def test_a_request_that_joins_a_gentle_load_is_served_like_any_other(
+def test_a_request_that_joins_a_protecting_load_is_served_like_any_other(
     tiny: Tiny, adapters: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both hang on one load, which was begun to evict nobody; the one that needs it decides."""
@@ -208,14 +210,14 @@ def test_a_request_that_joins_a_gentle_load_is_served_like_any_other(
             return read(folder)
 
         monkeypatch.setattr(held, "_read", slowly)
-        gentle = asyncio.create_task(held.load(adapters[1], gently=60))
+        protecting = asyncio.create_task(held.load(adapters[1], protect_recent_seconds=60))
         await asyncio.sleep(0)
         request = asyncio.create_task(held.acquire(adapters[1]))
         await asyncio.sleep(0)
         reading.set()
         entry, waited = await request
-        assert (entry, entry.state) == (await gentle, "resident")
+        assert (entry, entry.state) == (await protecting, "resident")
         assert waited is not None
-        assert held.counters.evictions == 1
+        assert held.evictions == 1
 
     asyncio.run(scenario())

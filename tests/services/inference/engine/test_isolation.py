@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from services.inference.build import assemble
 from services.inference.engine.interface import GenerationRequest
+from services.inference.generation import PromptRequest
 from services.inference.prompts import RawIds
-from services.inference.serving import Ask, Serving
+from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.errors import InvalidRequest, NotFound, Overloaded
 from shared.storage.artifacts import Manifest, new_id
@@ -122,10 +123,10 @@ class _Traffic:
             adapter = self.chance.choice(list(self.newest))
             place = self.chance.randrange(len(PROMPTS))
             oldest = self.newest[adapter]
-            ask = Ask(RawIds(self.canaries.prompts[place]), adapter, GenerationRequest(()), TOKENS)
+            asked = PromptRequest(RawIds(self.canaries.prompts[place]), adapter, GenerationRequest(()), TOKENS)
             try:
-                async with self.serving.run(ask) as run:
-                    ids = [token.id async for token in run.tokens()]
+                async with self.serving.generate(asked) as generation:
+                    ids = [token.id async for token in generation.tokens()]
             except (Overloaded, NotFound, InvalidRequest):
                 # Every slot in use for long, or a load that read the folder while its version changed.
                 self.refused += 1
@@ -147,9 +148,9 @@ class _Traffic:
         elif deed < 0.7:
             await adapters.load(adapter)
         elif deed < 0.8:
-            await adapters.pin(adapter, True)
+            await adapters.pin(adapter)
             await asyncio.sleep(0.01)
-            await adapters.pin(adapter, False)
+            adapters.unpin(adapter)
         elif self.canaries.spare:
             self.new_version(self.chance.choice(list(self.canaries.spare)))
 
@@ -170,9 +171,9 @@ def test_no_canary_sings_anothers_song(canaries: Canaries) -> None:
         await asyncio.gather(traffic.operator(), *(traffic.client() for _ in range(CLIENTS)))
         # Then everyone once more in peace, by the newest version only.
         for adapter in canaries.answers:
-            ask = Ask(RawIds(canaries.prompts[0]), adapter, GenerationRequest(()), TOKENS)
-            async with serving.run(ask) as run:
-                ids = [token.id async for token in run.tokens()]
+            asked = PromptRequest(RawIds(canaries.prompts[0]), adapter, GenerationRequest(()), TOKENS)
+            async with serving.generate(asked) as generation:
+                ids = [token.id async for token in generation.tokens()]
             assert ids == canaries.answers[adapter][-1 if not canaries.spare else traffic.newest[adapter]][0]
         for entry in serving.adapters.entries():
             assert entry.references == 0
@@ -182,7 +183,7 @@ def test_no_canary_sings_anothers_song(canaries: Canaries) -> None:
     assert traffic.wrong == []
     assert traffic.asked >= REQUESTS
     assert traffic.refused < REQUESTS / 20
-    counters = serving.adapters.counters
-    assert counters.loads > 100
-    assert counters.evictions > 50
+
+    assert serving.adapters.loads > 100
+    assert serving.adapters.evictions > 50
     assert not canaries.spare, "not every version was changed"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from services.inference.serving import Run
+from services.inference.generation import Generation
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running
 
@@ -143,7 +143,7 @@ def test_a_full_queue_answers_429_at_once(narrow: Server) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory this process holds; the server runs in it."""
+    """Memory this process holds; the server generations in it."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -195,7 +195,7 @@ def test_a_reader_that_does_not_read_holds_nothing_but_its_own_answer(
             return f'route="{path}",status="200"}} 2.0' in server.http.get("/metrics").text
 
         stuck = connect(server, path, body, window=2048)
-        wait(lambda: server.serving.adapters.counters.loads and server.serving.engine.stats().running)
+        wait(lambda: server.serving.adapters.loads and server.serving.engine.stats().running)
         server.wait_until_idle()
         # The only row and the only adapter slot serve the next ones, while most of the answer is still to be sent.
         for adapter in (adapters[1], None):
@@ -218,15 +218,15 @@ def test_many_readers_that_do_not_read_take_bounded_memory_and_leave_none_taken(
         wait(lambda: engine.stats().tokens >= 60 * LONG["max_new_tokens"])
         server.wait_until_idle()
         assert server.generate(inputs="a", parameters={"max_new_tokens": 1}).is_success
-        runs = alive(Run)
-        assert len(runs) == 60
+        generations = alive(Generation)
+        assert len(generations) == 60
         # What waits to be read is the rest of one answer each.
-        unread = [run._events.qsize() for run in runs]
+        unread = [each._events.qsize() for each in generations]
         assert 0 < max(unread) <= LONG["max_new_tokens"] + 2
-        del runs
+        del generations
         for connection in stuck:
             connection.close()
-        wait(lambda: not alive(Run))
+        wait(lambda: not alive(Generation))
 
 
 def alive(kind: type[T]) -> list[T]:

@@ -1,0 +1,99 @@
+"""From a request to its answer, whole or streamed: one way for every dialect.
+
+Everything that can fail before the first token fails with a real status; after that only the stream can tell.
+"""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from services.inference.engine.interface import Token
+from services.inference.generation import Generation, PromptRequest
+from services.inference.routes import headers
+from services.inference.serving import Serving
+from shared.errors import TunesmithError
+from shared.http.disconnect import while_connected
+from shared.http.event_stream import EventStreamResponse
+from shared.http.web import error_json
+
+
+class Dialect(Protocol):
+    """The shapes of one request's answer. Of what its models hold only the fields that were set are sent."""
+
+    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+        """The answer in one piece."""
+        ...
+
+    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
+        """The event for the newest of the tokens so far; None if it has nothing to tell the client."""
+        ...
+
+    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
+        """What follows the last token's event."""
+        ...
+
+    def translated(self, error: TunesmithError) -> TunesmithError:
+        """The same error, naming the dialect's own field."""
+        ...
+
+
+async def respond(
+    request: Request, serving: Serving, asked: PromptRequest, dialect: Dialect, *, stream: bool
+) -> Response:
+    """Generate and answer.
+
+    Raises:
+        ClientDisconnect: the client left before the answer began.
+        TunesmithError: the request was refused, or failed before its first token.
+    """
+    try:
+        if stream:
+            return await _streamed(request, serving, asked, dialect)
+        return await while_connected(request.receive, _whole(serving, asked, dialect))
+    except TunesmithError as error:
+        raise dialect.translated(error) from error
+
+
+async def _whole(serving: Serving, asked: PromptRequest, dialect: Dialect) -> Response:
+    async with serving.generate(asked) as generation:
+        tokens = [token async for token in generation.tokens()]
+        content = _json(dialect.whole(generation, tokens))
+        return Response(content, headers=headers.full(generation, serving.base), media_type="application/json")
+
+
+async def _streamed(request: Request, serving: Serving, asked: PromptRequest, dialect: Dialect) -> Response:
+    stack = AsyncExitStack()
+
+    async def begin() -> tuple[Generation, Token, AsyncIterator[Token]]:
+        generation = await stack.enter_async_context(serving.generate(asked))
+        tokens = generation.tokens()
+        return generation, await anext(tokens), tokens
+
+    try:
+        generation, first, rest = await while_connected(request.receive, begin())
+    except BaseException:
+        await stack.aclose()
+        raise
+
+    async def events() -> AsyncIterator[str]:
+        tokens = [first]
+        try:
+            if (event := dialect.event(generation, tokens)) is not None:
+                yield _json(event)
+            async for token in rest:
+                tokens.append(token)
+                if (event := dialect.event(generation, tokens)) is not None:
+                    yield _json(event)
+            for closing in dialect.closing(generation):
+                yield closing if isinstance(closing, str) else _json(closing)
+        except TunesmithError as error:
+            yield error_json(dialect.translated(error), request.url.path)
+
+    return EventStreamResponse(events(), stack.aclose, headers.early(generation, serving.base))
+
+
+def _json(content: BaseModel) -> str:
+    return content.model_dump_json(exclude_unset=True)

@@ -1,0 +1,205 @@
+"""OpenAI's dialect: bodies and answers of chat completions and completions.
+
+In what the gateway's clients send `model` is any name of a model; in what the gateway sends it is a base's or an
+adapter's id, or empty for the base that is served.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from shared.inference_api.fields import (
+    MAX_TEXT,
+    MIN_DIVISOR,
+    Body,
+    Count,
+    Messages,
+    ModelName,
+    NotBuilt,
+    StopString,
+    Text,
+)
+
+CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
+NO_MODEL_IN_PARTICULAR = frozenset({"", "dummy", "tgi"})
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _OpenAIBody(Body):
+    """What OpenAI's two generation routes share; ours are `top_k`, `repetition_penalty` and `ignore_eos`."""
+
+    model: ModelName = ""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
+    ignore_eos: bool | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    max_tokens: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1, description="Only 1 is supported.")] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    frequency_penalty: NotBuilt = None
+    presence_penalty: NotBuilt = None
+    logit_bias: NotBuilt = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class ChatCompletionBody(_OpenAIBody):
+    """`max_tokens` unset: up to 512 new tokens, as far as the context goes."""
+
+    messages: Messages
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: TextFormat | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    store: NotBuilt = None
+    tools: NotBuilt = None
+    tool_choice: NotBuilt = None
+    tool_prompt: NotBuilt = None
+    functions: NotBuilt = None
+    function_call: NotBuilt = None
+    parallel_tool_calls: NotBuilt = None
+    modalities: NotBuilt = None
+    audio: NotBuilt = None
+    reasoning_effort: NotBuilt = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are two names for one thing")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        return self
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TEXT)]
+
+
+class CompletionBody(_OpenAIBody):
+    """`prompt` is one text, as it stands, or its token ids; `max_tokens` is 16 if unset, as OpenAI's."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | TokenIds
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: NotBuilt = None
+    suffix: NotBuilt = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class UsageJson(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprobJson(BaseModel):
+    """A token that could have been chosen; `logprob` is natural, of the model's own distribution."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprobJson(TopLogprobJson):
+    top_logprobs: list[TopLogprobJson]
+
+
+class ChatLogprobsJson(BaseModel):
+    content: list[ChatLogprobJson]
+    refusal: None
+
+
+class CompletionLogprobsJson(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessageJson(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class DeltaJson(BaseModel):
+    """What a chunk adds; `role` comes with the first one."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoiceJson(BaseModel):
+    index: int
+    finish_reason: FinishReason
+    logprobs: ChatLogprobsJson | None
+    message: AssistantMessageJson
+
+
+class ChatChunkChoiceJson(BaseModel):
+    index: int
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobsJson | None
+    delta: DeltaJson
+
+
+class CompletionChoiceJson(BaseModel):
+    """`finish_reason` is null in all chunks of a stream but the last."""
+
+    index: int
+    finish_reason: FinishReason | None
+    logprobs: CompletionLogprobsJson | None
+    text: str
+
+
+class _AnswerJson(BaseModel):
+    """`model` is what the client called it; `system_fingerprint` names the base's revision and precision."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class ChatCompletionJson(_AnswerJson):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoiceJson]
+    usage: UsageJson
+
+
+class ChatCompletionChunkJson(_AnswerJson):
+    """One event of a stream. With `include_usage` a last one has no choices, and `usage`."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoiceJson]
+    usage: UsageJson | None = None
+
+
+class CompletionJson(_AnswerJson):
+    """A whole completion, with `usage`; or one event of a stream, as with chat completions."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoiceJson]
+    usage: UsageJson | None = None
