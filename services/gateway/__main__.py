@@ -5,7 +5,7 @@ import sys
 import uvicorn
 
 from services.gateway.app import create_app
-from services.gateway.http.client_timeouts import PatientProtocol
+from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
@@ -30,7 +30,7 @@ def main() -> None:
         port=settings.port,
         log_config=None,
         server_header=False,
-        http=PatientProtocol,
+        http=TimeoutProtocol,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError
 
-from services.gateway.http.body_backpressure import CloseUnread
+from services.gateway.http.body_backpressure import CloseOnUnreadBody
 from services.gateway.metrics import Metrics
 from services.gateway.routes import estimates, file_preview, files, generate, job_metrics, jobs, models, operations
 from services.gateway.services import open_services
@@ -39,7 +39,7 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
     install_error_handlers(app)
     app.add_exception_handler(OperationalError, _database_away)
     # The last one added sees a request first.
-    app.add_middleware(CloseUnread)
+    app.add_middleware(CloseOnUnreadBody)
     app.add_middleware(RequestContext, observe=metrics.answered)
     parts = (files.uploads, files.router, file_preview.router, jobs.router, job_metrics.router, estimates.router)
     for part in (*parts, models.router, generate.router):

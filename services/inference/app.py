@@ -1,6 +1,6 @@
-"""The HTTP application: which routes there are, who may call them, how errors look. Imports no torch.
+"""The HTTP application: its routes, who may call them, how errors look. Imports no torch.
 
-What is served is built when the application starts (`build`), so that the OpenAPI document needs no model.
+The model is loaded when the application starts (`build`), so that the OpenAPI document needs none.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # A thread of its own, which ends: libgomp lets threads spin only while a process has no more of them than
-        # cores, and those that helped to load would count for ever.
+        # In a thread that ends afterwards: libgomp lets threads spin only while a process has no more of them than
+        # cores, and the threads that helped to load would count for ever.
         with ThreadPoolExecutor(1, thread_name_prefix="build") as pool:
             serving = await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, build)
         serving.observe(metrics)
@@ -62,7 +62,7 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
     app.state.metrics, app.state.settings = metrics, settings
     route_class = internal_route(settings.internal_token.get_secret_value(), settings.body_bytes)
     app.include_router(health, responses=TGI_ERRORS)
-    # It only documents: the route class has refused whoever has no token before this is asked.
+    # For the API document only: the route class has refused requests without the token before this runs.
     token = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="TUNESMITH_INTERNAL_TOKEN"))
     for router, errors in (
         (tgi_router(route_class), TGI_ERRORS),

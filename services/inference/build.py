@@ -1,4 +1,4 @@
-"""Puts the service together: base, engine, adapters. The one file that knows torch and HTTP's neighbours at once."""
+"""Composition root: builds base, engine and adapters. The one file that knows both torch and what the routes call."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
 
 
 def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
-    """The service around a loaded base, which is read or changed in place and not to be used any more."""
+    """The service around a loaded base, which it takes over: the caller must not use the base any more."""
     chosen = choose_runner(
         loaded.model,
         loaded.precision,
@@ -62,7 +62,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
     def read(folder: Path) -> Checked:
         return read_checked(folder, loaded, store, settings, modules, dtype)
 
-    # Readers compute on one thread each: helpers of theirs would take the cores from the engine's.
+    # Readers compute on one thread each: more would take the cores from the engine's threads.
     pool = ThreadPoolExecutor(2, "adapter-reader", initializer=torch.set_num_threads, initargs=(1,))
     residency = Residency(engine, budget=settings.adapter_bytes, slots=settings.adapter_slots)
     adapters = AdapterRegistry(store, engine, read, pool, residency)

@@ -15,7 +15,7 @@ _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Metrics:
-    """One process's metrics, in a registry of their own."""
+    """The metrics of one process, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -53,7 +53,7 @@ class Metrics:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
     def watch(self, serving: Serving) -> None:
-        """Report the engine's and the registry's state whenever metrics are read."""
+        """Add the state of engine and adapters, read whenever metrics are."""
         self.registry.register(_State(serving))
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""What a request wants continued, and the token ids it becomes through the right template.
+"""The prompt of a request, and the token ids it becomes through the right template.
 
-The template is the adapter's own, from its manifest; the base alone speaks through its chat template if it has one.
+The template is the adapter's own, from its manifest. Without an adapter it is the base's chat template, if it has one.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from shared.datasets.templates import InstructionTemplate, Prompt, Template
 from shared.datasets.tokens import Tokenizer
 from shared.inference_api.fields import ChatMessage
 
-# Below this many characters encoding is quicker than handing it to a thread.
+# Up to this many characters, encoding takes less time than handing it to a thread.
 _SHORT = 4096
 
 

@@ -1,4 +1,4 @@
-"""Work for a client, given up when the client leaves. Pure ASGI: the disconnect is read from `receive`."""
+"""Work for a client, cancelled when the client leaves. Pure ASGI: the disconnect is read from `receive`."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -30,7 +30,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def abort(task: "asyncio.Future[Any]") -> None:
-    """Cancel what still runs, and wait for its end; how it ends is nobody's affair any more."""
+    """Cancel a task that still runs, and wait for its end; its result or error is dropped."""
     if not task.done():
         task.cancel()
         with suppress(asyncio.CancelledError, Exception):

@@ -15,7 +15,7 @@ class RowErrorJson(BaseModel):
 
 
 class ErrorDetailJson(BaseModel):
-    """`errors` and `error_count` come with the code `invalid_dataset` only: the first rows that are wrong."""
+    """`errors` (the first bad rows) and `error_count` come with the code `invalid_dataset` only."""
 
     message: str
     type: str

@@ -37,7 +37,10 @@ def encode_event(data: str, id: str = "") -> bytes:
 
 
 def documented_events(event: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """`content` of a response in an API document: a stream of events whose data is JSON of this shape."""
+    """`content` of a response in an API document: a stream of events whose data is JSON of this shape.
+
+    `itemSchema` is OpenAPI 3.2's word; FastAPI writes it so too. A `schema` here would be that of the stream as a text.
+    """
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _inlined(event)}
     item = {"type": "object", "properties": {"data": data, "id": {"type": "string"}}, "required": ["data"]}
     return {MEDIA_TYPE: {"itemSchema": item}}

@@ -1,7 +1,7 @@
-"""What both HTTP services share: the error bodies, the request id, and one access line per request.
+"""What both HTTP services share: error answers, the request id, and one access line per request.
 
 `/v1/*` answers OpenAI's `{"error": {...}}`, every other route TGI's `{"error", "error_type"}`; FastAPI's `{"detail"}`
-and stack traces never leave. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
+and stack traces are never sent. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
 """
 
 import json
@@ -74,7 +74,7 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app` in our own shapes; what nobody expected is `RequestContext`'s affair."""
+    """Answer every expected failure of `app` in our own shapes; `RequestContext` answers the unexpected ones."""
     log = get_logger("http")
 
     async def on_tunesmith(request: Request, error: Exception) -> JSONResponse:
@@ -103,7 +103,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, headers)
 
     async def on_gone(request: Request, error: Exception) -> Response:
-        # The client left before its answer. nginx's number for that; only the access log sees it.
+        # The client left before its answer. The status is nginx's for that; only the access log sees it.
         return Response(status_code=499)
 
     app.add_exception_handler(ClientDisconnect, on_gone)
@@ -122,10 +122,10 @@ def _methods(request: Request) -> list[str]:
 
 
 class RequestContext:
-    """ASGI middleware: a request id on the answer and in every log line, one access line, and the last resort.
+    """ASGI middleware: a request id on the answer and in every log line, one access line, and unexpected errors.
 
-    An id sent by the caller is kept if it is harmless, so that one id follows a request across services. What nobody
-    expected is logged here with its trace and answered with a bare 500, so that this answer has its id too.
+    An id that the caller sends is kept if it is harmless, so that one id follows a request across services. An
+    unexpected error is logged with its trace and answered with a bare 500, which has the request id too.
 
     Args:
         observe: called with (method, route template, status, seconds) when an answer has been sent.
@@ -148,7 +148,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        # Any word can stand there: a new time series for each, or a secret for the log.
+        # A client can send any word here: each would be a new time series, and may be a secret in the log.
         method = scope["method"] if scope["method"] in _METHODS else "other"
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
@@ -167,7 +167,7 @@ class RequestContext:
             except Exception as error:
                 self._log.error("unexpected error", exc_info=error)
                 if status:
-                    # Half an answer is out; only closing the connection tells the client so.
+                    # Half the answer has been sent; only closing the connection tells the client.
                     raise
                 body = error_body(TunesmithError("internal error"), scope["path"])
                 await JSONResponse(body, 500)(scope, receive, send_with_id)

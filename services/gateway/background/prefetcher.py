@@ -1,7 +1,7 @@
-"""Has inference load what a job has just published, so that the first request finds it warm.
+"""Asks inference to load each adapter that a job has just published, so that the first request need not wait for it.
 
-A courtesy: nothing in use makes room for it, it is tried a few times, and what fails is left to the first request.
-Runs in every gateway; however many ask for an adapter, it is loaded once.
+Best effort: no adapter in use is evicted for it, it is tried a few times, and if it fails the first request loads the
+adapter. Runs in every gateway; however many of them ask, inference loads an adapter once.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ from shared.storage.database import Database
 from shared.storage.tables import adapters, jobs
 
 LOOK_EVERY_SECONDS = 1.0
-# Two minutes altogether: inference may be starting, or the folder may take its time to be seen over a network mount.
+# Two minutes altogether: inference may be starting, or a network mount may show the folder late.
 WAITS_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-# Whose adapter was used within this time keeps its place.
+# An adapter that was used within this time is not evicted for a new one.
 RECENT_SECONDS = 600.0
 # The adapter is at fault; asking again changes nothing.
 _REFUSALS = (400, 422)
 
 
 class Prefetcher:
-    """Watches for jobs that end, and asks for their final adapters.
+    """Watches for jobs that end, and has their final adapters loaded.
 
-    What ended while no gateway ran is left to the first request.
+    Jobs that ended while no gateway ran are not seen; the first request loads their adapters.
 
     Args:
-        observe: told how each adapter's prefetch ended: `loaded`, `refused` or `given_up`.
+        observe: called with how each adapter's prefetch ended: `loaded`, `refused` or `given_up`.
         waits: seconds before each try.
     """
 
@@ -65,7 +65,7 @@ class Prefetcher:
                 await self._task
 
     def published(self) -> list[Target]:
-        """The final adapters of the jobs that have ended since the last call; none at the first. Asks SQL."""
+        """The final adapters of the jobs that have ended since the last call; none at the first call. Reads SQL."""
         with self._database.read() as connection:
             unfinished = frozenset(connection.scalars(select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED))))
             ended = self._unfinished - unfinished
@@ -77,12 +77,12 @@ class Prefetcher:
                 )
             )
             targets = [Target(*row) for row in connection.execute(found)] if ended else []
-        # Only now: whatever fails above is looked at again.
+        # Only now: if something above fails, the next call finds the same jobs again.
         self._unfinished = unfinished
         return targets
 
     async def prefetch(self, target: Target) -> str:
-        """Have an adapter loaded. Returns how it ended; see `observe`."""
+        """Have an adapter loaded. Returns the outcome; see `observe`."""
         reason = ""
         for wait in self._waits:
             await asyncio.sleep(wait)
@@ -109,7 +109,7 @@ class Prefetcher:
                     for target in await run_in_threadpool(self.published):
                         group.create_task(self._observed(target))
                 except Exception:
-                    # The database may be away for a while; the next look sees.
+                    # The database may be down for a while; the next look finds the same jobs.
                     self._log.exception("looking for new adapters failed")
 
     async def _observed(self, target: Target) -> None:

@@ -1,4 +1,6 @@
-"""Request bodies that nobody wants to read: what is left unread, and how such a connection ends."""
+"""Backpressure on request bodies: none is received before the application asks for it, and a connection whose body was
+left unread is closed.
+"""
 
 import asyncio
 from typing import ClassVar
@@ -7,22 +9,26 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-# What a client may still be sending at this size is on its way already; reading it costs less than a new connection.
+# A smaller body is on its way already: reading it costs less than a new connection.
 SMALL_BODY_BYTES = 64 << 10
 
 
-class AskedProtocol(H11Protocol, asyncio.BufferedProtocol):
-    """uvicorn's HTTP/1.1, receiving a body only once the application asks for it.
+class BackpressureProtocol(H11Protocol, asyncio.BufferedProtocol):
+    """uvicorn's HTTP/1.1, which receives a body only once the application asks for it.
 
-    Otherwise the server would have up to 320 KiB of an upload in memory before the application says that it may not be
-    sent: asyncio receives 256 KiB at a time, and uvicorn stops at 64 KiB. What came with the head is all that comes
-    before; so long as a head may be under way, little is received at a time.
+    uvicorn alone has up to 320 KiB of an upload in memory before the application can refuse it: asyncio receives 256
+    KiB at a time, and uvicorn stops at 64 KiB. Here only what came together with the head is received earlier; that is
+    little, since small pieces are received while a head may be on its way.
+
+    Attributes:
+        head_piece, body_piece: most bytes received at once while a head, or a body, is expected.
     """
 
     head_piece: ClassVar[int] = 16 << 10
     body_piece: ClassVar[int] = 256 << 10
 
     _buffer = bytearray()
+    # The request whose body was held back when it began.
     _held: RequestResponseCycle | None = None
 
     def get_buffer(self, sizehint: int) -> bytearray:
@@ -37,15 +43,15 @@ class AskedProtocol(H11Protocol, asyncio.BufferedProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is h11.SEND_BODY and self.cycle is not self._held:
-            # Once for each request; uvicorn resumes when the application receives, or has answered.
+            # Once for each request: uvicorn resumes when the application reads the body, or has answered.
             self._held = self.cycle
             self.flow.pause_reading()
 
 
-class CloseUnread:
-    """ASGI middleware: an answer given before a large body was read says `Connection: close`.
+class CloseOnUnreadBody:
+    """ASGI middleware: an answer that is given before a large body was read says `Connection: close`.
 
-    Without it the server would go on to receive, only to throw away, all of an upload that it has refused.
+    Without it the server would receive and throw away the rest of an upload that it has refused.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -57,7 +63,7 @@ class CloseUnread:
             return
         unread = True
 
-        async def receive_and_note() -> Message:
+        async def receive_and_watch() -> Message:
             nonlocal unread
             message = await receive()
             if message["type"] != "http.request" or not message.get("more_body", False):
@@ -69,7 +75,7 @@ class CloseUnread:
                 message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
 
-        await self._app(scope, receive_and_note, send_and_close)
+        await self._app(scope, receive_and_watch, send_and_close)
 
 
 def _is_large(scope: Scope) -> bool:

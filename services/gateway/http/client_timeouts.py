@@ -1,7 +1,7 @@
-"""Connections of clients that never finish what they send do not stay: uvicorn itself waits for ever.
+"""Timeouts for clients that never finish what they send: uvicorn alone would wait for ever.
 
-A client has a fixed time for the head of a request; after that its body must keep coming. Nothing limits how long an
-answer takes, nor how long an upload lasts that makes progress.
+A client has a fixed time for the head of a request; after that its body must make progress. Nothing limits how long an
+answer takes, nor how long an upload takes that makes progress.
 """
 
 import asyncio
@@ -9,17 +9,17 @@ from typing import ClassVar, Literal
 
 import h11
 
-from services.gateway.http.body_backpressure import AskedProtocol
+from services.gateway.http.body_backpressure import BackpressureProtocol
 
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-class PatientProtocol(AskedProtocol):
-    """uvicorn's HTTP/1.1 with a limited patience.
+class TimeoutProtocol(BackpressureProtocol):
+    """uvicorn's HTTP/1.1 with timeouts.
 
     Attributes:
         head_seconds: from the connection, or from the first byte of a later request, to the end of the headers.
-        body_seconds: within which at least `body_bytes` more of a body must come, or its end.
+        body_seconds, body_bytes: in each such time at least so many bytes of a body must come, or its end.
     """
 
     head_seconds: ClassVar[float] = 20.0
@@ -54,14 +54,14 @@ class PatientProtocol(AskedProtocol):
         self._waiting, self._seen = waiting, self._received
         if waiting:
             seconds = self.head_seconds if waiting == "head" else self.body_seconds
-            self._timer = self.loop.call_later(seconds, self._out_of_patience)
+            self._timer = self.loop.call_later(seconds, self._timed_out)
 
-    def _out_of_patience(self) -> None:
-        # Where this server does not read, the client is not at fault.
+    def _timed_out(self) -> None:
+        # While this server does not read, the client is not at fault.
         if self._waiting == "body" and (self.flow.read_paused or self._received - self._seen >= self.body_bytes):
             self._wait("body")
             return
         if self._waiting == "head" and self._received and not self.transport.is_closing():
             self.transport.write(_TIMEOUT)
-        # The application sees a client that has left.
+        # To the application this looks like a client that has left.
         self.transport.close()

@@ -1,4 +1,4 @@
-"""An answer of inference on its way to the client: bytes as they come, nothing held back, nothing left running."""
+"""Passes an answer of inference on to the client: bytes as they come, none held back, and nothing left running."""
 
 from contextlib import suppress
 
@@ -12,15 +12,15 @@ from shared.http.disconnect import while_connected
 from shared.http.event_stream import MEDIA_TYPE, encode_event
 from shared.http.web import error_json
 
-# RFC 9110 §7.6.1, and what this gateway says itself.
+# Hop-by-hop headers (RFC 9110 §7.6.1), and those that this gateway sets itself.
 _NOT_PASSED = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
     | {b"date", b"server", b"x-request-id"}
 )
 
 
-class Relay(Response):
-    """Status, headers and body of `upstream`, which is closed at the end, the client's leaving included."""
+class ProxyResponse(Response):
+    """Status, headers and body of `upstream`, which is closed at the end, also if the client leaves."""
 
     def __init__(self, upstream: httpx.Response) -> None:
         super().__init__(status_code=upstream.status_code)
@@ -42,9 +42,9 @@ class Relay(Response):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except httpx.HTTPError:
             if not self._upstream.headers.get("content-type", "").startswith(MEDIA_TYPE):
-                # The connection is closed before the announced length: no client takes that for a whole answer.
+                # The connection closes before the announced length: no client takes that for a whole answer.
                 raise
-            # The status is out; a stream can still say what happened.
+            # The status has been sent; a stream can still say what happened.
             body = error_json(Unavailable("inference broke off the answer"), path)
             await send({"type": "http.response.body", "body": encode_event(body), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.inference.forwarder import Forwarder
-from services.gateway.inference.proxy import Relay
+from services.gateway.inference.proxy import ProxyResponse
 from services.gateway.models.store import Target
 from services.gateway.routes.dependencies import ForwarderDep, Project, ReplicasDep
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, TGI_ERRORS
@@ -122,6 +122,6 @@ async def _forwarded(
         request_id=request.state.request_id,
     )
     try:
-        return Relay(await while_connected(request.receive, sending))
+        return ProxyResponse(await while_connected(request.receive, sending))
     except ClientDisconnect:
         return Response(status_code=CLIENT_GONE)

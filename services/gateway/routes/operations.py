@@ -1,4 +1,4 @@
-"""Health and metrics."""
+"""Health and metrics of the gateway."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.routes.dependencies import HealthDep, MetricsDep, ModelsDep, ReplicasDep
 from services.gateway.routes.responses import NEEDS_KEY, TGI_ERRORS
 
-# Open to everybody: load balancers have no key, and nothing is told that a key would protect.
+# Open to everybody: load balancers have no key, and the answers hold nothing that a key would protect.
 health = APIRouter(tags=["operations"])
 router = APIRouter(route_class=AuthenticatedRoute, tags=["operations"], responses=TGI_ERRORS, dependencies=[NEEDS_KEY])
 
@@ -21,7 +21,7 @@ class LiveJson(BaseModel):
 
 
 class ReadyJson(BaseModel):
-    """Ready is who can take a job and keep it: the database answers. The other parts are told, not required."""
+    """A gateway is ready if it can take and keep a job, that is, if the database answers. The rest is only reported."""
 
     status: Literal["ready", "not_ready"]
     database: bool
@@ -38,7 +38,7 @@ async def health_live() -> LiveJson:
 @health.get("/health", include_in_schema=False)
 @health.get("/health/ready", responses={503: {"model": ReadyJson}})
 async def health_ready(health: HealthDep, replicas: ReplicasDep, models: ModelsDep) -> Response:
-    """The database answers; the body says the same of Redis and of every base."""
+    """Whether the database answers; the body also says whether Redis does, and which bases are served."""
     database, redis = await health.check()
     served = replicas.served()
     state = ReadyJson(
@@ -52,5 +52,5 @@ async def health_ready(health: HealthDep, replicas: ReplicasDep, models: ModelsD
 
 @router.get("/metrics", response_class=Response)
 def metrics(metrics: MetricsDep) -> Response:
-    """Prometheus text: requests of this gateway, jobs by state, doorbells waiting."""
+    """Prometheus text: requests of this gateway, jobs by state, notifications waiting."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,8 +1,8 @@
-"""Reading a LoRA adapter from disk, refusing everything that would not act exactly as it was trained.
+"""Reads a LoRA adapter from disk and refuses everything that would not act exactly as it was trained.
 
-A silent no-op adapter is the worst bug of this trade: every tensor must belong to a layer of the served base, every
-layer the configuration names must have its pair, and what the engine's LoRA operation does not cover is refused with a
-reason. Owns the file format (peft's); residency is `adapters`.
+An adapter that silently does nothing is the worst fault here: every tensor must belong to a layer of the served base,
+every layer that the configuration names must have its pair, and what the engine's LoRA operation does not cover is
+refused with a reason. Owns the file format (peft's); `residency` decides what stays in memory.
 """
 
 import json
@@ -28,7 +28,7 @@ _HARMLESS = _DESCRIPTION | _READ_HERE | _TRAINING_ONLY | {"loftq_config", "runti
 
 
 def refuse(reason: str) -> InvalidRequest:
-    """The error for an adapter that cannot be served; its own fault, never the engine's."""
+    """The error for an adapter that cannot be served. The adapter is at fault, not the engine."""
     return InvalidRequest(f"adapter refused: {reason}", code="adapter_refused")
 
 

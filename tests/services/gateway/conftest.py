@@ -18,7 +18,7 @@ from redis import Redis
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from services.gateway.app import create_app
-from services.gateway.http.client_timeouts import PatientProtocol
+from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
@@ -48,7 +48,7 @@ def redis_url(redis_server: str) -> str:
 
 
 @contextmanager
-def served(app: FastAPI, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[str]:
+def served(app: FastAPI, protocol: type[H11Protocol] = TimeoutProtocol) -> Iterator[str]:
     """The base URL of `app` on a free port, under a real uvicorn."""
     server = uvicorn.Server(
         uvicorn.Config(
@@ -130,7 +130,7 @@ def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 @contextmanager
-def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = PatientProtocol) -> Iterator[Gateway]:
+def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = TimeoutProtocol) -> Iterator[Gateway]:
     """A gateway from start to stop, whose event loop must do no SQL and no file call meanwhile."""
     migrate(settings.sql_url)
     app = create_app(settings, load_catalogue(settings.catalogue))

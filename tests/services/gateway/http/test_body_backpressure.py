@@ -8,7 +8,7 @@ from typing import ClassVar
 import httpx
 import pytest
 
-from services.gateway.http.client_timeouts import PatientProtocol
+from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.settings import GatewaySettings
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
 
@@ -17,7 +17,7 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
 WRONG_KEY = "Bearer ts-" + "w" * 43
 
 
-class Counting(PatientProtocol):
+class Counting(TimeoutProtocol):
     """Counts the bytes of every connection as they leave the socket."""
 
     received: ClassVar[list[int]] = []
@@ -95,7 +95,7 @@ def test_requests_follow_one_another_on_one_connection_read_or_not(gateway: Gate
             for headers, body, status in (
                 ({}, b"x" * 40_000, 401),
                 (mine, b"x" * 40_000, 422),
-                (mine, b'{"inputs": 1}', 503),
+                (mine, b'{"inputs": "a"}', 503),
             ):
                 answer = http.post("/generate", content=body, headers=headers)
                 assert answer.status_code == status, answer.text

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from services.gateway.http.client_timeouts import PatientProtocol
+from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.settings import GatewaySettings
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, eventually, running_gateway
 
 
-class Impatient(PatientProtocol):
+class QuickTimeouts(TimeoutProtocol):
     head_seconds = 0.4
     body_seconds = 0.4
 
 
 @pytest.fixture
 def gateway(settings: Callable[..., GatewaySettings]) -> Iterator[Gateway]:
-    with running_gateway(settings(), Impatient) as running:
+    with running_gateway(settings(), QuickTimeouts) as running:
         yield running
 
 
