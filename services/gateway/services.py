@@ -11,7 +11,7 @@ from services.gateway.background.garbage_collector import GarbageCollector
 from services.gateway.background.notifier import Notifier
 from services.gateway.background.prefetcher import Prefetcher
 from services.gateway.background.reaper import Reaper
-from services.gateway.bases.facts import PreparedBases
+from services.gateway.bases.metadata import BaseMetadataReader
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
@@ -48,7 +48,7 @@ class Services:
     idempotency: IdempotencyStore
     files: FileStore
     jobs: JobStore
-    bases: PreparedBases
+    bases: BaseMetadataReader
     sources: JobSources
     resolver: JobResolver
     tokenizers: Tokenizers
@@ -96,7 +96,7 @@ def _opened(
         stack.callback(notifications.close)
         metrics.watch(database, notifications)
         artifacts = LocalArtifactStore(settings.artifacts_root)
-        bases = PreparedBases(artifacts)
+        bases = BaseMetadataReader(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
         models = ModelStore(catalogue, adapters)

@@ -30,7 +30,7 @@ def add_base(path: Path, base: Base) -> None:
     Raises:
         TunesmithError: the file is malformed, or the base does not fit into it (a name that is taken).
     """
-    with _alone(path.parent):
+    with _locked(path.parent):
         before = (path if path.exists() else BUILT_IN).read_text()
         text = before.rstrip("\n") + "\n\n" + as_toml(base)
         parse_catalogue(text, str(path))
@@ -38,7 +38,7 @@ def add_base(path: Path, base: Base) -> None:
 
 
 def as_toml(base: Base) -> str:
-    """A `[[base]]` table of what was said of the base; defaults stay unsaid."""
+    """A `[[base]]` table of the fields that were set; fields left at their defaults are not written."""
     fields = base.model_dump(exclude_unset=True)
     lines = [f"{name} = {_value(value)}" for name, value in fields.items() if value != ()]
     return "\n".join(["[[base]]", *lines]) + "\n"
@@ -80,8 +80,8 @@ def _value(value: object) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two who add at once must not lose one another's entry."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two processes that add at once must not lose one another's entry."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -134,8 +134,8 @@ class _Lines:
 class _Array:
     """The elements of one JSON array.
 
-    An element's end is found before it is decoded, by brackets and quotes alone and without looking at a character
-    twice; so what is incomplete is told from what is wrong.
+    An element's end is found before it is decoded, by brackets and quotes alone and in one pass over the characters;
+    that distinguishes an incomplete element from a wrong one.
     """
 
     def __init__(self, line: int) -> None:

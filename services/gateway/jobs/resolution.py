@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from services.gateway.bases.facts import BaseFacts
+from services.gateway.bases.metadata import BaseMetadata
 from services.gateway.files.store import StoredFile
 from services.gateway.jobs.request_schema import JobRequest
 from shared.bases.catalogue import Base, Catalogue
@@ -54,12 +54,12 @@ class JobResolver:
     """Resolves requests against one catalogue.
 
     Args:
-        facts: what is known of a base that has been prepared; None for one that has not.
+        metadata: what is known of a base that has been prepared; None for one that has not.
     """
 
-    def __init__(self, catalogue: Catalogue, facts: Callable[[str], BaseFacts | None]) -> None:
+    def __init__(self, catalogue: Catalogue, metadata: Callable[[str], BaseMetadata | None]) -> None:
         self._catalogue = catalogue
-        self._facts = facts
+        self._metadata = metadata
 
     def resolve(self, request: JobRequest, sources: Sources) -> Resolved:
         """The specification of the job that is requested.
@@ -111,22 +111,22 @@ class JobResolver:
                 f"the validation file has {validation.dataset['format']} rows, the training file {form} rows",
                 param="validation_file",
             )
-        facts = self._facts(base.id)
-        if facts is None:
+        metadata = self._metadata(base.id)
+        if metadata is None:
             # Not prepared yet: the worker prepares it, and says the same.
             return
-        if form == "chat" and not facts.has_chat_template:
+        if form == "chat" and not metadata.has_chat_template:
             raise InvalidRequest(
                 f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
             )
-        if facts.context is not None and hyperparameters.max_length > facts.context:
+        if metadata.context is not None and hyperparameters.max_length > metadata.context:
             raise InvalidRequest(
-                f"{base.id} takes at most {facts.context} tokens, max_length is {hyperparameters.max_length}",
+                f"{base.id} takes at most {metadata.context} tokens, max_length is {hyperparameters.max_length}",
                 param="hyperparameters.max_length",
             )
-        unknown = sorted(set(lora.target_modules) - facts.module_names)
+        unknown = sorted(set(lora.target_modules) - metadata.module_names)
         if unknown:
-            known = ", ".join(sorted(facts.module_names))
+            known = ", ".join(sorted(metadata.module_names))
             raise InvalidRequest(f"{base.id} has no module {unknown[0]!r}; it has {known}", param="lora.target_modules")
 
 

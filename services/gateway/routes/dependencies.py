@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request
 
 from services.gateway.background.notifier import Notifier
-from services.gateway.bases.facts import PreparedBases
+from services.gateway.bases.metadata import BaseMetadataReader
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
@@ -39,7 +39,7 @@ def _part(get: Callable[[Services], object]) -> Any:
 
 
 ArtifactsDep = Annotated[LocalArtifactStore, _part(lambda services: services.artifacts)]
-BasesDep = Annotated[PreparedBases, _part(lambda services: services.bases)]
+BasesDep = Annotated[BaseMetadataReader, _part(lambda services: services.bases)]
 CatalogueDep = Annotated[Catalogue, _part(lambda services: services.catalogue)]
 DatabaseDep = Annotated[Database, _part(lambda services: services.database)]
 ForwarderDep = Annotated[Forwarder, _part(lambda services: services.forwarder)]

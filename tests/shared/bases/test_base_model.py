@@ -112,10 +112,10 @@ def test_unprepared_and_flipped_bases_are_not_loaded(tmp_path: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ArtifactCorrupt):
+    with pytest.raises(ArtifactCorrupt, match=r"model\.safetensors"):
         load_base(base, store, "fp32", CPU)
     store.remove(store.base(base.id))
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="tiny"):
         load_base(base, store, "fp32", CPU)
 
 

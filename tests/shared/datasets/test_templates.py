@@ -132,7 +132,9 @@ def test_rows_of_another_form_are_refused() -> None:
         (chat(), Instruction("a", "b")),
     ]
     for template, row in cases:
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(
+            InvalidRequest, match=f"{type(row).__name__.lower()} rows do not fit the template {template.id}"
+        ):
             template.turns(row)
 
 
@@ -157,10 +159,19 @@ def test_hostile_or_broken_templates_are_the_requests_error(source: str) -> None
     assert refused.value.code == "template_error"
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "x" * (MAX_TEMPLATE_CHARACTERS + 1)])
-def test_templates_that_cannot_be_compiled_are_refused(source: str) -> None:
-    with pytest.raises(InvalidRequest):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if %}", "does not compile: Expected an expression"),
+        ("{{ x", "does not compile: unexpected end of template"),
+        ("x" * (MAX_TEMPLATE_CHARACTERS + 1), "is too long"),
+    ],
+    ids=["no condition", "not closed", "too long"],
+)
+def test_templates_that_cannot_be_compiled_are_refused(source: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"the chat template {message}") as refused:
         chat(source)
+    assert refused.value.code == "template_error"
 
 
 def test_templates_by_form_and_by_id() -> None:
@@ -171,7 +182,9 @@ def test_templates_by_form_and_by_id() -> None:
     assert template_for("completion", own).id == "completion-v1"
     for template in (own, InstructionTemplate(), CompletionTemplate()):
         assert template_by_id(template.id, own).id == template.id
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest, match="has no chat template; use instruction rows") as refused:
         template_for("chat", None)
-    with pytest.raises(InvalidRequest):
+    assert refused.value.param == "model"
+    with pytest.raises(InvalidRequest, match=f"unknown template '{own.id}'") as refused:
         template_by_id(own.id, None)
+    assert refused.value.code == "template_error"

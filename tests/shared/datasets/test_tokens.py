@@ -66,5 +66,6 @@ def test_broken_folders_are_corrupt(folder: Path, tmp_path: Path, defect: str) -
         (tmp_path / "tokenizer_config.json").unlink()
     else:
         (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ArtifactCorrupt):
+    message = "has no EOS token" if defect == "no eos" else "no readable tokenizer"
+    with pytest.raises(ArtifactCorrupt, match=f"{tmp_path.name}: .*{message}"):
         Tokenizer(tmp_path)

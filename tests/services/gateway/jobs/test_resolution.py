@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import Connection
 
-from services.gateway.bases.facts import BaseFacts
+from services.gateway.bases.metadata import BaseMetadata
 from services.gateway.files.store import FileStore, StoredFile
 from services.gateway.jobs.request_schema import JobRequest
 from services.gateway.jobs.resolution import JobResolver
@@ -22,7 +22,7 @@ from shared.jobs.store import JobStore
 from tests.services.gateway.job_cases import BAD, placed
 
 BASE = "smollm2-135m-instruct"
-FACTS = BaseFacts(False, frozenset({"q_proj", "k_proj", "v_proj"}), context=1024)
+METADATA = BaseMetadata(False, frozenset({"q_proj", "k_proj", "v_proj"}), context=1024)
 
 
 def stored(file_id: str, *, form: str = "instruction", rows: int = 1000, sha256: str | None = None) -> StoredFile:
@@ -50,12 +50,12 @@ class Files(FileStore):
         return find(file_id)
 
 
-def resolve(facts: BaseFacts | None = None, **body: Any) -> JobSpec:
-    return resolved(facts, **body)[0]
+def resolve(metadata: BaseMetadata | None = None, /, **body: Any) -> JobSpec:
+    return resolved(metadata, **body)[0]
 
 
-def resolved(facts: BaseFacts | None = None, **body: Any) -> tuple[JobSpec, list[str]]:
-    resolver = JobResolver(load_catalogue(), lambda _: facts)
+def resolved(metadata: BaseMetadata | None = None, /, **body: Any) -> tuple[JobSpec, list[str]]:
+    resolver = JobResolver(load_catalogue(), lambda _: metadata)
     request = JobRequest.model_validate({"model": BASE, "training_file": "file-1"} | body)
     # What names a file is looked up without a database here; `Files` needs no transaction.
     sources = JobSources(Files(), JobStore(), AdapterStore()).load(cast(Connection, None), "default", request)
@@ -147,18 +147,18 @@ def test_what_does_not_fit_the_base_is_refused_where_the_base_is_known() -> None
     unknown = {"lora": {"target_modules": ["q_proj", "query"]}}
     assert resolve(None, **unknown)
     with pytest.raises(InvalidRequest, match="no module 'query'; it has k_proj, q_proj, v_proj") as refused:
-        resolve(FACTS, **unknown)
+        resolve(METADATA, **unknown)
     assert refused.value.param == "lora.target_modules"
     assert resolve(None, training_file="file-chat")
     with pytest.raises(InvalidRequest) as refused:
-        resolve(FACTS, training_file="file-chat")
+        resolve(METADATA, training_file="file-chat")
     assert (refused.value.param, refused.value.code) == ("training_file", "no_chat_template")
 
 
 def test_rows_longer_than_the_base_can_read_are_refused() -> None:
-    assert resolve(FACTS, hyperparameters={"max_length": 1024})
+    assert resolve(METADATA, hyperparameters={"max_length": 1024})
     with pytest.raises(InvalidRequest, match="at most 1024 tokens") as refused:
-        resolve(FACTS, hyperparameters={"max_length": 1025})
+        resolve(METADATA, hyperparameters={"max_length": 1025})
     assert refused.value.param == "hyperparameters.max_length"
 
 

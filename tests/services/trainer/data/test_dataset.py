@@ -103,8 +103,9 @@ def test_a_bad_file_fails_before_any_model_is_loaded(tiny: TinyJob, monkeypatch:
 
     monkeypatch.setattr("services.trainer.model.bases.load_base", unexpected)
     spec = tiny.spec([{"prompt": "a b c d e f g h i j k l", "completion": "m"}], hyper={"max_length": 8})
-    with pytest.raises(JobFailed):
+    with pytest.raises(JobFailed, match="there is nothing to learn") as failure:
         tiny.run(spec)
+    assert failure.value.code == "invalid_training_file"
 
 
 def test_a_stop_is_seen_while_tokenising(tiny: TinyJob) -> None:

@@ -1,4 +1,4 @@
-"""What can be known of a prepared base without loading it: its chat template and the names of its linear modules.
+"""A base model's metadata, read without loading it: its chat template, linear modules, context and sizes.
 
 Read from the safetensors header (8 bytes of length, then JSON: huggingface/safetensors, "Format"), so without torch.
 """
@@ -15,8 +15,8 @@ MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class BaseFacts:
-    """What jobs are checked against.
+class BaseMetadata:
+    """What job requests are checked against.
 
     Attributes:
         module_names: last parts of the names of all modules inside the layers that have a weight matrix.
@@ -30,15 +30,15 @@ class BaseFacts:
     shape: ModelShape | None = None
 
 
-class PreparedBases:
-    """Facts of the bases in an artifact store, read once each."""
+class BaseMetadataReader:
+    """Metadata of the bases in an artifact store, read once each."""
 
     def __init__(self, artifacts: LocalArtifactStore) -> None:
         self._artifacts = artifacts
-        self._known: dict[str, BaseFacts] = {}
+        self._known: dict[str, BaseMetadata] = {}
 
-    def __call__(self, base_id: str) -> BaseFacts | None:
-        """The facts; None if the base has not been prepared or cannot be read (whoever loads it will say why)."""
+    def __call__(self, base_id: str) -> BaseMetadata | None:
+        """The metadata; None if the base has not been prepared or cannot be read (loading it will say why)."""
         if base_id not in self._known:
             folder = self._artifacts.base(base_id)
             try:
@@ -49,14 +49,14 @@ class PreparedBases:
         return self._known[base_id]
 
 
-def _read(folder: Path) -> BaseFacts:
+def _read(folder: Path) -> BaseMetadata:
     names = {name for file in sorted(folder.glob("*.safetensors")) for name in _matrices(file)}
     modules = frozenset(name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight"))
     config = json.loads((folder / "tokenizer_config.json").read_bytes())
     has_template = (folder / "chat_template.jinja").is_file() or isinstance(config.get("chat_template"), str)
     model = json.loads((folder / "config.json").read_bytes())
     context = model.get("max_position_embeddings")
-    return BaseFacts(has_template, modules, context if isinstance(context, int) else None, model_shape(model))
+    return BaseMetadata(has_template, modules, context if isinstance(context, int) else None, model_shape(model))
 
 
 def _matrices(file: Path) -> list[str]:
