@@ -1,22 +1,89 @@
-"""Servers that several folders of tests use; each is started once, at first need. And signals as they are expected."""
+"""Servers that several folders of tests use, tiers of tests, and how tests are divided among processes."""
 
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import psycopg
 import pytest
 
 from shared.processor import this_processor
+from tests.left_behind import Watcher
 
 if TYPE_CHECKING:
     from tests.cluster import Cluster
+
+ROOT = Path(__file__).parent
+# What asks for one of these starts a server that outlives the test.
+SERVERS = {"postgres_url", "redis_server", "tiny_stack", "machine"}
+# Those that take longest come first, so that nobody waits for one at the end.
+LONGEST_FIRST = (
+    "chaos/test_several_of_each.py",
+    "chaos/test_faults.py",
+    "test_journey.py",
+    "test_fuzz.py",
+    "test_compose.py",
+    "services/trainer/worker/test_celery.py",
+    "tunesmith/local_stack/test_stack.py",
+    "test_serving_processes.py",
+    "test_bad_input.py",
+    "examples/test_demo.py",
+    "contract",
+    "services/trainer/recipe",
+    "services/trainer/model",
+    "services/inference/engine",
+)
 
 
 def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Cores are shared: how long an example takes says nothing about the code.
+    hypothesis.settings.register_profile("shared cores", deadline=None)
+    hypothesis.settings.load_profile("shared cores")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, in order: they share its fixtures. So do all that need PostgreSQL."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & SERVERS or item.path.is_relative_to(ROOT / "contract"):
+            item.add_marker(pytest.mark.servers)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item, fixtures)))
+    items.sort(key=_rank)
+
+
+def _group(item: pytest.Item, fixtures: set[str]) -> str:
+    if "postgres_url" in fixtures:
+        return "postgresql"
+    place = item.path.relative_to(ROOT)
+    return place.parts[0] if place.parts[0] == "contract" else str(place)
+
+
+def _rank(item: pytest.Item) -> int:
+    place = str(item.path.relative_to(ROOT))
+    return next((rank for rank, start in enumerate(LONGEST_FIRST) if place.startswith(start)), len(LONGEST_FIRST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever tests have started is ended with the run, and a run that left something fails."""
+    before = tmp_path_factory.getbasetemp()
+    # PostgreSQL may run as another user, who must reach its folder.
+    own = Path(tempfile.mkdtemp(prefix="tunesmith-tests-"))
+    own.chmod(0o711)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TMPDIR", str(own))
+        environment.setattr(tempfile, "tempdir", str(own))
+        watcher = Watcher([own, before])
+        yield
+        left = watcher.close()
+    assert left == []
 
 
 def pytest_report_header() -> str:
@@ -25,21 +92,16 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A PostgreSQL server from PyPI's pgserver, stopped at the end."""
-    with pytest.MonkeyPatch.context() as environment:
-        # pgserver keeps its lock file there, and platformdirs warns where no desktop has set it.
-        environment.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        import pgserver
+    from tests.stack_processes import running_postgres
 
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-        url: str = server.get_uri()
-        with psycopg.connect(url, autocommit=True) as connection:
+    with running_postgres() as postgres:
+        with psycopg.connect(postgres.uri, autocommit=True) as connection:
             # No test pulls the plug, and every test makes a database: flushing them takes longer than the tests.
             connection.execute("ALTER SYSTEM SET fsync = off")
             connection.execute("SELECT pg_reload_conf()")
-        yield url
-        server.cleanup()
+        yield postgres.uri
 
 
 @pytest.fixture(scope="session")

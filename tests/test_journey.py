@@ -29,6 +29,8 @@ from shared.storage.artifacts import LocalArtifactStore
 from tunesmith.connection import Connection
 from tunesmith.local_stack.stack import down, up
 
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
+
 BASE = "smollm2-135m-instruct"
 PATIENCE_SECONDS = 400
 ROWS = 40

@@ -16,6 +16,8 @@ from tests.cluster import TOKEN, Cluster, tiny_stack
 from tests.contract.server import trained
 from tests.stack_processes import answers, wait_until
 
+pytestmark = pytest.mark.servers
+
 LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos_token": True}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 

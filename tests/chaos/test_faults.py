@@ -14,6 +14,8 @@ from shared.jobs.spec import State
 from tests.chaos.stack import Stack, flipped, newest_state, running_stack, small_disk
 from tests.deployment import ENDLESS, LONG, SHORT
 
+pytestmark = pytest.mark.servers
+
 ROWS = b'{"instruction": "a", "output": "b"}\n' * 5000
 
 

@@ -13,6 +13,8 @@ from shared.jobs.spec import State
 from tests.chaos.stack import COSTS_THE_LEASE, FAULTS, TEARS, TORN_FILES, Stack, newest_state, running_stack
 from tests.deployment import ENDLESS, LONGER, SHORT
 
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(1000)]
+
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:

@@ -13,6 +13,8 @@ from tests.cluster import SHORT_LEASES, TOKEN, Cluster
 from tests.deployment import ENDLESS, LONG, LONGER, SHORT, Deployment
 from tests.stack_processes import Postgres, Processes, answers, running_postgres
 
+pytestmark = pytest.mark.servers
+
 
 @dataclass
 class Scene:
@@ -31,7 +33,11 @@ class Scene:
         return {name: extra["adapter"] for name, extra in extras.items() if extra["kind"] != "base"}
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+# Each database has a cluster of its own, and they need not wait for one another.
+ON_POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.xdist_group("several of each, PostgreSQL"))
+
+
+@pytest.fixture(scope="module", params=["sqlite", ON_POSTGRESQL])
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("several")
     with ExitStack() as stack, Processes(folder) as processes:
@@ -43,7 +49,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 # What differs in nothing from one database to the other is looked at once.
-on_postgresql = pytest.mark.parametrize("scene", ["postgresql"], indirect=True, scope="module")
+on_postgresql = pytest.mark.parametrize("scene", [ON_POSTGRESQL], indirect=True, scope="module")
 
 
 def test_two_workers_share_the_queue_and_one_dies(scene: Scene) -> None:

@@ -13,8 +13,10 @@ from shared.jobs.spec import JobSpec
 from shared.storage.database import Database, migrate
 from tests.jobs import Jobs
 
+ON_POSTGRESQL = pytest.param("postgresql", marks=[pytest.mark.servers, pytest.mark.xdist_group("postgresql")])
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+
+@pytest.fixture(params=["sqlite", ON_POSTGRESQL])
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database of its own without a table."""
     if request.param == "sqlite":

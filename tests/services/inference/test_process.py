@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.tiny import write_catalogue, write_tiny_model
+
+pytestmark = pytest.mark.servers
 
 ROOT = Path(__file__).parents[3]
 

@@ -21,6 +21,8 @@ from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith import connection as connections
 from tunesmith.connection import Connection
 
+pytestmark = pytest.mark.servers
+
 
 @dataclass
 class Machine:

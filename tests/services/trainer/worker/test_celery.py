@@ -27,6 +27,8 @@ from tests.stack_processes import WAIT_SECONDS, Processes, Running, clean_enviro
 from tests.tiny import prepared_tiny, write_catalogue
 from tunesmith.local_stack.plan import CELERY_FLAGS
 
+pytestmark = pytest.mark.servers
+
 ROWS = [{"instruction": f"What is {n}?", "output": f"It is the number {n * 7}."} for n in range(12)]
 
 
