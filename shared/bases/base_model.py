@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import logging
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,11 @@ def prepare_base(base: Base, store: LocalArtifactStore) -> Manifest:
 def library_versions() -> dict[str, str]:
     """Versions of what shapes weights and numbers."""
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
-    return {name: version(name) for name in names}
+    return {name: _version(name) for name in names}
+
+
+# Every manifest has them, and finding one reads several files.
+_version = cache(version)
 
 
 def _write_base(base: Base, folder: Path) -> None:

@@ -28,14 +28,25 @@ def one_row_per_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.trainer.data.layout.CPU_TOKEN_BUDGET", 1)
 
 
-@pytest.fixture
-def spec(tiny: TinyJob) -> JobSpec:
+def spec_on(tiny: TinyJob) -> JobSpec:
     return tiny.spec(validation=HELD_OUT, lora=LoraSpec(dropout=0.3), hyper={"checkpoint_steps": 2})
 
 
 @pytest.fixture
-def uninterrupted(tiny: TinyJob, spec: JobSpec) -> Finished:
-    return tiny.finish(spec, job="ftjob-whole")
+def spec(tiny: TinyJob) -> JobSpec:
+    return spec_on(tiny)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same job in another installation, trained once for all tests."""
+    whole, threads = TinyJob(tmp_path_factory.mktemp("uninterrupted")), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("services.trainer.data.layout.CPU_TOKEN_BUDGET", 1)
+        torch.set_num_threads(1)
+        finished = whole.finish(spec_on(whole), job="ftjob-whole")
+    torch.set_num_threads(threads)
+    return finished
 
 
 def same(one: Finished, other: Finished) -> bool:
