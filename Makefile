@@ -7,10 +7,17 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 export PYTHONPATH := $(CURDIR)
 export TOKENIZERS_PARALLELISM := false
+# Tests start Python by the dozen: its compiled code is kept.
+unexport PYTHONDONTWRITEBYTECODE
 # Several processes share the cores; threads that spin while they wait would slow all of them down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo up down test test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+# Most tests wait for something most of the time: a few more processes than cores. Tests that share servers share one.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 6 ? cores + 2 : 8)))
+SEED ?= $(shell date +%s)
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help setup demo up down test test-fast test-shuffled test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,8 +46,15 @@ up: .venv/ready ## start the whole stack on this machine (loopback only)
 down: .venv/ready ## stop it
 	$(BIN)/tunesmith down
 
-test: .venv/ready .venv-openai2/ready ## every test
-	$(BIN)/pytest
+test: .venv/ready .venv-openai2/ready ## every test, in parallel; then those that compare durations, by themselves
+	$(BIN)/pytest $(PARALLEL) -m "not alone"
+	$(BIN)/pytest -m alone
+
+test-fast: .venv/ready ## what needs no server and no training beyond seconds
+	$(BIN)/pytest $(PARALLEL) -m "not servers and not slow and not alone and not gpu"
+
+test-shuffled: .venv/ready .venv-openai2/ready ## every test in a random order (SEED): none may depend on another's
+	$(BIN)/pytest $(PARALLEL) -m "not alone" --shuffle $(SEED)
 
 test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
 	$(BIN)/pytest tests/contract

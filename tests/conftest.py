@@ -1,5 +1,6 @@
 """Servers that several folders of tests use, tiers of tests, and how tests are divided among processes."""
 
+import random
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 # What asks for one of these starts a server that outlives the test.
-SERVERS = {"postgres_url", "redis_server", "tiny_stack", "machine"}
+SERVERS = {"postgres_url", "redis_server", "tiny_stack", "machine", "machine_of_all_tests"}
 # Those that take longest come first, so that nobody waits for one at the end.
 LONGEST_FIRST = (
     "chaos/test_several_of_each.py",
@@ -38,6 +39,10 @@ LONGEST_FIRST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each file, in a random order")
+
+
 def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,7 +52,7 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("shared cores")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of one file run in one process, in order: they share its fixtures. So do all that need PostgreSQL."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -55,6 +60,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.servers)
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(_group(item, fixtures)))
+    if seed := config.getoption("--shuffle"):
+        order = {item: random.Random(f"{seed} {item.nodeid}").random() for item in items}
+        items.sort(key=lambda item: (random.Random(f"{seed} {item.path}").random(), order[item]))
     items.sort(key=_rank)
 
 

@@ -91,9 +91,19 @@ class Machine:
                 self.wait_for(other, needed["condition"])
             if name != "postgres":
                 self.running[name] = self.start(name)
+        self.wait_until_healthy()
+
+    def wait_until_healthy(self) -> None:
         for name, service in self.services.items():
             if "healthcheck" in service:
                 self.wait_for(name, "service_healthy")
+
+    def up_again(self) -> None:
+        ended = [name for name, one in self.running.items() if name != "migrate" and not one.alive()]
+        for name in sorted(ended, key=list(self.services).index):
+            self.running[name].restart()
+        if ended:
+            self.wait_until_healthy()
 
     def start(self, name: str) -> Running:
         extra = []
@@ -172,7 +182,7 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def machine_of_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("compose")
     with ExitStack() as stack:
         postgres = stack.enter_context(running_postgres())
@@ -183,9 +193,16 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield machine
 
 
+@pytest.fixture
+def machine(machine_of_all_tests: Machine) -> Machine:
+    """With everything running, also if an earlier test has stopped it."""
+    machine_of_all_tests.up_again()
+    return machine_of_all_tests
+
+
 @pytest.fixture(scope="module")
-def client(machine: Machine) -> Iterator[OpenAI]:
-    with machine.client() as client:
+def client(machine_of_all_tests: Machine) -> Iterator[OpenAI]:
+    with machine_of_all_tests.client() as client:
         yield client
 
 
@@ -255,7 +272,7 @@ def test_redis_refuses_who_has_no_password(machine: Machine) -> None:
 
 
 def test_everything_ends_within_its_grace(machine: Machine) -> None:
-    """Last: it stops the services, the gateway first."""
+    """The gateway first."""
     for name in ("gateway", "inference", "trainer", "redis"):
         seconds = int(machine.services[name].get("stop_grace_period", "10s").removesuffix("s"))
         started = time.monotonic()

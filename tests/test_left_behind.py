@@ -43,7 +43,8 @@ def started(own: Path, other: Path) -> tuple["subprocess.Popen[str]", list[psuti
 
 def folders(root: Path) -> tuple[Path, Path]:
     own, other = root / "own", root / "other"
-    own.mkdir(), other.mkdir()
+    for folder in (own, other):
+        folder.mkdir()
     return own, other
 
 

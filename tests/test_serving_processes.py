@@ -19,6 +19,7 @@ from tests.stack_processes import answers, wait_until
 pytestmark = pytest.mark.servers
 
 LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos_token": True}
+LOADS = "tunesmith_adapter_loads_total"
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 
 
@@ -47,6 +48,12 @@ def metric(stack: Cluster, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
 
+def entries(stack: Cluster) -> dict[str, dict[str, Any]]:
+    """Adapters in inference's memory, by id."""
+    with inference(stack) as client:
+        return {entry["id"]: entry for entry in client.get("/adapters").json()["data"]}
+
+
 def idle(stack: Cluster) -> bool:
     return metric(stack, "tgi_batch_current_size") == metric(stack, "tgi_queue_size") == 0
 
@@ -71,26 +78,26 @@ def streamed(stack: Cluster, client: httpx.Client, number: int, begun: list[int]
 
 
 def test_a_published_adapter_is_warm_before_anybody_asks(stack: Cluster, http: httpx.Client) -> None:
+    before, loads, asked = set(entries(stack)), metric(stack, LOADS), metric(stack, "tgi_request_count_total")
     job = trained(stack)
     model = http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
     adapter = http.get(f"/v1/models/{model}").json()["adapter"]
 
-    def entries() -> dict[str, dict[str, Any]]:
-        with inference(stack) as client:
-            return {entry["id"]: entry for entry in client.get("/adapters").json()["data"]}
+    def state() -> object:
+        return entries(stack).get(adapter, {}).get("state")
 
-    wait_until(lambda: entries().get(adapter, {}).get("state") == "resident", "a prefetch", logs=stack.processes.tails)
-    assert not entries()[adapter]["in_flight"]
+    wait_until(lambda: state() == "resident", "a prefetch", logs=stack.processes.tails)
+    assert not entries(stack)[adapter]["in_flight"]
     # The final adapter alone: checkpoints are loaded by whoever asks for them.
-    assert set(entries()) == {adapter}
-    assert metric(stack, "tgi_request_count_total") == 0
-    assert metric(stack, "tunesmith_adapter_loads_total") == 1
+    assert set(entries(stack)) - before == {adapter}
+    assert metric(stack, "tgi_request_count_total") == asked
+    assert metric(stack, LOADS) == loads + 1
     answer = http.post("/generate", json={"instruction": "What is 3?", "parameters": {"adapter_id": model}})
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-adapter-id"] == adapter
     assert "x-adapter-load-ms" not in answer.headers
     assert float(answer.headers["x-adapter-loaded-in-ms"]) > 0
-    assert metric(stack, "tunesmith_adapter_loads_total") == 1
+    assert metric(stack, LOADS) == loads + 1
     wait_until(
         lambda: 'tunesmith_gateway_prefetches_total{outcome="loaded"} 1.0' in http.get("/metrics").text,
         "the gateway to count it",

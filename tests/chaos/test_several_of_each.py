@@ -27,6 +27,17 @@ class Scene:
         headers = {"authorization": f"Bearer {TOKEN}"}
         return {entry["id"] for entry in httpx.get(f"{url}/adapters", headers=headers).json()["data"]}
 
+    def both_workers(self) -> None:
+        """Start again whoever an earlier test has ended."""
+        for worker in self.cluster.trainers.values():
+            if not worker.alive():
+                worker.restart()
+
+    def trained(self) -> None:
+        """At least one job and its checkpoints are there."""
+        if not self.adapters():
+            self.deployment.uninterrupted(LONGER)
+
     def adapters(self) -> dict[str, str]:
         """Every model listed beside the base: name → adapter id."""
         extras = {model.id: model.model_extra or {} for model in self.deployment.openai.models.list()}
@@ -54,6 +65,7 @@ on_postgresql = pytest.mark.parametrize("scene", [ON_POSTGRESQL], indirect=True,
 
 def test_two_workers_share_the_queue_and_one_dies(scene: Scene) -> None:
     deployment = scene.deployment
+    scene.both_workers()
     # Whoever starts later must have made a checkpoint before the other is done.
     long_ones = [deployment.create(LONGER), deployment.create(LONGER)]
     short_ones = [deployment.create(SHORT) for _ in range(4)]
@@ -83,7 +95,8 @@ def test_two_workers_share_the_queue_and_one_dies(scene: Scene) -> None:
 @on_postgresql
 def test_a_worker_that_comes_back_takes_part_again(scene: Scene) -> None:
     deployment = scene.deployment
-    scene.cluster.trainers["worker-a"].restart()
+    scene.cluster.trainers["worker-a"].kill()
+    scene.both_workers()
     jobs = [deployment.create(ENDLESS), deployment.create(ENDLESS)]
     deployment.wait(
         lambda: all(deployment.job(job).state is State.RUNNING for job in jobs), "both workers to work at once"
@@ -97,6 +110,7 @@ def test_a_worker_that_comes_back_takes_part_again(scene: Scene) -> None:
 @on_postgresql
 def test_two_inference_processes_split_the_adapters_and_one_dies(scene: Scene) -> None:
     deployment, urls = scene.deployment, scene.cluster.inference_urls
+    scene.trained()
     adapters = dict(list(scene.adapters().items())[:16])
     assert len(adapters) >= 8
     before = {name: deployment.generate(name).json()["generated_text"] for name in adapters}
@@ -122,6 +136,7 @@ def test_two_inference_processes_split_the_adapters_and_one_dies(scene: Scene) -
 @on_postgresql
 def test_a_deleted_adapter_is_gone_from_every_process(scene: Scene) -> None:
     deployment = scene.deployment
+    scene.trained()
     name, adapter = next(iter(scene.adapters().items()))
     assert deployment.generate(name).status_code == 200
     assert deployment.openai.models.delete(name).deleted
