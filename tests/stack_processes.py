@@ -1,5 +1,6 @@
 """Processes of a stack for tests: free ports, own folders, one log each, and everything stopped at the end."""
 
+import atexit
 import os
 import random
 import secrets
@@ -215,3 +216,5 @@ def running_postgres() -> Iterator[Postgres]:
             yield Postgres(server.get_uri(), Path(pgserver.__file__).parent / "pginstall" / "bin", data)
         finally:
             server.cleanup()
+            # At the interpreter's end it would make its lock's folder anew.
+            atexit.unregister(server._cleanup)
