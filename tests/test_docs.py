@@ -58,6 +58,21 @@ def test_every_make_target_and_module_exists(page: Path) -> None:
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+def test_every_step_of_the_walks_is_where_the_page_says() -> None:
+    walks = (DOCS / "architecture.md").read_text().split("## Four walks")[1].split("### What they cost")[0]
+    steps = re.findall(r"^\| .+ \| (`services.+|`shared.+) \|$", walks, re.M)
+    assert len(steps) > 25
+    missing = []
+    for cell in steps:
+        source = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            if name.endswith(".py"):
+                source = (ROOT / name).read_text() if (ROOT / name).exists() else ""
+            elif not re.search(rf"^\s*(?:async )?(?:def|class) {name}\b|^{name} = ", source, re.M):
+                missing.append(f"{name} in {cell}")
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_with_a_folder_exist(page: Path) -> None:
     named = re.findall(
