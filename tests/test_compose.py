@@ -236,7 +236,7 @@ def test_a_job_is_trained_and_its_adapter_served(machine: Machine, client: OpenA
         assert (answer.model, answer.usage and answer.usage.completion_tokens) == (model, 3)
 
 
-def test_wishes_reach_the_worker(machine: Machine, client: OpenAI, training_file: str) -> None:
+def test_requested_actions_reach_the_worker(machine: Machine, client: OpenAI, training_file: str) -> None:
     job = create(client, training_file, n_epochs=50, batch_size=1, checkpoint_steps=5)
 
     def becomes(*wanted: str) -> Callable[[], bool]:

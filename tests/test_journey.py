@@ -1,6 +1,6 @@
 """The whole stack as processes, over public HTTP, with the official client and a real language model.
 
-One story, told in the order of the file: upload, train in 8-bit, serve a checkpoint while training goes on, serve the
+One journey, in the order of the file: upload, train in 8-bit, serve a checkpoint while training goes on, serve the
 result, compare it with plain peft, take everything down.
 """
 
@@ -32,7 +32,7 @@ from tunesmith.local_stack.stack import down, up
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
 BASE = "smollm2-135m-instruct"
-PATIENCE_SECONDS = 400
+TIMEOUT_SECONDS = 400
 ROWS = 40
 STEPS = 5
 QUESTION = "What does `json.dumps` do in Python?"
@@ -69,7 +69,7 @@ class Journey:
         return self.openai.fine_tuning.jobs.retrieve(job_id)
 
     def wait(self, true: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while not true():
             assert time.monotonic() < deadline, f"waited too long for {what}\n{self.logs()}"
             time.sleep(0.2)
@@ -121,7 +121,7 @@ def rows() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def trained(journey: Journey, rows: list[dict[str, str]]) -> FineTuningJob:
-    """The story's job, posted while inference already answers, and asked for a checkpoint while it still trains."""
+    """The journey's job, posted while inference already answers, and asked for a checkpoint while it still trains."""
     before = journey.text(None)
     assert before
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -222,14 +222,14 @@ def test_jobs_show_events_and_steering(gateway: FakeGateway) -> None:
         assert json.loads(run(gateway, "jobs", verb, "ftjob-1", "--json")[1])["state"] == state
 
 
-STORY = [
+EVENTS = [
     {"id": f"ftevent-{number}", "created_at": number, "level": "info", "message": text}
     for number, text in enumerate(["created", "claimed", "line\u2028break", "done"])
 ]
 
 
 def test_watch_prints_each_event_once_though_the_gateway_restarts(gateway: FakeGateway) -> None:
-    parts = [stream(*STORY[:2], done=False), error(503, "starting", "unavailable"), stream(*STORY[2:])]
+    parts = [stream(*EVENTS[:2], done=False), error(503, "starting", "unavailable"), stream(*EVENTS[2:])]
     gateway.answers["GET " + JOB + "/events"] = lambda body: parts.pop(0)
     gateway.answers["GET " + JOB] = (200, DONE)
     code, out, err = run(gateway, "jobs", "watch", "ftjob-1")
@@ -242,10 +242,10 @@ def test_watch_prints_each_event_once_though_the_gateway_restarts(gateway: FakeG
 
 
 def test_watch_ends_as_the_job_does_and_refuses_as_wait(gateway: FakeGateway) -> None:
-    gateway.answers["GET " + JOB + "/events"] = stream(*STORY)
+    gateway.answers["GET " + JOB + "/events"] = stream(*EVENTS)
     gateway.answers["GET " + JOB] = (200, job("failed", error={"code": "oom", "message": "too big"}))
     code, out, err = run(gateway, "jobs", "watch", "ftjob-1", "--json")
-    assert (code, [json.loads(line) for line in out.splitlines()], err) == (5, STORY, "failed: too big\n")
+    assert (code, [json.loads(line) for line in out.splitlines()], err) == (5, EVENTS, "failed: too big\n")
     assert run(gateway, "jobs", "watch", "ftjob-2") == (4, "", "error: no such thing\n")
 
 

@@ -1,7 +1,7 @@
 """Asks each inference process what it serves, on a clock of its own: no request ever waits for a process that is away.
 
 A process that does not answer its `/info` in time counts as down until it does. Each has a task of its own, so that one
-that hangs delays the news of no other.
+that hangs delays what is known of no other.
 """
 
 import asyncio

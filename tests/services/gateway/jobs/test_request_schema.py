@@ -134,7 +134,7 @@ def test_metadata_with_any_key_is_found_again(gateway: Gateway, file: str) -> No
     assert len(gateway.http.get(PATH, params={"metadata": "null"}).json()["data"]) > 5
 
 
-def test_what_is_wished_for_in_every_state(gateway: Gateway, file: str) -> None:
+def test_what_may_be_requested_in_every_state(gateway: Gateway, file: str) -> None:
     leases = gateway.leases
 
     def request(job: str, verb: str) -> httpx.Response:

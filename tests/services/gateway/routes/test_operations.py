@@ -66,12 +66,12 @@ def test_health(gateway: Gateway) -> None:
     assert gateway.http.get("/health").json() == ready.json()
 
 
-def test_without_redis_a_job_is_taken_at_once_and_rung_for_later(settings: Settings, tmp_path: Path) -> None:
+def test_without_redis_a_job_is_taken_at_once_and_notified_of_later(settings: Settings, tmp_path: Path) -> None:
     port = free_port()
     with running_gateway(settings(redis_url=f"redis://127.0.0.1:{port}/0")) as gateway:
         assert gateway.http.get("/health/ready").json()["redis"] is False
         file = gateway.uploaded(ROWS)
-        # Redis being away costs seconds per ring; none of them is the client's.
+        # Redis being away costs seconds per notification; none of them is the client's.
         for _ in range(5):
             answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file}, timeout=3)
             assert answer.json()["status"] == "queued"
