@@ -17,7 +17,14 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 6 ? cor
 SEED ?= $(shell date +%s)
 PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help setup demo up down test test-fast test-shuffled test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+# Tests of numbers, and the switches that hold torch's, oneDNN's, MKL's and FBGEMM's kernels to AVX2.
+NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py tests/shared/datasets/test_tokens.py \
+	tests/services/trainer/data tests/services/trainer/model tests/services/trainer/recipe \
+	tests/services/inference/engine tests/services/inference/adapters/test_weights.py \
+	tests/services/inference/test_build.py
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -55,6 +62,9 @@ test-fast: .venv/ready ## what needs no server and no training beyond seconds
 
 test-shuffled: .venv/ready .venv-openai2/ready ## every test in a random order (SEED): none may depend on another's
 	$(BIN)/pytest $(PARALLEL) -m "not alone" --shuffle $(SEED)
+
+test-avx2: .venv/ready ## the numeric tests with the kernels of a processor that has AVX2 only
+	$(AVX2) $(BIN)/pytest $(PARALLEL) -m "not servers and not alone and not gpu" $(NUMERIC)
 
 test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
 	$(BIN)/pytest tests/contract
