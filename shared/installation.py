@@ -33,6 +33,12 @@ def torch(settings: Settings) -> str:
     if not layer(torch.ones(1, 8)).isfinite().all():
         raise TunesmithError("bitsandbytes computes nonsense")
     cuda = torch.cuda.is_available()
+    if cuda:
+        # Its GPU library is another one, chosen by the version of CUDA.
+        weight = torch.randn(64, 64, device="cuda")
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        if not torch.allclose(bitsandbytes.functional.dequantize_4bit(packed, state), weight, atol=1):
+            raise TunesmithError("bitsandbytes computes nonsense on the GPU")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return f"{torch.__version__} on {device}; bitsandbytes {bitsandbytes.__version__}"
 

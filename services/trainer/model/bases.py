@@ -3,6 +3,7 @@
 Owns what is done to a base once, before any LoRA is attached, and the fingerprint that shows it never changes.
 """
 
+import gc
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 from services.trainer.model.attention import attend_per_sample
-from services.trainer.model.llama import fuse
+from services.trainer.model.dequantised import multiply_dequantised
+from services.trainer.model.llama import can_fuse, fuse
 from services.trainer.model.malloc import give_back_free_memory, keep_few_kernels
 from services.trainer.model.upcast import compute_in_fp32
 from shared.bases.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
@@ -82,7 +84,7 @@ class WarmBases:
         self.discard()
         started = time.monotonic()
         loaded = load_base(base, self._store, spec.base_precision, self.device, dtype)
-        _make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
+        make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
         loaded.megabytes = memory_megabytes(loaded.model)
         give_back_free_memory()
         self._warm = TrainableBase(loaded, fingerprint(loaded.model), dtype)
@@ -91,8 +93,13 @@ class WarmBases:
     def discard(self) -> None:
         """Forget the warm base, so that the next job loads it afresh."""
         self._warm = None
+        self.give_back_memory()
+
+    def give_back_memory(self) -> None:
+        """Return what a job has left free, to the system and to whoever shares the GPU."""
         give_back_free_memory()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _base(self, spec: JobSpec) -> Base:
@@ -109,11 +116,14 @@ class WarmBases:
         return base
 
 
-def _make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:
+def make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:
+    """Prepare a loaded base, in place, for forward passes whose products run in `dtype` and for LoRA's gradients."""
     if quantized:
         # Once, and before any LoRA: it freezes everything, later also the adapter (huggingface/trl#3926).
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    elif dtype == torch.float32 or model.device.type == "cpu":
+        if model.device.type == "cuda":
+            multiply_dequantised(model)
+    elif dtype == torch.float32 or can_fuse(model, dtype) or model.device.type == "cpu":
         compute_in_fp32(model)
     attend_per_sample(model)
     fuse(model, dtype)

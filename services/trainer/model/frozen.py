@@ -20,15 +20,15 @@ _log = get_logger("frozen")
 class Buffer:
     """Memory for one widened matrix at a time, kept between products: fresh pages cost more than filling them."""
 
-    def __init__(self) -> None:
-        self._flat = torch.empty(0)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._flat = torch.empty(0, device=device)
         self._user: object = None
 
     def take(self, user: object, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """A [rows, columns] matrix, valid until the next call, and whether it holds what this user left there."""
         as_left = self._user is user and self._flat.dtype == dtype
         if self._flat.dtype != dtype or self._flat.numel() < rows * columns:
-            self._flat = torch.empty(rows * columns, dtype=dtype)
+            self._flat = torch.empty(rows * columns, dtype=dtype, device=self._flat.device)
         self._user = user
         return self._flat[: rows * columns].view(rows, columns), as_left
 
@@ -48,6 +48,7 @@ class FrozenLinears:
         self._buffer = buffer
         self._in_bf16 = in_bf16
         self._joined = _join(self._layers, torch.bfloat16 if in_bf16 else torch.float32)
+        self._row_scales: Tensor | None = None
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
 
@@ -87,16 +88,18 @@ class FrozenLinears:
         """fp32 scale of each output where weights are int8, else None."""
         if self._layers[0].weight.dtype != torch.int8:
             return None
-        return torch.cat([_row_scales(layer) for layer in self._layers])
+        if self._row_scales is None:
+            self._row_scales = torch.cat([row_scales(layer) for layer in self._layers])
+        return self._row_scales
 
 
 def multiply(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`x W^T (+ residual)` on a CPU: [tokens, inputs], [outputs, inputs] in any strides → [tokens, outputs].
+    """`x W^T (+ residual)`: [tokens, inputs], [outputs, inputs] in any strides → [tokens, outputs].
 
-    oneDNN's kernels use AVX-512 on every processor that has it and bf16 instructions where there are any; MKL's use
-    neither on AMD's (230 against 490 GFLOP/s in fp32, 1,000 in bf16, on two Zen 5 cores).
+    On CPUs oneDNN's kernels use AVX-512 on every processor that has it and bf16 instructions where there are any;
+    MKL's use neither on AMD's (230 against 490 GFLOP/s in fp32, 1,000 in bf16, on two Zen 5 cores).
     """
-    if _onednn_multiplies(x.dtype):
+    if x.device.type == "cpu" and _onednn_multiplies(x.dtype):
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")  # type: ignore[no-any-return]
@@ -150,10 +153,11 @@ def widen(layer: nn.Linear, out: Tensor, *, scaled: bool = True) -> None:
         return
     out.copy_(weight.data)
     if weight.dtype == torch.int8 and scaled:
-        out.mul_(_row_scales(layer).to(out.dtype)[:, None])
+        out.mul_(row_scales(layer).to(out.dtype)[:, None])
 
 
-def _row_scales(layer: nn.Linear) -> Tensor:
+def row_scales(layer: nn.Linear) -> Tensor:
+    """What the rows of bitsandbytes' int8 weight are multiplied by: fp32 [outputs]."""
     # bitsandbytes moves them from the weight to the layer's state on the layer's first own forward pass.
     on_weight: Tensor | None = getattr(layer.weight, "SCB", None)
     scales: Tensor = on_weight if on_weight is not None else layer.state.SCB  # type: ignore[union-attr, assignment]

@@ -7,6 +7,7 @@ autograd's gradient of the plain formula in tests.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,14 @@ from torch.autograd import Function
 from services.trainer.model.frozen import FrozenLinears
 from shared.training.memory import LOSS_ROWS
 
+# Logits that a GPU makes at a time: it wants more to do at once than a CPU.
+GPU_LOSS_ROWS = 1024
 _STEPS = 1 << 16
+
+
+def loss_rows(device: torch.device) -> int:
+    """Rows of logits made at a time on a device."""
+    return LOSS_ROWS if device.type == "cpu" else GPU_LOSS_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ class _RotateAndSplit(Function):
         ctx.shape = joined.shape
         tokens, half = joined.shape[0], cos.shape[-1]
         heads = joined.view(tokens, -1, 2 * half)
-        rotated = torch.empty(tokens, rotated_heads, 2 * half, dtype=joined.dtype)
+        rotated = joined.new_empty(tokens, rotated_heads, 2 * half)
         _rotate(heads[:, :rotated_heads], cos, sin, rotated)
         return rotated, heads[:, rotated_heads:].contiguous()
 
@@ -72,7 +80,7 @@ class _RotateAndSplit(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         rotated, values = grads
-        joined = torch.empty(ctx.shape, dtype=rotated.dtype)
+        joined = rotated.new_empty(ctx.shape)
         heads = joined.view(rotated.shape[0], -1, rotated.shape[-1])
         # The rotation's transpose turns the other way.
         _rotate(rotated, cos, -sin, heads[:, : rotated.shape[1]])
@@ -133,6 +141,36 @@ class _AttendPerSample(Function):
         return to_rotated, to_values, None, None
 
 
+class _AttendPerSampleOnGpu(Function):
+    """The same for all samples at once, in bf16: flash attention over samples of any lengths (Dao 2023)."""
+
+    @staticmethod
+    def forward(ctx: Any, rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
+        q, k, v = (t.bfloat16().contiguous() for t in (rotated[:, :queries], rotated[:, queries:], values))
+        bounds, longest = _bounds(tuple(lengths), rotated.device), max(lengths)
+        attended, log_sum, *random, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, 0.0, True, False
+        )
+        ctx.save_for_backward(q, k, v, attended, log_sum, bounds, *random)
+        ctx.longest, ctx.dtype = longest, rotated.dtype
+        return attended.to(rotated.dtype)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k, v, attended, log_sum, bounds, *random = ctx.saved_tensors
+        to_q, to_k, to_v = torch.ops.aten._flash_attention_backward(
+            grads[0].bfloat16().contiguous(), q, k, v, attended, log_sum, bounds, bounds, ctx.longest, ctx.longest, 0.0,
+            True, *random,
+        )  # fmt: skip
+        return torch.cat([to_q, to_k], 1).to(ctx.dtype), to_v.to(ctx.dtype), None, None
+
+
+@lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sample begins, and where the last one ends: int32 [samples + 1]. All layers ask for the same."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def _heads_first(rotated: Tensor, values: Tensor, queries: int) -> list[Tensor]:
     """Views of queries, keys and values as [1, heads, tokens, dimension]."""
     return [t.transpose(0, 1)[None] for t in (rotated[:, :queries], rotated[:, queries:], values)]
@@ -149,7 +187,8 @@ def attend_per_sample(rotated: Tensor, values: Tensor, lengths: Sequence[int], q
     Returns:
         [tokens, queries, dimension].
     """
-    attended: Tensor = _AttendPerSample.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
+    how = _AttendPerSample if rotated.device.type == "cpu" else _AttendPerSampleOnGpu
+    attended: Tensor = how.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
     return attended
 
 
@@ -252,7 +291,7 @@ def _kept(x: Tensor, dropout: float) -> Tensor | None:
     """What dropout keeps, drawn from torch's generator at 16 bits a number: four times as fast as its Bernoulli."""
     if dropout == 0:
         return None
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return (draws.view(torch.int16)[: x.numel()] >= _dropped_steps(dropout) - _STEPS // 2).view_as(x)
 
 
@@ -277,11 +316,12 @@ class _HeadLoss(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=hidden.dtype)
+        total = hidden.new_zeros(())
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(labels), LOSS_ROWS):
-            rows = slice(start, start + LOSS_ROWS)
+        at_once = loss_rows(hidden.device)
+        for start in range(0, len(labels), at_once):
+            rows = slice(start, start + at_once)
             own = labels[rows, None]
             logs = torch.log_softmax(head.product(hidden[rows]), -1)
             total -= logs.gather(1, own).sum()

@@ -1,4 +1,5 @@
-"""A Llama's training forward over flat tokens, from the fused pieces; a drop-in for transformers' on CPUs.
+"""A Llama's training forward over flat tokens, from the fused pieces; a drop-in for transformers' on CPUs and,
+in bf16, on GPUs.
 
 The modules stay transformers' and peft's: this reads their weights, computes what they would compute, and gives their
 LoRA matrices the same gradients. Layers that only few tokens need are only computed for those.
@@ -49,21 +50,21 @@ class FusedLlama:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        buffer, in_bf16 = Buffer(), dtype == torch.bfloat16
+        buffer, in_bf16 = Buffer(model.device), dtype == torch.bfloat16
         self.dtype = dtype
         self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
         # Not in the shared buffer: a widened output head is larger than all else together.
-        self.head = FrozenLinears([model.lm_head], Buffer(), in_bf16=in_bf16)
+        self.head = FrozenLinears([model.lm_head], Buffer(model.device), in_bf16=in_bf16)
         self._model = model.model
 
     def logits(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
         """Logits [rows, vocabulary] after the tokens `rows` of packed ids, positions int64 [tokens]."""
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(ids.device.type, enabled=False):
             return lora_linears(self._hidden(ids, positions, lengths, rows), None, self.head, [])
 
     def loss(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of labels int64 [rows] after the tokens `rows`."""
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(ids.device.type, enabled=False):
             return head_loss(self._hidden(ids, positions, lengths, rows), self.head, labels)
 
     def _hidden(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
@@ -100,10 +101,22 @@ class FusedLlama:
 
 def fuse(model: Any, dtype: torch.dtype) -> None:
     """Let a frozen, LoRA-free model train through the fused pieces where they are known to be the same function."""
-    config = model.config
-    plain = config.model_type == "llama" and config.hidden_act == "silu" and model.device.type == "cpu"
-    if plain and all(_is_plain(module) for name, module in model.named_modules() if name.endswith(_LINEARS)):
+    if can_fuse(model, dtype):
         model.fused = FusedLlama(model, dtype)
+
+
+def can_fuse(model: Any, dtype: torch.dtype) -> bool:
+    """Whether the pieces compute what this model computes in `dtype`: on a GPU, as far as flash attention does."""
+    config, device = model.config, model.device
+    if config.model_type != "llama" or config.hidden_act != "silu":
+        return False
+    if not all(_is_plain(module) for name, module in model.named_modules() if name.endswith(_LINEARS)):
+        return False
+    if device.type == "cpu":
+        return True
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(able and dtype == torch.bfloat16 and width % 8 == 0 and width <= 256)
 
 
 def fused_form(model: Any) -> FusedLlama | None:
@@ -111,7 +124,8 @@ def fused_form(model: Any) -> FusedLlama | None:
     fused: FusedLlama | None = getattr(model, "fused", None)
     if fused is None or hasattr(model.lm_head, "lora_A"):
         return None
-    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    kind = model.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     return fused if fused.dtype == wanted else None
 
 

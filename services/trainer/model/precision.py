@@ -36,12 +36,17 @@ def choose_precision(spec: JobSpec, device: torch.device) -> Precision:
     """The precision of a job on a device.
 
     Raises:
-        JobFailed: fp16 products on a CPU, which has no use for them.
+        JobFailed: fp16 products on a CPU, which has no use for them; bf16 products on a GPU that only emulates them.
     """
     dtype = compute_dtype(spec.compute_dtype, device, spec.base_precision)
     if dtype == torch.float16 and device.type == "cpu":
         raise JobFailed(
             "compute_dtype fp16 needs a GPU; use auto, which trains on fp16 weights too",
+            code="unsupported_precision",
+        )
+    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise JobFailed(
+            "compute_dtype bf16 needs a GPU of compute capability 8.0 or newer; use auto or fp16",
             code="unsupported_precision",
         )
     # accelerate keeps one precision per process; a worker takes jobs of several.

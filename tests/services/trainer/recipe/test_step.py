@@ -132,6 +132,12 @@ def test_fp16_products_are_refused_on_a_cpu(tiny: TinyJob) -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+def test_a_gpu_that_only_emulates_bf16_is_not_asked_for_it(tiny: TinyJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(JobFailed, match="compute capability"):
+        choose_precision(tiny.spec(compute_dtype="bf16"), torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     "error",
     [
