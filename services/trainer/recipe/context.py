@@ -8,7 +8,7 @@ import torch
 
 from services.trainer.contract import Check, JobRun, Session
 from services.trainer.data.dataset import Data
-from services.trainer.data.layout import Layout
+from services.trainer.data.layout import Layout, pack_rows
 from services.trainer.model.bases import TrainableBase
 from services.trainer.model.forward import Packed, pack
 from services.trainer.model.precision import Precision
@@ -32,6 +32,8 @@ class RunContext:
         evaluation_seconds: how long the last evaluation took.
         free_memory: bytes that can still be had on a device.
         shortage: of memory, as foreseen before the first step.
+        token_budget: most tokens of a micro-batch, as the layout has it or, on a GPU, what fits into its memory. No
+            promise depends on it there: how samples are packed changes the loss by rounding only.
         tokens_at_once: of the largest micro-batch so far, which is what the peak of memory depends on.
         resume_states: committed resume states still on disk, oldest first.
     """
@@ -49,6 +51,7 @@ class RunContext:
     matmul_weights: int
     peak_flops: float | None
     free_memory: FreeMemory
+    token_budget: int
     shortage: Shortage | None = None
     evaluation_seconds: float = 0.0
     tokens_at_once: int = 0
@@ -80,7 +83,19 @@ class RunContext:
     def packs(self, step: int) -> list[Packed]:
         """The micro-batches of 0-based step `step`, as tensors."""
         rows = self.data.training
-        return [pack([rows[row] for row in batch], self.device) for batch in self.layout.micro_batches(step)]
+        batches = pack_rows(self.layout.rows(step), self.layout.lengths, self.token_budget)
+        return [pack([rows[row] for row in batch], self.device) for batch in batches]
+
+    def halve_budget(self, most: int, longest: int) -> bool:
+        """Make micro-batches smaller than those of `most` tokens that a GPU had no memory for.
+
+        Returns:
+            False if there is nothing to divide: a row of `longest` tokens is alone already.
+        """
+        if most <= longest:
+            return False
+        self.token_budget = max(longest, min(self.token_budget, most) // 2)
+        return True
 
     def sample(self) -> Packed:
         """A few targets of the first step's shortest row: enough to tell whether two adapters compute the same."""

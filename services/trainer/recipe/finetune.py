@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from services.trainer.contract import Finished, JobRun, Outcome, Session, Stopped, StopRequested, stop_check
 from services.trainer.data.dataset import Rows, prepare_data
-from services.trainer.data.layout import plan_layout
+from services.trainer.data.layout import most_tokens, plan_layout
 from services.trainer.data.split import hold_out
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.forward import training_forward
@@ -29,7 +29,7 @@ from services.trainer.recipe.context import Clock, RunContext
 from services.trainer.recipe.eta import Throughput
 from services.trainer.recipe.evaluate import evaluation_loss
 from services.trainer.recipe.initial import load_initial_adapter
-from services.trainer.recipe.memory import FreeMemory, free_bytes, measure_need, shortage
+from services.trainer.recipe.memory import FreeMemory, fitting_budget, free_bytes, measure_need, shortage
 from services.trainer.recipe.metrics import History, matmul_parameters, reset_peak_memory
 from services.trainer.recipe.out_of_memory import out_of_memory_explained
 from services.trainer.recipe.reports import (
@@ -41,11 +41,12 @@ from services.trainer.recipe.reports import (
     tell_about_early_stop,
     tell_about_rows,
     tell_about_shortage,
+    tell_about_smaller_micro_batches,
     tell_metrics,
 )
 from services.trainer.recipe.rng import RandomState
 from services.trainer.recipe.schedule import learning_rate
-from services.trainer.recipe.step import MAX_SKIPPED_STEPS, make_optimizer, take_step
+from services.trainer.recipe.step import MAX_SKIPPED_STEPS, StepResult, make_optimizer, take_step
 from shared.errors import JobFailed
 from shared.jobs.spec import Phase
 from shared.storage.artifacts import LocalArtifactStore, Manifest
@@ -129,6 +130,7 @@ def prepare(
         matmul_weights=matmul_parameters(base.loaded.model),
         peak_flops=peak_flops.get(precision.dtype),
         free_memory=free_memory,
+        token_budget=layout.token_budget,
     )
 
 
@@ -162,12 +164,15 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
 
 
 def look_at_memory(run: RunContext, model: PeftModel) -> None:
-    """Say beforehand if the largest micro-batch will hardly fit, and what would. It is tried all the same."""
+    """Fit a GPU's micro-batches to its memory, and say beforehand if even the largest of those will hardly fit."""
     rows, hyper = run.data.training, run.job.spec.hyperparameters
     longest = int(rows.lengths.argmax())
     share = max(rows.targets[longest] / rows.lengths[longest], rows.targets.sum() / rows.lengths.sum())
     need = measure_need(model, trainable(model), rows[longest][0], float(share), run.precision)
-    run.shortage = shortage(need, run.free_memory(run.device), rows.lengths, hyper, run.layout.token_budget)
+    free = run.free_memory(run.device)
+    if run.device.type == "cuda":
+        run.token_budget = fitting_budget(need, free, rows.lengths, run.token_budget)
+    run.shortage = shortage(need, free, rows.lengths, hyper, run.token_budget)
     if run.shortage:
         tell_about_shortage(run.session, run.shortage)
 
@@ -218,26 +223,10 @@ def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
 
 def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
     """The next optimizer step, whole or not at all."""
-    history, hyper = state.history, run.job.spec.hyperparameters
-    packs = run.packs(history.step)
-    run.tokens_at_once = max(run.tokens_at_once, *(packed.tokens for packed in packs))
-    started = run.clock()
-    try:
-        with training_forward(model, dropout=True):
-            result = take_step(
-                model,
-                state.parameters,
-                state.optimizer,
-                packs,
-                learning_rate=learning_rate(history.step, run.layout.total_steps, hyper),
-                max_grad_norm=hyper.max_grad_norm,
-                precision=run.precision,
-                check=run.check,
-            )
-    except StopRequested:
-        state.optimizer.zero_grad(set_to_none=True)
-        state.random.restore(run.device)
-        raise
+    history, started = state.history, run.clock()
+    while (result := try_step(run, model, state)) is None:
+        # Only now has the failed pass let go of its tensors.
+        torch.cuda.empty_cache()
     state.random = RandomState.capture(run.device)
     seconds = run.clock() - started
     history.add(result, seconds)
@@ -247,6 +236,34 @@ def one_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
             f"{history.skipped_in_a_row} steps in a row overflowed fp16; use compute_dtype fp32 or bf16",
             code="non_finite_loss",
         )
+
+
+def try_step(run: RunContext, model: PeftModel, state: TrainingState) -> StepResult | None:
+    """The next step; None, and smaller micro-batches from now on, if a GPU had no memory for the largest one."""
+    step, hyper = state.history.step, run.job.spec.hyperparameters
+    packs = run.packs(step)
+    most = max(packed.tokens for packed in packs)
+    run.tokens_at_once = max(run.tokens_at_once, most)
+    try:
+        with training_forward(model, dropout=True):
+            return take_step(
+                model,
+                state.parameters,
+                state.optimizer,
+                packs,
+                learning_rate=learning_rate(step, run.layout.total_steps, hyper),
+                max_grad_norm=hyper.max_grad_norm,
+                precision=run.precision,
+                check=run.check,
+            )
+    except (StopRequested, torch.OutOfMemoryError) as error:
+        state.optimizer.zero_grad(set_to_none=True)
+        state.random.restore(run.device)
+        longest = max(max(packed.lengths) for packed in packs)
+        if isinstance(error, StopRequested) or not run.halve_budget(most, longest):
+            raise
+        tell_about_smaller_micro_batches(run.session, most, run.token_budget)
+        return None
 
 
 def evaluate(run: RunContext, model: PeftModel, history: History) -> None:
@@ -270,11 +287,24 @@ def held_out_loss(run: RunContext, model: PeftModel, rows: Rows, *, untrained: b
     if bases_own and key in known:
         return known[key]
     started = run.clock()
-    loss = evaluation_loss(model, rows, run.layout.token_budget, run.precision, run.check)
+    while (loss := try_evaluation(run, model, rows)) is None:
+        torch.cuda.empty_cache()
     found = loss, run.clock() - started
     if bases_own:
         known[key] = found
     return found
+
+
+def try_evaluation(run: RunContext, model: PeftModel, rows: Rows) -> float | None:
+    """The loss on all rows; None, and smaller micro-batches from now on, if a GPU had no memory for the largest one."""
+    try:
+        return evaluation_loss(model, rows, run.token_budget, run.precision, run.check)
+    except torch.OutOfMemoryError:
+        most = most_tokens(rows.lengths, len(rows), run.token_budget)
+        if not run.halve_budget(most, int(rows.lengths.max())):
+            raise
+        tell_about_smaller_micro_batches(run.session, most, run.token_budget)
+        return None
 
 
 def save(run: RunContext, model: PeftModel, state: TrainingState, metrics: dict[str, float]) -> None:

@@ -18,16 +18,19 @@ from torch import Tensor
 
 from services.trainer.data.layout import most_tokens
 from services.trainer.model.forward import Packed, loss_sum, pack, training_forward
+from services.trainer.model.fused import loss_rows
 from services.trainer.model.llama import fused_form
 from services.trainer.model.lora import Parameters
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.rng import RandomState
 from shared.jobs.spec import Hyperparameters
-from shared.training.memory import FRAGMENTATION, LOSS_ROWS, OPTIMIZER_BYTES, logits_bytes
+from shared.training.memory import FRAGMENTATION, OPTIMIZER_BYTES, logits_bytes
 
 FreeMemory = Callable[[torch.device], int]
 # Enough that what every token keeps outweighs what is kept once.
 PROBE_TOKENS = 64
+# On a GPU, a second count tells the two apart.
+LONG_PROBE_TOKENS = 512
 # The backward pass works on one layer at a time; measured, it takes up to four times what the layer kept.
 LAYERS_AT_WORK = 4
 # Lengths people can remember.
@@ -126,6 +129,11 @@ def largest_fit(within: int, lengths: NDArray[np.int64], now: Fit, token_budget:
     return Fit(length, max(1, fitting))
 
 
+def fitting_budget(need: Need, free: int, lengths: NDArray[np.int64], token_budget: int) -> int:
+    """Most tokens of a micro-batch that fits into `free` bytes, up to `token_budget`; a whole row at least."""
+    return max(int(lengths.max()), min(token_budget, need.tokens_within(free)))
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still have on a device: of the machine and of its container, or of the GPU."""
     if device.type == "cuda":
@@ -156,21 +164,35 @@ def measure_need(
 
     The process's random state is left as it was.
     """
-    ids = np.resize(ids, PROBE_TOKENS)
-    supervised = np.arange(len(ids)) >= len(ids) - max(1, round(share * (len(ids) - 1)))
     random = RandomState.capture(precision.device)
     with training_forward(model, dropout=True):
-        kept = kept_bytes(model, pack([(ids, supervised)], precision.device), precision)
+        each, once = _kept_by_tokens(model, ids, share, precision)
     random.restore(precision.device)
     vocabulary = model.config.vocab_size
     # The weights themselves are there already.
-    fixed = OPTIMIZER_BYTES * sum(parameter.numel() for parameter in parameters.values())
-    per_token = kept / len(ids) * (FRAGMENTATION + LAYERS_AT_WORK / model.config.num_hidden_layers)
+    fixed = once + OPTIMIZER_BYTES * sum(parameter.numel() for parameter in parameters.values())
+    per_token = each * (FRAGMENTATION + LAYERS_AT_WORK / model.config.num_hidden_layers)
     with precision.autocast():
         in_blocks = fused_form(model) is not None
     if in_blocks:
-        return Need(fixed + logits_bytes(vocabulary, LOSS_ROWS), per_token)
+        return Need(fixed + logits_bytes(vocabulary, loss_rows(precision.device)), per_token)
     return Need(fixed, per_token + logits_bytes(vocabulary, share))
+
+
+def _kept_by_tokens(model: Any, ids: NDArray[np.int64], share: float, precision: Precision) -> tuple[float, float]:
+    """Bytes kept for each token, and once: on a GPU, autocast keeps half-precision copies of fp32 weights."""
+
+    def kept(tokens: int) -> int:
+        probe = np.resize(ids, tokens)
+        supervised = np.arange(tokens) >= tokens - max(1, round(share * (tokens - 1)))
+        return kept_bytes(model, pack([(probe, supervised)], precision.device), precision)
+
+    few = kept(PROBE_TOKENS)
+    if precision.device.type == "cpu":
+        return few / PROBE_TOKENS, 0.0
+    many = kept(LONG_PROBE_TOKENS)
+    each = (many - few) / (LONG_PROBE_TOKENS - PROBE_TOKENS)
+    return each, max(0.0, few - each * PROBE_TOKENS)
 
 
 def kept_bytes(model: Any, packed: Packed, precision: Precision) -> int:

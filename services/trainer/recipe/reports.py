@@ -75,6 +75,16 @@ def tell_about_shortage(session: Session, shortage: Shortage) -> None:
     )
 
 
+def tell_about_smaller_micro_batches(session: Session, tokens: int, budget: int) -> None:
+    log.warning("out of memory, trying smaller micro-batches", tokens=tokens, token_budget=budget)
+    session.event(
+        f"The GPU had no memory for {tokens:,} tokens at once; going on with at most {budget:,}. What is learnt is the "
+        "same",
+        level="warn",
+        data={"tokens": tokens, "token_budget": budget},
+    )
+
+
 def progress_of(run: RunContext, history: History) -> Progress:
     layout = run.layout
     return Progress(

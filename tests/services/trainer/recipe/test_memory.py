@@ -2,6 +2,7 @@
 
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,15 +15,18 @@ from torch.profiler import ProfilerActivity, profile
 from services.trainer.contract import JobRun
 from services.trainer.data.layout import Layout, most_tokens
 from services.trainer.model.bases import WarmBases
-from services.trainer.model.forward import loss_sum, pack, training_forward
+from services.trainer.model.forward import Packed, loss_sum, pack, training_forward
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import choose_precision
+from services.trainer.recipe import finetune as recipe
 from services.trainer.recipe import memory
+from services.trainer.recipe.evaluate import evaluation_loss
 from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.memory import (
     Fit,
     Need,
     cgroup_bytes,
+    fitting_budget,
     free_bytes,
     kept_bytes,
     largest_fit,
@@ -30,14 +34,14 @@ from services.trainer.recipe.memory import (
     shortage,
 )
 from services.trainer.recipe.metrics import peak_memory_mb, reset_peak_memory
-from services.trainer.recipe.step import make_optimizer, take_step
+from services.trainer.recipe.step import StepResult, make_optimizer, take_step
 from shared.bases.base_model import prepare_base
 from shared.bases.catalogue import Catalogue
 from shared.errors import JobFailed
 from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
 from shared.storage.artifacts import LocalArtifactStore
 from shared.training.plan import TrainingPlan
-from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore
+from tests.services.trainer.harness import CPU, RecordingSession, TinyJob, ignore, instruction_rows
 from tests.tiny import tiny_catalogue, write_tiny_model
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -220,6 +224,53 @@ def test_out_of_memory_names_the_numbers_that_were_known(tiny: TinyJob, monkeypa
     fit = data["max_length"]
     assert failure.value.message == f"out of memory; max_length {fit} (now 512) with batch_size 1 (now 4) would fit"
     assert (failure.value.code, failure.value.param) == ("out_of_memory", "hyperparameters.max_length")
+
+
+@pytest.mark.parametrize(("within", "budget"), [(100_000, 16_384), (5_000, 5_000), (900, 900), (100, 700), (0, 700)])
+def test_a_gpus_budget_is_what_fits_but_a_whole_row_at_least(within: int, budget: int) -> None:
+    need = Need(fixed=1e6, per_token=1e3)
+    lengths = np.array([20, 700, 31], np.int64)
+    assert fitting_budget(need, int(need.of(within)) if within else 0, lengths, 16_384) == budget
+
+
+def test_a_step_without_memory_is_done_again_in_smaller_micro_batches(
+    tiny: TinyJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU would: what is learnt differs by the order of sums only."""
+    spec = tiny.spec(validation=instruction_rows(9, start=30), lora=LoraSpec(dropout=0))
+    whole = tiny.finish(spec, job="ftjob-whole", bases=tiny.fresh_bases()).report
+    sizes: list[int] = []
+
+    def step(model: Any, parameters: Any, optimizer: Any, packs: list[Packed], **rest: Any) -> StepResult:
+        sizes.append(max(packed.tokens for packed in packs))
+        if sizes[-1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return take_step(model, parameters, optimizer, packs, **rest)
+
+    def evaluation(model: Any, rows: Any, token_budget: int, *rest: Any) -> float:
+        if token_budget > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return evaluation_loss(model, rows, token_budget, *rest)
+
+    monkeypatch.setattr(recipe, "take_step", step)
+    monkeypatch.setattr(recipe, "evaluation_loss", evaluation)
+    session = RecordingSession()
+    report = tiny.finish(spec, session, job="ftjob-small", bases=tiny.fresh_bases()).report
+    assert max(sizes) > 100 >= sizes[-1]
+    assert report.steps == whole.steps
+    assert report.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
+    assert report.eval_loss_after == pytest.approx(whole.eval_loss_after, rel=1e-5)
+    assert any("smaller" in message or "at once; going on" in message for _, message, _ in session.events)
+
+
+def test_a_row_that_has_no_memory_alone_ends_the_job(tiny: TinyJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> StepResult:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(recipe, "take_step", never)
+    with pytest.raises(JobFailed) as failure:
+        tiny.run(tiny.spec())
+    assert failure.value.code == "out_of_memory"
 
 
 def test_where_nothing_would_fit_that_is_said(tiny: TinyJob) -> None:
