@@ -13,6 +13,7 @@ from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
+from shared.gpu_memory import grow_segments
 from shared.logs import configure_logging, get_logger
 from shared.openmp import spin_briefly
 from shared.storage.artifacts import LocalArtifactStore
@@ -26,6 +27,7 @@ def main() -> int:
         print(f"settings: {error}", file=sys.stderr)
         return 2
     spin_briefly(os.environ)
+    grow_segments(os.environ)
     configure_logging("inference", settings.log_level)
     log = get_logger("inference")
 

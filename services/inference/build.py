@@ -1,5 +1,7 @@
 """Composition root: builds base, engine and adapters. The one file that knows both torch and what the routes call."""
 
+import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -12,7 +14,7 @@ from services.inference.adapters.residency import Residency
 from services.inference.adapters.weights import read_adapter, refuse
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
-from services.inference.engine.choose_runner import choose_runner, precision_to_load
+from services.inference.engine.choose_runner import choose_runner, default_precision, precision_to_load
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
@@ -35,7 +37,8 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
     device = choose_device()
     dtype = compute_dtype("auto", device)
     # Before the base is downloaded: a precision that cannot be served is refused at once.
-    precision = precision_to_load(settings.precision, device.type, "bf16" if dtype == torch.bfloat16 else "fp16")
+    requested = settings.precision or default_precision(device.type)
+    precision = precision_to_load(requested, device.type, "bf16" if dtype == torch.bfloat16 else "fp16")
     prepare_base(base, store)
     return assemble(load_base(base, store, precision, device, dtype), settings, store)
 
@@ -45,7 +48,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
     chosen = choose_runner(
         loaded.model,
         loaded.precision,
-        settings.precision,
+        settings.precision or default_precision(loaded.device.type),
         loaded.tokenizer,
         rows=settings.slots,
         context=settings.context,
@@ -56,7 +59,8 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
         # It holds weights of its own; the model's would lie beside them unused.
         loaded = replace(loaded, model=None)
     admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
-    engine = BatchEngine(runner, loaded.tokenizer, admission, prefill_chunk=settings.prefill_chunk)
+    chunk = settings.prefill_chunk or (128 if loaded.device.type == "cpu" else 1024)
+    engine = BatchEngine(runner, loaded.tokenizer, admission, prefill_chunk=chunk, on_device_lost=_leave)
     modules, dtype = engine.lora_modules, runner.dtype
 
     def read(folder: Path) -> Checked:
@@ -78,6 +82,11 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
         device=loaded.device.type,
     )
     return Serving(base, loaded.tokenizer, engine, admission, adapters)
+
+
+def _leave() -> None:
+    """Have this process answer what is open and end, for whoever started it to start it anew."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_checked(

@@ -19,12 +19,14 @@ class InferenceSettings(Settings, populate_by_name=True):
 
     Attributes:
         base: catalogue id or alias of the base served; the catalogue's first if empty.
-        precision: what the base is held in. On a CPU: fp32; fp16w, bf16w and int8w, packed weights with fp32 sums;
-            auto, the fastest of these that this processor has, by a measurement at start that keeps the loss within
-            0.5 %. On a GPU: bf16, fp16, int8 and nf4 (bitsandbytes), auto for bf16 or fp16.
+        precision: what the base is held in; None is fp32 on a CPU and auto on a GPU. On a CPU: fp32; fp16w, bf16w and
+            int8w, packed weights with fp32 sums; auto, the fastest of these that this processor has, by a measurement
+            at start that keeps the loss within 0.5 %. On a GPU: bf16, fp16, int8 and nf4 (bitsandbytes), auto for bf16
+            or fp16.
         slots: sequences generated at once.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
-        prefill_chunk: prompt tokens computed between two decode steps.
+        prefill_chunk: prompt tokens computed between two decode steps; None is 128 on a CPU and 1,024 on a GPU,
+            which takes hardly longer for them.
         queue_requests, queue_tokens: how many requests and prompt tokens may wait; beyond, 429.
         adapter_bytes, adapter_slots: what resident adapters may take together.
         max_rank: adapters of a higher rank are refused.
@@ -36,10 +38,10 @@ class InferenceSettings(Settings, populate_by_name=True):
     base: Annotated[str, Field(validation_alias=_named("BASE"))] = ""
     host: Annotated[str, Field(validation_alias=_named("HOST"))] = "127.0.0.1"
     port: Annotated[int, Field(validation_alias=_named("PORT"), ge=0, le=65535)] = 8100
-    precision: Annotated[ServingPrecision, Field(validation_alias=_named("PRECISION"))] = "fp32"
+    precision: Annotated[ServingPrecision | None, Field(validation_alias=_named("PRECISION"))] = None
     slots: Annotated[int, Field(validation_alias=_named("SLOTS"), ge=1, le=1024)] = 16
     context: Annotated[int, Field(validation_alias=_named("CONTEXT"), ge=16, le=1 << 20)] = 2048
-    prefill_chunk: Annotated[int, Field(validation_alias=_named("PREFILL_CHUNK"), ge=1, le=1 << 16)] = 128
+    prefill_chunk: Annotated[int | None, Field(validation_alias=_named("PREFILL_CHUNK"), ge=1, le=1 << 16)] = None
     queue_requests: Annotated[int, Field(validation_alias=_named("QUEUE_REQUESTS"), ge=1, le=1 << 20)] = 128
     queue_tokens: Annotated[int, Field(validation_alias=_named("QUEUE_TOKENS"), ge=1, le=1 << 30)] = 65_536
     adapter_bytes: Annotated[int, Field(validation_alias=_named("ADAPTER_BYTES"), ge=1)] = 1 << 30

@@ -20,6 +20,7 @@ from services.inference.engine.sampling import choose
 from services.inference.engine.scheduler import PromptPass, Scheduler
 from services.inference.engine.sequence import SequenceState
 from services.inference.engine.threads import StepThreads
+from shared.bases.base_model import device_answers
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, TunesmithError, Unavailable
 from shared.logs import get_logger
@@ -32,13 +33,24 @@ class BatchEngine:
 
     Args:
         prefill_chunk: prompt tokens computed between two decode steps; bounds how long a prompt delays the others.
+        on_device_lost: called on the engine's thread, after every request has failed, once the device computes nothing
+            any more in this process.
     """
 
-    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, admission: Admission, *, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        *,
+        prefill_chunk: int,
+        on_device_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._admission = admission
         self._chunk = prefill_chunk
+        self._on_device_lost = on_device_lost
         added = tokenizer.fast.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
         # What other threads hand over, under the condition.
@@ -117,13 +129,16 @@ class BatchEngine:
     # ------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
+        lost = False
         with torch.inference_mode():
-            while self._wait_for_work():
+            while not lost and self._wait_for_work():
                 try:
                     self._step()
                 except Exception as error:
-                    self._restart(error)
+                    lost = not self._restart(error)
         self._fail_everything()
+        if lost:
+            self._on_device_lost()
 
     def _wait_for_work(self) -> bool:
         """Sleep while there is nothing to do; False when the engine is closed."""
@@ -260,12 +275,22 @@ class BatchEngine:
         self._scheduler.remove(sequence)
         sequence.fail(_presentable(error))
 
-    def _restart(self, error: Exception) -> None:
-        """After an error that no request caused: those in the batch fail, those waiting and the engine go on."""
+    def _restart(self, error: Exception) -> bool:
+        """After an error that no request caused: those in the batch fail, those waiting and the engine go on.
+
+        Returns:
+            False if the device computes nothing any more: then nothing can go on.
+        """
         _log.error("an engine step failed", exc_info=error)
+        if not device_answers(self._runner.device):
+            _log.critical("the device computes nothing any more")
+            with self._condition:
+                self._closing = True
+            return False
         for sequence in self._scheduler.in_flight():
             sequence.fail(TunesmithError("the engine failed; try again", code="generation_failed"))
         self._scheduler.clear()
+        return True
 
     def _fail_everything(self) -> None:
         with self._condition:

@@ -3,6 +3,7 @@
 The processors are transformers' (repetition penalty, temperature, top_k, top_p), in its order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,13 +39,12 @@ class Chooser:
 
 def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
     """One token per row of fp32 `logits` [rows, vocabulary], or why there is none: each row fails alone."""
-    log_sums = torch.logsumexp(logits, dim=-1)
     greedy = logits.argmax(dim=-1).tolist()
-    normalisers = log_sums.tolist()
-    finite = torch.isfinite(log_sums).tolist()
+    # Two reads for all rows: on a GPU each waits for everything that was asked of it before.
+    normalisers, best = torch.stack((torch.logsumexp(logits, dim=-1), logits.amax(dim=-1))).tolist()
     choices: list[Choice | Exception] = []
     for row, chooser in enumerate(choosers):
-        if not finite[row]:
+        if not math.isfinite(normalisers[row]):
             choices.append(TunesmithError("the model gave no finite scores", code="non_finite"))
             continue
         plain = not chooser.sampling.do_sample and chooser.sampling.repetition_penalty == 1
@@ -53,7 +53,7 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | E
         except Exception as error:
             choices.append(error)
             continue
-        logprob = float(logits[row, token]) - normalisers[row]
+        logprob = (best[row] if plain else float(logits[row, token])) - normalisers[row]
         choices.append(Choice(token, logprob, _alternatives(logits[row], normalisers[row], chooser.alternatives)))
     return choices
 

@@ -11,6 +11,7 @@ from typing import Any
 from celery.signals import setup_logging, worker_shutting_down
 
 from services.trainer.settings import TrainerSettings
+from shared.gpu_memory import grow_segments
 from shared.jobs.notification import NOTIFY, celery_app
 from shared.logs import configure_logging
 from shared.openmp import spin_briefly
@@ -41,8 +42,15 @@ def notify() -> None:
     global _worker
     if _worker is None:
         spin_briefly(os.environ)
+        grow_segments(os.environ)
         os.nice(settings.nice)
         from services.trainer.worker.build import make_worker
 
         _worker = make_worker(settings, handover=lambda: bool(_handover[0]))
-    _worker.work_off()
+    from services.trainer.worker.loop import DeviceLost
+
+    try:
+        _worker.work_off()
+    except DeviceLost:
+        # Not even destructors can be relied upon; billiard puts a fresh child in this one's place.
+        os._exit(1)

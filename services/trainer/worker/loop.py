@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import structlog
 import torch
@@ -13,12 +14,17 @@ from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.memory import FreeMemory, free_bytes
 from services.trainer.worker.lease_session import LeaseSession
 from services.trainer.worker.retry import with_retries
+from shared.bases.base_model import device_answers
 from shared.errors import JobFailed, LeaseLost, TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
+
+
+class DeviceLost(Exception):
+    """This process's device computes nothing any more; the job is given back, and the process has to end."""
 
 
 class Worker:
@@ -58,13 +64,22 @@ class Worker:
         self._log = get_logger("worker")
 
     def work_off(self) -> int:
-        """Claim the oldest queued job, train it, and again until none is left. Returns how many were claimed."""
+        """Claim the oldest queued job, train it, and again until none is left. Returns how many were claimed.
+
+        Raises:
+            DeviceLost: in a job; claiming the next one would only waste its attempts.
+        """
         claimed = 0
         while not self._handover() and (lease := self._leases.claim(self._name)) is not None:
             claimed += 1
             with structlog.contextvars.bound_contextvars(job_id=lease.job.id, lease_token=lease.token):
                 self._log.info("claimed", attempt=lease.job.attempt)
                 self._work(lease)
+                if not device_answers(self._bases.device):
+                    self._log.error("the device computes nothing any more; leaving")
+                    raise DeviceLost
+                # Only now has whatever broke off let go of its tensors.
+                self._bases.give_back_memory()
         return claimed
 
     def _work(self, lease: Lease) -> None:
@@ -77,9 +92,11 @@ class Worker:
             self._give_up(lease, error)
         except Exception as error:
             self._log.exception("training broke off")
-            # Where it broke off, LoRA may be half attached.
-            self._bases.discard()
+            # The job first: a lost device fails whatever is asked of it.
             self._requeue(lease, f"{type(error).__name__}: {error}")
+            # Where it broke off, LoRA may be half attached.
+            with suppress(RuntimeError):
+                self._bases.discard()
 
     def _train(self, lease: Lease) -> Outcome:
         checkpoints = self._leases.checkpoints(lease)

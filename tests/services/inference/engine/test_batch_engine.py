@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from services.inference.engine import batch_engine
 from services.inference.engine.interface import Cancelled, Failed, Finished, GenerationRequest, Sampling
 from shared.errors import InvalidRequest, Overloaded, TunesmithError, Unavailable
 from tests.services.inference.harness import EngineUnderTest, Heard, Tiny
@@ -305,6 +306,28 @@ def test_a_step_that_fails_outside_of_any_request_does_not_end_the_engine(
     assert isinstance(long.last, Failed)
     assert isinstance(waiting.last, Finished)
     assert waiting.ids == tiny.oracle.ids(None, prompt, 8)
+
+
+def test_a_lost_device_fails_everyone_at_once_and_says_so(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_test = engine(rows=1)
+    told = threading.Event()
+
+    def illegal_access(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(under_test.engine, "_on_device_lost", told.set)
+    monkeypatch.setattr(batch_engine, "device_answers", lambda _: False)
+    prompt = under_test.prompt(PROMPTS[0])
+    running = under_test.submit(prompt, max_new_tokens=200, ignore_eos=True)
+    waiting = under_test.submit(prompt, max_new_tokens=3)
+    assert running.begun.wait(30)
+    monkeypatch.setattr(under_test.runner, "decode", illegal_access)
+    monkeypatch.setattr(under_test.runner.cache, "clear", illegal_access)
+    for heard in (running, waiting):
+        assert isinstance(heard.last, Failed)
+    assert told.wait(30)
+    with pytest.raises(Unavailable):
+        under_test.submit(prompt, max_new_tokens=1)
 
 
 def test_non_finite_scores_fail_their_row_and_leave_nothing_behind(engine: MakeEngine, tiny: Tiny) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from services.trainer.contract import Outcome
 from services.trainer.model.bases import WarmBases
+from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.memory import FreeMemory, free_bytes
+from services.trainer.worker import loop
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
 from shared.jobs.heartbeats import Heartbeats
@@ -229,6 +232,42 @@ def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place
     assert place.adapter_sha(job) == place.adapter_sha(whole)
     assert sum("No space left" in line for line in place.story(job)) == 2
     assert list((place.artifacts.root / "staging").iterdir()) == []
+
+
+def test_a_lost_device_gives_the_job_back_and_ends_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = place.job(ROWS), place.job(ROWS)
+
+    def illegal_access(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def no_answer(*_: object) -> bool:
+        return False
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loop, "finetune", illegal_access)
+        broken.setattr(loop, "device_answers", no_answer)
+        broken.setattr(place.bases, "discard", illegal_access)
+        with pytest.raises(loop.DeviceLost):
+            place.worker().work_off()
+    assert place.state(first) is State.QUEUED
+    assert any("illegal memory access" in line for line in place.story(first))
+    assert not any("Started" in line for line in place.story(second))
+    place.worker().work_off()
+    assert place.state(first) is place.state(second) is State.SUCCEEDED
+
+
+def test_an_error_that_spares_the_device_costs_one_attempt(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, calls = place.job(ROWS), []
+
+    def once(*args: Any, **values: Any) -> Outcome:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: invalid argument")
+        return finetune(*args, **values)
+
+    monkeypatch.setattr(loop, "finetune", once)
+    assert place.worker().work_off() == 2
+    assert place.state(job) is State.SUCCEEDED
 
 
 def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
