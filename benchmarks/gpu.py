@@ -1,14 +1,19 @@
-"""Training speed on a CUDA device, on a model of TinyLlama-1.1B's shape with random weights (speed does not depend on
-them), so that nothing is downloaded. `python -m benchmarks.gpu`; prints 'not run' where there is no CUDA device.
+"""Training and serving speed on a CUDA device, on a model of TinyLlama-1.1B's shape with random weights (speed does not
+depend on them), so that nothing is downloaded. `python -m benchmarks.gpu`; prints 'not run' where there is no CUDA
+device.
 
-Packed micro-batches on a bf16 and an int8 base, beside the tutorial's layout: rows padded to 512, 2 x 4, in bf16.
+Training: packed micro-batches on a bf16, int8 and nf4 base, beside the same through transformers' and bitsandbytes' own
+forward, and the tutorial's layout (rows padded to 512, 2 x 4, in bf16). Serving: decode steps of 16 and 64 rows and
+prefill, without HTTP.
 """
 
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +22,23 @@ import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from services.inference.engine.llama import LlamaRunner
+from services.inference.engine.lora import LoraWeights
 from services.trainer.data.layout import pack_rows
+from services.trainer.model.bases import make_trainable
 from services.trainer.model.forward import Packed, Sample, pack, training_forward
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import Precision, choose_precision
 from services.trainer.recipe.metrics import matmul_parameters, measure_peak_flops
 from services.trainer.recipe.step import make_optimizer, take_step
-from shared.bases.base_model import compute_dtype, library_versions, quantization_config
-from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec
+from shared.bases.base_model import (
+    compute_dtype,
+    library_versions,
+    prepare_device,
+    quantization_config,
+    quiet_libraries,
+)
+from shared.jobs.spec import PRESETS, BasePrecision, Hyperparameters, JobSpec
 from shared.training.plan import CUDA_TOKEN_BUDGET
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -38,32 +52,41 @@ TINYLLAMA = {
     "max_position_embeddings": 2_048,
 }
 ROUNDS, STEPS, BATCH, LENGTH = 3, 8, 8, 512
+ROWS, CONTEXT, RANK, ADAPTERS = (16, 64), 1_024, 8, 4
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: not run, there is no CUDA device")
         return
+    quiet_libraries()
     device = torch.device("cuda")
-    rows = synthetic_rows(ROUNDS * STEPS * BATCH)
-    peak = measure_peak_flops(device, compute_dtype("auto", device), size=8192)
+    peak = measure_peak_flops(device, compute_dtype("auto", device))
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
         "peak_tflops": round(peak / 1e12, 1),
         "mfu_formula": "4N FLOP per real token of the best measured matrix product",
-        "versions": library_versions(),
-        "peers": {},
+        "versions": library_versions() | {"cuda": str(torch.version.cuda)},
+        "training": {},
+        "serving": {},
     }
-    for name, measure in PEERS.items():
-        results["peers"][name] = measure(rows, device, peak)
-        print(f"{name:24}{json.dumps(results['peers'][name])}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_base(Path(name), device)
+        for seed, (peer, measure) in enumerate(TRAINING.items()):
+            # Rows of its own for each: kernels that are prepared for every new length would be there already.
+            rows = synthetic_rows(ROUNDS * STEPS * BATCH, seed)
+            results["training"][peer] = measure(rows, device, peak, folder)
+            print(f"{peer:28}{json.dumps(results['training'][peer])}", flush=True)
+        for precision in ("bf16", "fp32"):
+            results["serving"][precision] = serve(device, folder, precision)
+            print(f"{'serving ' + precision:28}{json.dumps(results['serving'][precision])}", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def synthetic_rows(count: int) -> list[Sample]:
+def synthetic_rows(count: int, seed: int) -> list[Sample]:
     """Rows of 32 to 512 tokens, a third of each being its prompt."""
-    draw = np.random.default_rng(42)
+    draw = np.random.default_rng(seed)
     rows = []
     for length in draw.integers(32, LENGTH + 1, count):
         ids = draw.integers(3, TINYLLAMA["vocab_size"], length).astype(np.int64)
@@ -71,32 +94,68 @@ def synthetic_rows(count: int) -> list[Sample]:
     return rows
 
 
-def random_base(precision: str, device: torch.device, folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(0)
-        with torch.device(device):
-            LlamaForCausalLM(LlamaConfig(**TINYLLAMA)).to(torch.bfloat16).save_pretrained(folder)
-    quantization = quantization_config("int8", torch.bfloat16) if precision == "int8" else None
+def write_base(folder: Path, device: torch.device) -> Path:
+    torch.manual_seed(0)
+    with torch.device(device):
+        LlamaForCausalLM(LlamaConfig(**TINYLLAMA)).to(torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache()
+    return folder
+
+
+@contextmanager
+def torchs_choice_of_attention() -> Iterator[None]:
+    """cuDNN's included, which Tunesmith does without."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def load(precision: BasePrecision, device: torch.device, folder: Path) -> Any:
+    torch.cuda.empty_cache()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": device}
+        folder,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        quantization_config=quantization_config(precision, torch.bfloat16),
+        device_map={"": device},
     )
-    model.eval().requires_grad_(False)
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if quantization else model
+    return model.eval().requires_grad_(False)
 
 
-def ours(precision: str) -> Callable[[Sequence[Sample], torch.device, float], dict[str, Any]]:
-    def measure(rows: Sequence[Sample], device: torch.device, peak: float) -> dict[str, Any]:
-        def packs(batch: Sequence[Sample]) -> list[Packed]:
-            lengths = np.array([len(ids) for ids, _ in batch])
-            bins = pack_rows(list(range(len(batch))), lengths, CUDA_TOKEN_BUDGET)
-            return [pack([batch[row] for row in rows], device) for rows in bins]
+Measure = Callable[[Sequence[Sample], torch.device, float, Path], dict[str, Any]]
 
-        return _measure(precision, rows, device, peak, packs)
+
+def ours(precision: BasePrecision) -> Measure:
+    """Packed micro-batches through what the trainer makes of a base."""
+
+    def measure(rows: Sequence[Sample], device: torch.device, peak: float, folder: Path) -> dict[str, Any]:
+        base = load(precision, device, folder)
+        prepare_device(device)
+        make_trainable(base, quantized=precision in ("int8", "nf4"), dtype=torch.bfloat16)
+        return train(base, rows, device, peak, partial(packed, device))
 
     return measure
 
 
-def padded(rows: Sequence[Sample], device: torch.device, peak: float) -> dict[str, Any]:
+def plain(precision: BasePrecision) -> Measure:
+    """Packed micro-batches through transformers' forward, its block mask and bitsandbytes' products."""
+
+    def measure(rows: Sequence[Sample], device: torch.device, peak: float, folder: Path) -> dict[str, Any]:
+        base = load(precision, device, folder)
+        if precision in ("int8", "nf4"):
+            prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        with torchs_choice_of_attention():
+            return train(base, rows, device, peak, partial(packed, device))
+
+    return measure
+
+
+def packed(device: torch.device, batch: Sequence[Sample]) -> list[Packed]:
+    lengths = np.array([len(ids) for ids, _ in batch])
+    bins = pack_rows(list(range(len(batch))), lengths, CUDA_TOKEN_BUDGET)
+    return [pack([batch[row] for row in rows], device) for rows in bins]
+
+
+def padded(rows: Sequence[Sample], device: torch.device, peak: float, folder: Path) -> dict[str, Any]:
     """The tutorial's layout: every row padded to 512, two rows at a time."""
 
     def packs(batch: Sequence[Sample]) -> list[Packed]:
@@ -106,31 +165,31 @@ def padded(rows: Sequence[Sample], device: torch.device, peak: float) -> dict[st
         ]
         return [pack(filled[start : start + 2], device) for start in range(0, len(filled), 2)]
 
-    return _measure("bf16", rows, device, peak, packs)
+    with torchs_choice_of_attention():
+        return train(load("bf16", device, folder), rows, device, peak, packs)
 
 
-def _measure(
-    precision: str,
+def train(
+    base: Any,
     rows: Sequence[Sample],
     device: torch.device,
     peak: float,
     packs: Callable[[Sequence[Sample]], list[Packed]],
 ) -> dict[str, Any]:
+    """Real tokens per second of whole optimizer steps, and the memory they took."""
     hyper, lora = Hyperparameters(), PRESETS["reference"].lora
     spec = JobSpec(base="-", base_revision="-", training_file="-", training_sha256="-")
     how: Precision = choose_precision(spec, device)
-    with tempfile.TemporaryDirectory() as folder:
-        base = random_base(precision, device, Path(folder))
     weights = matmul_parameters(base)
     torch.cuda.reset_peak_memory_stats(device)
-    rates = []
+    rates, losses = [], []
     with lora_attached(base, lora, 42) as model:
         parameters = trainable(model)
         optimizer = make_optimizer(parameters, hyper)
 
         def step(batch: Sequence[Sample]) -> None:
             with training_forward(model, dropout=True):
-                take_step(
+                result = take_step(
                     model,
                     parameters,
                     optimizer,
@@ -140,8 +199,10 @@ def _measure(
                     precision=how,
                     check=lambda: None,
                 )
+            losses.append(result.loss)
 
-        step(rows[:BATCH])
+        for start in range(0, 2 * BATCH, BATCH):
+            step(rows[start : start + BATCH])
         for number in range(ROUNDS):
             part = rows[number * STEPS * BATCH : (number + 1) * STEPS * BATCH]
             torch.cuda.synchronize(device)
@@ -155,15 +216,80 @@ def _measure(
         "tokens_per_second": round(rate, 1),
         "rounds": [round(r, 1) for r in rates],
         "mfu": round(4 * weights * rate / peak, 3),
+        "first_loss": round(losses[0], 4),
+        "last_loss": round(losses[-1], 4),
         "peak_allocated_mb": round(torch.cuda.max_memory_allocated(device) / 1e6),
         "peak_reserved_mb": round(torch.cuda.max_memory_reserved(device) / 1e6),
     }
 
 
-PEERS: dict[str, Callable[[Sequence[Sample], torch.device, float], dict[str, Any]]] = {
+def serve(device: torch.device, folder: Path, precision: BasePrecision) -> dict[str, Any]:
+    """Milliseconds of a decode step, its rows at 200 to 400 tokens and one more each step; prefill in tokens/s."""
+    prepare_device(device)
+    runner = LlamaRunner(
+        load(precision, device, folder), precision="plain", rows=max(ROWS), context=CONTEXT, adapter_slots=ADAPTERS
+    )
+    draw = torch.Generator().manual_seed(1)
+    for slot in range(1, ADAPTERS + 1):
+        pairs = {
+            path: (
+                torch.randn(RANK, fan_in, generator=draw).to(runner.dtype) * 0.01,
+                torch.randn(fan_out, RANK, generator=draw).to(runner.dtype) * 0.01,
+            )
+            for path, (fan_in, fan_out) in runner.lora.modules.items()
+            if path.endswith(("q_proj", "v_proj"))
+        }
+        runner.lora.write(slot, LoraWeights(RANK, pairs))
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for rows in ROWS:
+            kinds = {
+                "base": [0] * rows,
+                "one adapter": [1] * rows,
+                "four adapters": [i % ADAPTERS + 1 for i in range(rows)],
+            }
+            for name, slots in kinds.items():
+                each = milliseconds(decoding(runner, slots), 50)
+                found[f"decode, {rows} rows, {name}, ms"] = round(each, 3)
+                found[f"decode, {rows} rows, {name}, tokens/s"] = round(rows / each * 1e3)
+        for chunk in (128, 1024):
+            each = milliseconds(partial(runner.prefill, 0, [5] * chunk, 0, 0, 0, all_logits=False), 20)
+            found[f"prefill in {chunk}, tokens/s"] = round(chunk / each * 1e3)
+    return found
+
+
+def decoding(runner: LlamaRunner, slots: list[int]) -> Callable[[], torch.Tensor]:
+    """A decode step of one row for each slot, which is at the next position each time it is called."""
+    rows = len(slots)
+    positions = [200 + 200 * row // rows for row in range(rows)]
+    ranks = [RANK if slot else 0 for slot in slots]
+
+    def step() -> torch.Tensor:
+        logits = runner.decode(0, list(range(3, 3 + rows)), positions, slots, ranks)
+        positions[:] = [position + 1 for position in positions]
+        return logits
+
+    return step
+
+
+def milliseconds(call: Callable[[], torch.Tensor], times: int) -> float:
+    """Median of `times` calls, each ending with its result on the host, after three that warm up."""
+    taken = []
+    for _ in range(times + 3):
+        started = time.perf_counter()
+        call().argmax(-1).tolist()
+        taken.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(taken[3:])
+
+
+TRAINING: dict[str, Measure] = {
     "padded to 512, 2x4, bf16": padded,
+    "transformers, packed, bf16": plain("bf16"),
+    "transformers, packed, int8": plain("int8"),
+    "transformers, packed, nf4": plain("nf4"),
     "Tunesmith bf16": ours("bf16"),
     "Tunesmith int8": ours("int8"),
+    "Tunesmith nf4": ours("nf4"),
 }
 
 if __name__ == "__main__":
