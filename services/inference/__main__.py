@@ -1,5 +1,6 @@
 """Process entry: `python -m services.inference`. One process serves one base; SIGTERM drains and ends it."""
 
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,8 @@ def main() -> int:
             )
         except TunesmithError as error:
             log.error("cannot serve", code=error.code, error=error.message)
+            # uvicorn would add the traceback of an error that this line has explained.
+            logging.getLogger("uvicorn.error").addFilter(_is_no_traceback)
             raise
         log.info("serving", base=serving.base.id, precision=serving.base.precision, port=settings.port)
         return serving
@@ -63,6 +66,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop_on_request)
     server.run()
     return 0 if server.started else 1
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Traceback")
 
 
 def _stop_on_request(signal_number: int, frame: FrameType | None) -> None:

@@ -84,11 +84,19 @@ def test_it_serves_and_drains(tmp_path: Path) -> None:
     assert all(line["service"] == "inference" for line in lines if line["event"] in ("serving", "request"))
 
 
-def test_it_refuses_a_public_address_without_a_token_and_an_unknown_base(tmp_path: Path) -> None:
+def test_it_refuses_at_start_what_it_cannot_serve_and_says_why(tmp_path: Path) -> None:
     catalogue = write_catalogue(tmp_path / "catalogue.toml", tmp_path / "nowhere")
     for variables, words in [
         ({"TUNESMITH_INFERENCE_HOST": "0.0.0.0"}, "TUNESMITH_INTERNAL_TOKEN"),
         ({"TUNESMITH_CATALOGUE": str(catalogue), "TUNESMITH_INFERENCE_BASE": "another"}, "no base model 'another'"),
+        (
+            {
+                "TUNESMITH_CATALOGUE": str(catalogue),
+                "TUNESMITH_INFERENCE_PRECISION": "bf16w",
+                "ONEDNN_MAX_CPU_ISA": "AVX2",
+            },
+            "precision bf16w does not run on this processor",
+        ),
     ]:
         ended = subprocess.run(
             [sys.executable, "-m", "services.inference"],
@@ -99,6 +107,7 @@ def test_it_refuses_a_public_address_without_a_token_and_an_unknown_base(tmp_pat
         )
         assert ended.returncode not in (0, None)
         assert words in ended.stderr.decode()
+        assert "Traceback" not in ended.stderr.decode()
 
 
 def test_the_openapi_document_needs_no_torch(tmp_path: Path) -> None:
