@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Most tests wait for something most of the time: a few more processes than cores. Tests that share servers share one.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 6 ? cores + 2 : 8)))
 SEED ?= $(shell date +%s)
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Tests of numbers, and the switches that hold torch's, oneDNN's, MKL's and FBGEMM's kernels to AVX2.
 NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py tests/shared/datasets/test_tokens.py \

@@ -45,7 +45,7 @@ class Scene:
 
 
 # Each database has a cluster of its own, and they need not wait for one another.
-ON_POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.xdist_group("several of each, PostgreSQL"))
+ON_POSTGRESQL = "postgresql"
 
 
 @pytest.fixture(scope="module", params=["sqlite", ON_POSTGRESQL])

@@ -13,7 +13,7 @@ from shared.jobs.spec import JobSpec
 from shared.storage.database import Database, migrate
 from tests.jobs import Jobs
 
-ON_POSTGRESQL = pytest.param("postgresql", marks=[pytest.mark.servers, pytest.mark.xdist_group("postgresql")])
+ON_POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.servers)
 
 
 @pytest.fixture(params=["sqlite", ON_POSTGRESQL])

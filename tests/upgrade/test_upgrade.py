@@ -23,6 +23,7 @@ from tests.stack_processes import clean_environment, wait_until
 from tests.upgrade.make_home import THREADS, send
 from tunesmith import connection as connections
 
+pytestmark = pytest.mark.servers
 STORED = Path(__file__).with_name("414ea9d")
 Json = dict[str, Any]
 

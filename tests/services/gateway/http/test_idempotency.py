@@ -223,9 +223,7 @@ def test_responses_are_kept_for_a_day_and_no_longer(tmp_path: Path) -> None:
     database.close()
 
 
-@pytest.fixture(
-    params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.servers, pytest.mark.xdist_group("postgresql")])]
-)
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.servers)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tunesmith.db'}"
