@@ -16,8 +16,8 @@ from torch import nn
 from services.trainer.model.attention import attend_per_sample
 from services.trainer.model.dequantised import multiply_dequantised
 from services.trainer.model.llama import can_fuse, fuse
-from services.trainer.model.malloc import give_back_free_memory, keep_few_kernels
-from services.trainer.model.upcast import compute_in_fp32
+from services.trainer.model.malloc import limit_kernel_cache, release_free_memory
+from services.trainer.model.mixed_precision import compute_in_fp32
 from shared.bases.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
 from shared.bases.catalogue import Base, Catalogue
 from shared.datasets.tokens import Tokenizer
@@ -51,7 +51,7 @@ class WarmBases:
         self._catalogue = catalogue
         self._store = store
         self._warm: TrainableBase | None = None
-        keep_few_kernels()
+        limit_kernel_cache()
 
     def tokenizer(self, spec: JobSpec) -> Tokenizer:
         """The base's tokenizer, without loading the model; prepares the base on this installation's first use.
@@ -86,18 +86,18 @@ class WarmBases:
         loaded = load_base(base, self._store, spec.base_precision, self.device, dtype)
         make_trainable(loaded.model, quantized=loaded.quantized_layers > 0, dtype=dtype)
         loaded.megabytes = memory_megabytes(loaded.model)
-        give_back_free_memory()
+        release_free_memory()
         self._warm = TrainableBase(loaded, fingerprint(loaded.model), dtype)
         return self._warm, time.monotonic() - started
 
     def discard(self) -> None:
         """Forget the warm base, so that the next job loads it afresh."""
         self._warm = None
-        self.give_back_memory()
+        self.release_memory()
 
-    def give_back_memory(self) -> None:
-        """Return what a job has left free, to the system and to whoever shares the GPU."""
-        give_back_free_memory()
+    def release_memory(self) -> None:
+        """Return the memory that a job has freed, to the system and to other processes on the GPU."""
+        release_free_memory()
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

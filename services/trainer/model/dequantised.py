@@ -1,4 +1,4 @@
-"""int8 layers on a GPU as ordinary half-precision products of their widened weights, forwards and backwards.
+"""int8 layers on a GPU as half-precision products of their dequantised weights, forwards and backwards.
 
 bitsandbytes' own product rounds activations to int8, looks for outlier columns over everything that shares a
 micro-batch (so that a sample's loss depends on its neighbours), reads the device once or twice a layer, and computes
@@ -17,18 +17,18 @@ from services.trainer.model.frozen import Buffer, row_scales
 
 
 class _DequantisedProduct(torch.autograd.Function):
-    """y = x W^T + b; W is widened anew for each direction, nothing but the layer is kept."""
+    """y = x W^T + b; W is dequantised again for each direction, nothing but the layer is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: "DequantisedLinear", dtype: torch.dtype) -> Tensor:
         ctx.layer, ctx.input_dtype = layer, x.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        return functional.linear(x.to(dtype), layer.widened(dtype), bias)
+        return functional.linear(x.to(dtype), layer.dequantised(dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        return (grad @ ctx.layer.widened(grad.dtype)).to(ctx.input_dtype), None, None
+        return (grad @ ctx.layer.dequantised(grad.dtype)).to(ctx.input_dtype), None, None
 
 
 class DequantisedLinear(Linear8bitLt):  # type: ignore[misc]
@@ -43,7 +43,7 @@ class DequantisedLinear(Linear8bitLt):  # type: ignore[misc]
         product: Tensor = _DequantisedProduct.apply(x, self, dtype)  # type: ignore[no-untyped-call]
         return product
 
-    def widened(self, dtype: torch.dtype) -> Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs] in `dtype`; valid until any layer's next call, which its stream comes after."""
         out, filled = self.buffer.take(self, self.out_features, self.in_features, dtype)
         if not filled:
@@ -53,7 +53,7 @@ class DequantisedLinear(Linear8bitLt):  # type: ignore[misc]
 
 
 def multiply_dequantised(model: nn.Module) -> None:
-    """Let every int8 layer of a frozen model multiply its widened weights, in place; other layers stay as they are."""
+    """Let every int8 layer of a frozen model multiply its dequantised weights, in place."""
     buffers: dict[torch.device, Buffer] = {}
     module: Any
     for module in model.modules():

@@ -24,13 +24,13 @@ Sample = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Samples laid out for one forward pass.
+    """Samples packed for one forward pass.
 
     Attributes:
         ids, positions: int64 [1, tokens].
         lengths: tokens of each sample.
-        predictors: int64 [targets], index of the token before each supervised one.
-        labels: int64 [targets], the supervised tokens.
+        predictors: int64 [supervised], index of the token before each supervised one.
+        labels: int64 [supervised], the supervised tokens.
     """
 
     ids: Tensor
@@ -45,16 +45,16 @@ class Packed:
 
 
 def pack(samples: Sequence[Sample], device: torch.device) -> Packed:
-    """Lay samples out one behind the other.
+    """Pack samples one behind the other.
 
-    No sample's first token may be supervised: nothing of its own predicts it.
+    No sample's first token may be supervised: no token of the sample predicts it.
     """
     ids = np.concatenate([ids for ids, _ in samples])
     supervised = np.concatenate([flags for _, flags in samples])
     lengths = [len(ids) for ids, _ in samples]
     positions = np.concatenate([np.arange(length) for length in lengths])
-    (targets,) = np.nonzero(supervised)
-    assert not (positions[targets] == 0).any()
+    (indices,) = np.nonzero(supervised)
+    assert not (positions[indices] == 0).any()
 
     def as_tensor(values: NDArray[np.int64]) -> Tensor:
         return torch.as_tensor(values, device=device)
@@ -63,13 +63,13 @@ def pack(samples: Sequence[Sample], device: torch.device) -> Packed:
         ids=as_tensor(ids)[None],
         positions=as_tensor(positions)[None],
         lengths=lengths,
-        predictors=as_tensor(targets - 1),
-        labels=as_tensor(ids[targets]),
+        predictors=as_tensor(indices - 1),
+        labels=as_tensor(ids[indices]),
     )
 
 
 def supervised_logits(model: Any, packed: Packed) -> Tensor:
-    """Logits [targets, vocabulary], fp32 or wider, for the supervised tokens of a pack, in order."""
+    """Logits [supervised, vocabulary], fp32 or wider, for the supervised tokens of a pack, in order."""
     fused = fused_form(model)
     if fused is not None:
         return fused.logits(packed.ids[0], packed.positions[0], packed.lengths, packed.predictors)

@@ -1,7 +1,7 @@
 """Frozen linear layers that read the same input, multiplied as one product, forwards and backwards.
 
 Owns where their weights lie and what multiplies them: unquantised ones become slices of one matrix, the others are
-widened into a buffer that all layers share, so that a quantised base stays as small as it is. Knows nothing of LoRA.
+dequantised into a buffer that all layers share, so that a quantised base stays as small as it is. Knows no LoRA.
 """
 
 from collections.abc import Sequence
@@ -18,26 +18,26 @@ _log = get_logger("frozen")
 
 
 class Buffer:
-    """Memory for one widened matrix at a time, kept between products: fresh pages cost more than filling them."""
+    """Memory for one dequantised matrix at a time, reused by all products: fresh pages cost more than filling them."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._flat = torch.empty(0, device=device)
         self._user: object = None
 
     def take(self, user: object, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """A [rows, columns] matrix, valid until the next call, and whether it holds what this user left there."""
-        as_left = self._user is user and self._flat.dtype == dtype
+        """A [rows, columns] matrix, valid until the next call, and whether it still holds what this user wrote."""
+        unchanged = self._user is user and self._flat.dtype == dtype
         if self._flat.dtype != dtype or self._flat.numel() < rows * columns:
             self._flat = torch.empty(rows * columns, dtype=dtype, device=self._flat.device)
         self._user = user
-        return self._flat[: rows * columns].view(rows, columns), as_left
+        return self._flat[: rows * columns].view(rows, columns), unchanged
 
 
 class FrozenLinears:
     """Frozen layers without bias and with one input.
 
     Args:
-        in_bf16: multiply in bf16, go on in the input's dtype; int8 weights lose nothing by it, their scales stay out.
+        in_bf16: multiply in bf16 and return the input's dtype; int8 weights are exact in it, scales come after.
 
     Attributes:
         slices: which output columns are each layer's.
@@ -75,13 +75,13 @@ class FrozenLinears:
         if first.dtype == dtype and first.is_floating_point():
             if len(self._layers) == 1:
                 return first.detach()
-            # A model that was moved to another dtype or place has left the joined matrix.
+            # A model that was moved to another dtype or device no longer uses the joined matrix.
             if self._joined is not None and self._joined.data_ptr() == first.data_ptr():
                 return self._joined
         rows, filled = self._buffer.take(self, self.slices[-1].stop, self._layers[0].in_features, dtype)
         if not filled:
             for layer, part in zip(self._layers, self.slices, strict=True):
-                widen(layer, rows[part], scaled=not self._in_bf16)
+                dequantise(layer, rows[part], scaled=not self._in_bf16)
         return rows
 
     def _scales(self) -> Tensor | None:
@@ -122,7 +122,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def _join(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """Let the layers' weights be slices of one new matrix, if they are held as they are multiplied."""
+    """Make the layers' weights slices of one new matrix, if they are stored in the dtype they are multiplied in."""
     if len(layers) == 1 or any(type(layer.weight) is not nn.Parameter for layer in layers):
         return None
     if any(layer.weight.dtype not in (dtype, torch.float64) for layer in layers):
@@ -136,13 +136,13 @@ def _join(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.no_grad()
-def widen(layer: nn.Linear, out: Tensor, *, scaled: bool = True) -> None:
-    """Write a frozen layer's weight, dequantised if need be, into `out` [outputs, inputs] of a wider dtype.
+def dequantise(layer: nn.Linear, out: Tensor, *, scaled: bool = True) -> None:
+    """Write a frozen layer's weight, dequantised or cast, into `out` [outputs, inputs] of a wider dtype.
 
     bitsandbytes' int8: row i is q[i] * SCB[i] / 127 (LLM.int8(), Dettmers et al. 2022).
 
     Args:
-        scaled: False leaves int8 weights the whole numbers they are, which bf16 holds exactly.
+        scaled: False leaves int8 weights unscaled: whole numbers, which bf16 holds exactly.
     """
     weight = layer.weight
     state = getattr(weight, "quant_state", None)
@@ -157,7 +157,7 @@ def widen(layer: nn.Linear, out: Tensor, *, scaled: bool = True) -> None:
 
 
 def row_scales(layer: nn.Linear) -> Tensor:
-    """What the rows of bitsandbytes' int8 weight are multiplied by: fp32 [outputs]."""
+    """The scale of each row of bitsandbytes' int8 weight: fp32 [outputs]."""
     # bitsandbytes moves them from the weight to the layer's state on the layer's first own forward pass.
     on_weight: Tensor | None = getattr(layer.weight, "SCB", None)
     scales: Tensor = on_weight if on_weight is not None else layer.state.SCB  # type: ignore[union-attr, assignment]

@@ -1,8 +1,8 @@
-"""The pieces of a Llama layer as functions with hand-written gradients, over flat tokens and a frozen base.
+"""The pieces of a Llama layer as functions with hand-written gradients (LoRA included), over flat tokens.
 
-autograd would keep and pass over more than is needed: the base has no gradients of its own, a residual can be added by
-the product that follows it, and the loss's gradient is known as soon as the logits are. Each function is held against
-autograd's gradient of the plain formula in tests.
+autograd would save and pass over more than is needed: the frozen base has no gradients of its own, the product that
+follows a residual can add it, and the gradient of the loss is known as soon as the logits are. Tests compare each
+function with autograd's gradient of the plain formula.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from torch.autograd import Function
 from services.trainer.model.frozen import FrozenLinears
 from shared.training.memory import LOSS_ROWS
 
-# Logits that a GPU makes at a time: it wants more to do at once than a CPU.
+# Rows of logits that a GPU makes at a time: it needs more work at once than a CPU.
 GPU_LOSS_ROWS = 1024
-_STEPS = 1 << 16
+_DROPOUT_LEVELS = 1 << 16
 
 
 def loss_rows(device: torch.device) -> int:
@@ -51,10 +51,10 @@ class _NormBranch(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, inverse, weight = ctx.saved_tensors
-        through, normed = grads
-        scaled = normed * weight
-        along = (scaled * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return torch.addcmul(through, scaled, inverse).addcmul_(x, along), None, None
+        grad_residual, grad_normed = grads
+        grad_scaled = grad_normed * weight
+        grad_inverse = (grad_scaled * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return torch.addcmul(grad_residual, grad_scaled, inverse).addcmul_(x, grad_inverse), None, None
 
 
 def norm_branch(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def norm_branch(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tens
 
 
 class _RotateAndSplit(Function):
-    """Rotary embedding (Su et al. 2021) of queries and keys in one pass; values are copied out beside them."""
+    """Rotary embedding (Su et al. 2021) of queries and keys in one pass; values are copied out unrotated."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, cos: Tensor, sin: Tensor, rotated_heads: int) -> tuple[Tensor, Tensor]:
@@ -79,13 +79,13 @@ class _RotateAndSplit(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        rotated, values = grads
-        joined = rotated.new_empty(ctx.shape)
-        heads = joined.view(rotated.shape[0], -1, rotated.shape[-1])
-        # The rotation's transpose turns the other way.
-        _rotate(rotated, cos, -sin, heads[:, : rotated.shape[1]])
-        heads[:, rotated.shape[1] :].copy_(values)
-        return joined, None, None, None
+        grad_rotated, grad_values = grads
+        grad_joined = grad_rotated.new_empty(ctx.shape)
+        heads = grad_joined.view(grad_rotated.shape[0], -1, grad_rotated.shape[-1])
+        # The transpose of a rotation is the rotation by the opposite angle.
+        _rotate(grad_rotated, cos, -sin, heads[:, : grad_rotated.shape[1]])
+        heads[:, grad_rotated.shape[1] :].copy_(grad_values)
+        return grad_joined, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -114,31 +114,32 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class _AttendPerSample(Function):
-    """Causal attention of each sample by itself, its gradients written where they belong: no slices to put together."""
+    """Causal attention within each sample; gradients are written straight into the packed tensors."""
 
     @staticmethod
     def forward(ctx: Any, rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
-        attended = rotated.new_empty(len(rotated), queries, rotated.shape[-1])
+        attn_output = rotated.new_empty(len(rotated), queries, rotated.shape[-1])
         ctx.spans = [slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)]
         ctx.queries, log_sums = queries, []
         for span in ctx.spans:
             sample, log_sum = _attention(*_heads_first(rotated[span], values[span], queries), 0.0, True)
-            attended[span] = sample[0].transpose(0, 1)
+            attn_output[span] = sample[0].transpose(0, 1)
             log_sums.append(log_sum)
-        ctx.save_for_backward(rotated, values, attended, *log_sums)
-        return attended
+        ctx.save_for_backward(rotated, values, attn_output, *log_sums)
+        return attn_output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rotated, values, attended, *log_sums = ctx.saved_tensors
-        to_rotated, to_values = torch.empty_like(rotated), torch.empty_like(values)
+        rotated, values, attn_output, *log_sums = ctx.saved_tensors
+        grad_rotated, grad_values = torch.empty_like(rotated), torch.empty_like(values)
         for span, log_sum in zip(ctx.spans, log_sums, strict=True):
-            grad, said = (t[span].transpose(0, 1)[None] for t in (grads[0], attended))
+            grad, output = (t[span].transpose(0, 1)[None] for t in (grads[0], attn_output))
             inputs = _heads_first(rotated[span], values[span], ctx.queries)
-            found = _attention_backward(grad, *inputs, said, log_sum, 0.0, True)
-            for into, part in zip(_heads_first(to_rotated[span], to_values[span], ctx.queries), found, strict=True):
-                into.copy_(part)
-        return to_rotated, to_values, None, None
+            input_grads = _attention_backward(grad, *inputs, output, log_sum, 0.0, True)
+            targets = _heads_first(grad_rotated[span], grad_values[span], ctx.queries)
+            for target, input_grad in zip(targets, input_grads, strict=True):
+                target.copy_(input_grad)
+        return grad_rotated, grad_values, None, None
 
 
 class _AttendPerSampleOnGpu(Function):
@@ -148,21 +149,21 @@ class _AttendPerSampleOnGpu(Function):
     def forward(ctx: Any, rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
         q, k, v = (t.bfloat16().contiguous() for t in (rotated[:, :queries], rotated[:, queries:], values))
         bounds, longest = _bounds(tuple(lengths), rotated.device), max(lengths)
-        attended, log_sum, *random, _ = torch.ops.aten._flash_attention_forward(
+        attn_output, log_sum, *random, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, bounds, bounds, longest, longest, 0.0, True, False
         )
-        ctx.save_for_backward(q, k, v, attended, log_sum, bounds, *random)
+        ctx.save_for_backward(q, k, v, attn_output, log_sum, bounds, *random)
         ctx.longest, ctx.dtype = longest, rotated.dtype
-        return attended.to(rotated.dtype)  # type: ignore[no-any-return]
+        return attn_output.to(rotated.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q, k, v, attended, log_sum, bounds, *random = ctx.saved_tensors
-        to_q, to_k, to_v = torch.ops.aten._flash_attention_backward(
-            grads[0].bfloat16().contiguous(), q, k, v, attended, log_sum, bounds, bounds, ctx.longest, ctx.longest, 0.0,
-            True, *random,
+        q, k, v, attn_output, log_sum, bounds, *random = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
+            grads[0].bfloat16().contiguous(), q, k, v, attn_output, log_sum, bounds, bounds, ctx.longest, ctx.longest,
+            0.0, True, *random,
         )  # fmt: skip
-        return torch.cat([to_q, to_k], 1).to(ctx.dtype), to_v.to(ctx.dtype), None, None
+        return torch.cat([grad_q, grad_k], 1).to(ctx.dtype), grad_v.to(ctx.dtype), None, None
 
 
 @lru_cache(maxsize=16)
@@ -177,7 +178,7 @@ def _heads_first(rotated: Tensor, values: Tensor, queries: int) -> list[Tensor]:
 
 
 def attend_per_sample(rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
-    """Causal attention within each of the samples that lie one behind the other.
+    """Causal attention within each of the packed samples.
 
     Args:
         rotated: [tokens, query then key heads, dimension].
@@ -187,9 +188,9 @@ def attend_per_sample(rotated: Tensor, values: Tensor, lengths: Sequence[int], q
     Returns:
         [tokens, queries, dimension].
     """
-    how = _AttendPerSample if rotated.device.type == "cpu" else _AttendPerSampleOnGpu
-    attended: Tensor = how.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
-    return attended
+    function = _AttendPerSample if rotated.device.type == "cpu" else _AttendPerSampleOnGpu
+    attn_output: Tensor = function.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
+    return attn_output
 
 
 class _SwiGlu(Function):
@@ -203,11 +204,11 @@ class _SwiGlu(Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (joined,) = ctx.saved_tensors
         gate, up = joined.chunk(2, -1)
-        out = torch.empty_like(joined)
-        to_gate, to_up = out.chunk(2, -1)
-        torch.mul(torch.nn.functional.silu(gate), grads[0], out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=to_gate)
-        return out
+        grad_joined = torch.empty_like(joined)
+        grad_gate, grad_up = grad_joined.chunk(2, -1)
+        torch.mul(torch.nn.functional.silu(gate), grads[0], out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return grad_joined
 
 
 def swiglu(joined: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def swiglu(joined: Tensor) -> Tensor:
 
 
 class _LoraLinears(Function):
-    """y = x W^T (+ residual) + LoRA; what dropout keeps is one byte a number."""
+    """y = x W^T (+ residual) + LoRA; a dropout mask takes one byte a number."""
 
     @staticmethod
     def forward(
@@ -229,70 +230,71 @@ class _LoraLinears(Function):
         *matrices: Tensor,
     ) -> Tensor:
         y = frozen.product(x, residual)
-        masks = [_kept(x, lora.dropout) for lora in loras]
-        inner = []
+        masks = [_dropout_mask(x, lora.dropout) for lora in loras]
+        saved_hidden = []
         for mask, group in _by_input(masks, loras):
             a = torch.cat([lora.a for lora in group])
-            narrow = _masked(x, mask) @ a.T
-            for lora, columns in zip(group, torch.split(narrow, [lora.a.shape[0] for lora in group], 1), strict=True):
-                y[:, lora.columns].addmm_(columns.mul_(_scale(lora)), lora.b.T)
-            inner.append(narrow)
+            lora_hidden = _masked(x, mask) @ a.T
+            parts = torch.split(lora_hidden, [lora.a.shape[0] for lora in group], 1)
+            for lora, part in zip(group, parts, strict=True):
+                y[:, lora.columns].addmm_(part.mul_(_scale(lora)), lora.b.T)
+            saved_hidden.append(lora_hidden)
         ctx.frozen, ctx.loras = frozen, loras
         ctx.has_residual, ctx.masked = residual is not None, bool(masks) and masks[0] is not None
         if loras:
-            ctx.save_for_backward(x, *inner, *(mask for mask in masks if mask is not None))
+            ctx.save_for_backward(x, *saved_hidden, *(mask for mask in masks if mask is not None))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,), loras = grads, ctx.loras
-        to_x = ctx.frozen.gradient(grad) if ctx.needs_input_grad[0] else None
-        to_matrices: list[Tensor] = []
+        grad_x = ctx.frozen.gradient(grad) if ctx.needs_input_grad[0] else None
+        grad_matrices: list[Tensor] = []
         if loras:
             x, *rest = ctx.saved_tensors
             masks: list[Tensor | None] = rest[len(loras) :] if ctx.masked else [None] * len(loras)
-            for narrow, (mask, group) in zip(rest, _by_input(masks, loras), strict=False):
+            for lora_hidden, (mask, group) in zip(rest, _by_input(masks, loras), strict=False):
                 ranks = [lora.a.shape[0] for lora in group]
-                to_narrow = torch.empty_like(narrow)
-                to_b = []
-                for lora, part, inner in zip(
-                    group, torch.split(to_narrow, ranks, 1), torch.split(narrow, ranks, 1), strict=True
+                grad_hidden = torch.empty_like(lora_hidden)
+                grad_b = []
+                for lora, grad_part, part in zip(
+                    group, torch.split(grad_hidden, ranks, 1), torch.split(lora_hidden, ranks, 1), strict=True
                 ):
-                    own = grad[:, lora.columns]
-                    torch.mm(own, lora.b, out=part).mul_(_scale(lora))
-                    to_b.append(own.T @ inner)
-                to_a = torch.split(to_narrow.T @ _masked(x, mask), ranks)
-                to_matrices += [tensor for pair in zip(to_a, to_b, strict=True) for tensor in pair]
-                if to_x is not None:
+                    grad_y = grad[:, lora.columns]
+                    torch.mm(grad_y, lora.b, out=grad_part).mul_(_scale(lora))
+                    grad_b.append(grad_y.T @ part)
+                grad_a = torch.split(grad_hidden.T @ _masked(x, mask), ranks)
+                grad_matrices += [tensor for pair in zip(grad_a, grad_b, strict=True) for tensor in pair]
+                if grad_x is not None:
                     a = torch.cat([lora.a for lora in group])
                     if mask is None:
-                        to_x.addmm_(to_narrow, a)
+                        grad_x.addmm_(grad_hidden, a)
                     else:
-                        to_x.add_((to_narrow @ a).mul_(mask))
-        return (to_x, grad if ctx.has_residual else None, None, None, *to_matrices)
+                        grad_x.add_((grad_hidden @ a).mul_(mask))
+        return (grad_x, grad if ctx.has_residual else None, None, None, *grad_matrices)
 
 
 def _by_input(masks: Sequence[Tensor | None], loras: Sequence[Lora]) -> list[tuple[Tensor | None, Sequence[Lora]]]:
-    """LoRA pairs that read the very same input share the product with A; each dropout makes an input of its own."""
+    """LoRA pairs with the same input share the product with A; with dropout, each pair has an input of its own."""
     if loras and masks[0] is None:
         return [(None, loras)]
     return [(mask, [lora]) for mask, lora in zip(masks, loras, strict=True)]
 
 
-def _dropped_steps(dropout: float) -> int:
-    return round(dropout * _STEPS)
+def _dropped_levels(dropout: float) -> int:
+    return round(dropout * _DROPOUT_LEVELS)
 
 
 def _scale(lora: Lora) -> float:
-    return lora.scale / (1 - _dropped_steps(lora.dropout) / _STEPS)
+    return lora.scale / (1 - _dropped_levels(lora.dropout) / _DROPOUT_LEVELS)
 
 
-def _kept(x: Tensor, dropout: float) -> Tensor | None:
-    """What dropout keeps, drawn from torch's generator at 16 bits a number: four times as fast as its Bernoulli."""
+def _dropout_mask(x: Tensor, dropout: float) -> Tensor | None:
+    """True where dropout keeps a number of x: 16 random bits each, four times as fast as torch's Bernoulli."""
     if dropout == 0:
         return None
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] >= _dropped_steps(dropout) - _STEPS // 2).view_as(x)
+    return (draws.view(torch.int16)[: x.numel()] >= _dropped_levels(dropout) - _DROPOUT_LEVELS // 2).view_as(x)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -305,6 +307,9 @@ def lora_linears(x: Tensor, residual: Tensor | None, frozen: FrozenLinears, lora
     Args:
         x: [tokens, inputs].
         residual: [tokens, outputs], added to the product.
+
+    Returns:
+        [tokens, outputs], the layers' outputs side by side.
     """
     matrices = [matrix for lora in loras for matrix in (lora.a, lora.b)]
     y: Tensor = _LoraLinears.apply(x, residual, frozen, loras, *matrices)  # type: ignore[no-untyped-call]
@@ -312,34 +317,33 @@ def lora_linears(x: Tensor, residual: Tensor | None, frozen: FrozenLinears, lora
 
 
 class _HeadLoss(Function):
-    """Summed cross-entropy, some rows of logits at a time; their gradient is taken while they are there."""
+    """Summed cross-entropy over blocks of rows; each block's gradient is computed while its logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
         total = hidden.new_zeros(())
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        at_once = loss_rows(hidden.device)
-        for start in range(0, len(labels), at_once):
-            rows = slice(start, start + at_once)
-            own = labels[rows, None]
-            logs = torch.log_softmax(head.product(hidden[rows]), -1)
-            total -= logs.gather(1, own).sum()
-            if gradient is not None:
-                soft = logs.exp_()
-                soft.scatter_add_(1, own, torch.full_like(own, -1, dtype=soft.dtype))
-                gradient[rows] = head.gradient(soft)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        block = loss_rows(hidden.device)
+        for start in range(0, len(labels), block):
+            rows = slice(start, start + block)
+            targets = labels[rows, None]
+            log_probs = torch.log_softmax(head.product(hidden[rows]), -1)
+            total -= log_probs.gather(1, targets).sum()
+            if grad_hidden is not None:
+                grad_logits = log_probs.exp_()
+                grad_logits.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad_logits.dtype))
+                grad_hidden[rows] = head.gradient(grad_logits)
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grads[0], None, None
 
 
 def head_loss(hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the rows of hidden [targets, width] and labels int64 [targets]."""
+    """Cross-entropy in nats, summed over the rows of hidden [supervised, width] and labels int64 [supervised]."""
     loss: Tensor = _HeadLoss.apply(hidden, head, labels)  # type: ignore[no-untyped-call]
     return loss

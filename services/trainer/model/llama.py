@@ -25,7 +25,7 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 class FusedLayer:
-    """One decoder layer: what is frozen, and where its LoRA would be found."""
+    """One decoder layer: its frozen linears, and the modules that peft attaches LoRA to."""
 
     def __init__(self, layer: Any, buffer: Buffer, in_bf16: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -53,7 +53,7 @@ class FusedLlama:
         buffer, in_bf16 = Buffer(model.device), dtype == torch.bfloat16
         self.dtype = dtype
         self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
-        # Not in the shared buffer: a widened output head is larger than all else together.
+        # Not in the shared buffer: a dequantised output head is larger than all else together.
         self.head = FrozenLinears([model.lm_head], Buffer(model.device), in_bf16=in_bf16)
         self._model = model.model
 
@@ -79,14 +79,14 @@ class FusedLlama:
     def _layer(
         self, fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], rows: Tensor | None
     ) -> Tensor:
-        """One decoder layer; its output only for the tokens `rows`, if given."""
+        """One decoder layer of x [tokens, hidden]; the output is that of the tokens `rows` only, if given."""
         layer, epsilon = fused.layer, self._model.config.rms_norm_eps
         residual, normed = norm_branch(x, layer.input_layernorm.weight, epsilon)
         joined = lora_linears(normed, None, fused.query_key_value, fused.attention_loras())
-        attended = self._attend(joined, cos, sin, lengths)
+        attn_output = self._attend(joined, cos, sin, lengths)
         if rows is not None:
-            attended, residual = attended[rows], residual[rows]
-        x = lora_linears(attended, residual, fused.output, _loras(fused.output, layer.self_attn.o_proj))
+            attn_output, residual = attn_output[rows], residual[rows]
+        x = lora_linears(attn_output, residual, fused.output, _loras(fused.output, layer.self_attn.o_proj))
         residual, normed = norm_branch(x, layer.post_attention_layernorm.weight, epsilon)
         gate_up = _loras(fused.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
         product = swiglu(lora_linears(normed, None, fused.gate_up, gate_up))
@@ -125,8 +125,8 @@ def fused_form(model: Any) -> FusedLlama | None:
     if fused is None or hasattr(model.lm_head, "lora_A"):
         return None
     kind = model.device.type
-    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    return fused if fused.dtype == wanted else None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return fused if fused.dtype == dtype else None
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -135,11 +135,11 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _loras(frozen: FrozenLinears, *modules: Any) -> list[Lora]:
     """The LoRA matrices that peft has put on some of the modules."""
-    found = []
+    loras = []
     for module, columns in zip(modules, frozen.slices, strict=True):
         for name in getattr(module, "lora_A", {}):
-            drop = module.lora_dropout[name]
-            rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+            dropout = module.lora_dropout[name]
+            rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            found.append(Lora(columns, a, b, module.scaling[name], rate))
-    return found
+            loras.append(Lora(columns, a, b, module.scaling[name], rate))
+    return loras

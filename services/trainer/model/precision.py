@@ -1,4 +1,4 @@
-"""Where and in which dtype a job computes: the device, autocast and loss scaling, through accelerate."""
+"""The device and dtype that a job computes in, with autocast and loss scaling from accelerate."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ _MIXED = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How matrix products run. LoRA weights, gradients and Adam's moments are fp32 whatever it says.
+    """How matrix products run. LoRA weights, gradients and Adam's moments are always fp32.
 
     Attributes:
         dtype: of the matrix products; parts that need it stay fp32 under autocast.

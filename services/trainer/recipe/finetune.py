@@ -20,7 +20,7 @@ from services.trainer.data.split import hold_out
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.forward import training_forward
 from services.trainer.model.lora import lora_attached, parameter_counts, trainable
-from services.trainer.model.malloc import give_back_free_memory
+from services.trainer.model.malloc import release_free_memory
 from services.trainer.model.precision import choose_precision
 from services.trainer.recipe.adapter import adapter_manifest, write_adapter
 from services.trainer.recipe.checkpoint import TrainingState, prune, publish_state, resume
@@ -88,7 +88,7 @@ def finetune(
             bases.discard()
         raise
     finally:
-        give_back_free_memory()
+        release_free_memory()
 
 
 def prepare(

@@ -79,7 +79,7 @@ class Worker:
                     self._log.error("the device computes nothing any more; leaving")
                     raise DeviceLost
                 # Only now has whatever broke off let go of its tensors.
-                self._bases.give_back_memory()
+                self._bases.release_memory()
         return claimed
 
     def _work(self, lease: Lease) -> None:

@@ -145,7 +145,7 @@ def test_dropout_of_the_fused_pieces_is_drawn_on_the_device(tiny: TinyJob) -> No
     states = []
     for _ in range(2):
         torch.cuda.manual_seed(3)
-        kept = fused._kept(x, 0.25)
+        kept = fused._dropout_mask(x, 0.25)
         assert kept is not None
         states.append(kept)
     assert torch.equal(*states)
@@ -212,7 +212,7 @@ def test_the_loss_and_every_gradient_are_the_cpus(
         assert float((actual[name] - gradient).norm() / gradient.norm()) <= bound, name
 
 
-def test_int8_layers_multiply_their_widened_weights(tiny: TinyJob) -> None:
+def test_int8_layers_multiply_their_dequantised_weights(tiny: TinyJob) -> None:
     spec = tiny.spec(base_precision="int8", compute_dtype="bf16")
     base, _ = on_cuda(tiny).load(spec, torch.bfloat16)
     layer = base.loaded.model.model.layers[0].self_attn.q_proj
@@ -264,12 +264,12 @@ def test_a_step_without_memory_is_done_again_in_smaller_micro_batches(tiny: Tiny
     spec = tiny.spec(rows, base_precision="bf16", compute_dtype="bf16", hyper={"batch_size": 64, "max_length": 512})
     bases, session = on_cuda(tiny), RecordingSession()
     whole = tiny.finish(spec, job="ftjob-whole", bases=bases).report
-    bases.give_back_memory()
+    bases.release_memory()
     base = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     tiny.finish(spec, job="ftjob-again", bases=bases)
     peak = torch.cuda.max_memory_reserved()
-    bases.give_back_memory()
+    bases.release_memory()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction((base + 0.7 * (peak - base)) / total)
     try:

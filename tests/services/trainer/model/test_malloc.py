@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.trainer.model.malloc import KERNELS, give_back_free_memory, keep_few_kernels
+from services.trainer.model.malloc import CACHED_KERNELS, limit_kernel_cache, release_free_memory
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -22,7 +22,7 @@ def test_what_was_freed_below_a_living_block_goes_back() -> None:
     last = blocks.pop()
     blocks.clear()
     before = resident_mb()
-    give_back_free_memory()
+    release_free_memory()
     assert before - resident_mb() > 60
     assert last.sum() == 16_000
 
@@ -31,5 +31,5 @@ def test_few_kernels_are_kept_unless_the_environment_says_otherwise(monkeypatch:
     for name in KERNEL_CACHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(KERNEL_CACHES[0], "7")
-    keep_few_kernels()
-    assert [os.environ[name] for name in KERNEL_CACHES] == ["7", str(KERNELS)]
+    limit_kernel_cache()
+    assert [os.environ[name] for name in KERNEL_CACHES] == ["7", str(CACHED_KERNELS)]

@@ -1,4 +1,4 @@
-"""Base weights held in half precision on a CPU, with everything between the products in fp32.
+"""Mixed precision on a CPU: base weights stored in half precision, everything between the products in fp32.
 
 The products are fp32 too, at half the memory of an fp32 base, unless autocast or `frozen` multiplies in bf16: CPUs
 without bf16 arithmetic gain nothing by that (it runs at fp32's rate or below). bitsandbytes does the same for int8 and
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class _UpcastProduct(torch.autograd.Function):
-    """y = x W^T + b with a frozen half-precision W, cast in both directions instead of kept as an fp32 copy."""
+class _MixedPrecisionProduct(torch.autograd.Function):
+    """y = x W^T + b with a frozen half-precision W, cast in both directions instead of stored as an fp32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,11 +26,11 @@ class _UpcastProduct(torch.autograd.Function):
         return grads[0] @ weight.to(grads[0].dtype), None, None
 
 
-class UpcastLinear(nn.Linear):
+class MixedPrecisionLinear(nn.Linear):
     """A frozen linear layer whose weight is cast to its input's dtype on the fly."""
 
     def forward(self, input: Tensor) -> Tensor:
-        product: Tensor = _UpcastProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        product: Tensor = _MixedPrecisionProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -41,7 +41,7 @@ def compute_in_fp32(model: nn.Module) -> None:
         if not isinstance(weight, nn.Parameter) or weight.dtype not in (torch.bfloat16, torch.float16):
             continue
         if type(module) is nn.Linear:
-            module.__class__ = UpcastLinear
+            module.__class__ = MixedPrecisionLinear
         elif isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda _module, _args, output: output.float())
         else:

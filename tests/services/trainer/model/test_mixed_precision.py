@@ -4,19 +4,19 @@ import torch
 from torch import nn
 
 from services.trainer.model.forward import pack, supervised_logits
-from services.trainer.model.upcast import UpcastLinear, compute_in_fp32
+from services.trainer.model.mixed_precision import MixedPrecisionLinear, compute_in_fp32
 from shared.jobs.spec import BasePrecision
 from tests.rounding import close, llama_sums, rounding
 from tests.services.trainer.harness import CPU, TinyJob
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_is_the_product_with_the_upcast_weight_in_both_directions(dtype: torch.dtype) -> None:
+def test_it_is_the_product_with_the_cast_weight_in_both_directions(dtype: torch.dtype) -> None:
     layer = nn.Linear(7, 5).to(dtype).requires_grad_(False)
     oracle = nn.Linear(7, 5)
     oracle.load_state_dict({name: t.float() for name, t in layer.state_dict().items()})
     compute_in_fp32(layer)
-    assert isinstance(layer, UpcastLinear)
+    assert isinstance(layer, MixedPrecisionLinear)
     ours, theirs = (torch.arange(21.0).reshape(3, 7).requires_grad_() for _ in range(2))
     layer(ours).square().sum().backward()
     oracle(theirs).square().sum().backward()
