@@ -245,7 +245,7 @@ def summary(peers: Sequence[Peer], task: Task, data: Data, peak: float, verdict:
     return {
         "model": task.catalogue_base.id,
         "rows": {"training": len(rows), "held_out": len(data.validation or [])},
-        "supervised_share": float(rows.targets.sum() / rows.lengths.sum()),
+        "supervised_share": float(rows.supervised.sum() / rows.lengths.sum()),
         "steps": task.max_steps,
         "held_out_loss_before": verdict.loss_before,
         "peers": {peer.name: _as_json(peer, verdict, peak) for peer in peers},

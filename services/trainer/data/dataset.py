@@ -40,16 +40,16 @@ class Rows:
     Attributes:
         key: content hash; equal keys mean equal rows.
         lengths: int64 [rows], tokens of each row.
-        targets: int64 [rows], supervised tokens of each row, each at least 1.
+        supervised: int64 [rows], supervised tokens of each row, each at least 1.
         dropped: rows of the file that had nothing left to learn within `max_length`.
-        truncated: rows that were cut at `max_length` and kept.
+        truncated: rows that were cut off at `max_length` and are still trained on.
     """
 
     key: str
     template: str
     dataset: Dataset
     lengths: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    supervised: NDArray[np.int64]
     dropped: int
     truncated: int
 
@@ -69,7 +69,7 @@ class Data:
 
 
 def prepare_data(spec: JobSpec, store: LocalArtifactStore, tokenizer: Tokenizer, check: Check) -> Data:
-    """Tokenise the job's files, or find them tokenised.
+    """Tokenise the job's files, or read them from the cache.
 
     Raises:
         JobFailed: `invalid_training_file` or `invalid_validation_file`: gone, changed, of the wrong form, or with
@@ -110,7 +110,7 @@ def _prepare(
 def tokenise(
     store: LocalArtifactStore, tokenizer: Tokenizer, file: Path, sha256: str, hyper: Hyperparameters, check: Check
 ) -> Rows:
-    """The rows of an uploaded file, from the cache if these very tokens were made before.
+    """The tokenised rows of an uploaded file, from the cache if the same tokens were made before.
 
     Raises:
         InvalidRequest: the rows do not fit any template of this base, or nothing is left to learn of any.
@@ -194,14 +194,14 @@ def _load(folder: Path, key: str, template: str) -> Rows | None:
         dataset = load_from_disk(folder / "rows")
         counts = json.loads((folder / "counts.json").read_text())
     except (OSError, ValueError):
-        # The cache may be deleted at any time, also half; what it held is made again.
+        # The cache may be deleted at any time, also half of it; its content is made again.
         shutil.rmtree(folder, ignore_errors=True)
         return None
     chunks = dataset.data.table.column("ids").chunks
     lengths = np.fromiter(chain.from_iterable(map(_list_lengths, chunks)), np.int64)
     flags = dataset.data.table.column("supervised").chunks
-    targets = np.fromiter(chain.from_iterable(map(_true_counts, flags)), np.int64)
-    return Rows(key, template, dataset, lengths, targets, counts["dropped"], counts["truncated"])
+    supervised = np.fromiter(chain.from_iterable(map(_true_counts, flags)), np.int64)
+    return Rows(key, template, dataset, lengths, supervised, counts["dropped"], counts["truncated"])
 
 
 def _list_lengths(column: Any) -> NDArray[np.int64]:

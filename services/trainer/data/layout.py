@@ -1,7 +1,7 @@
-"""Which rows each optimizer step sees, and how they lie in micro-batches: a pure function of the job.
+"""Which rows each optimizer step trains on, and how they are packed into micro-batches: a pure function of the job.
 
-Nothing here depends on time, machine load or earlier steps, so that a resumed job goes on exactly where it was. A step
-holds exactly `batch_size` rows (the last of an epoch what is left); the micro-batches only say how they are computed.
+Nothing here depends on time, machine load or earlier steps, so that a resumed job continues exactly where it was. A
+step has exactly `batch_size` rows (the last of an epoch what is left); micro-batches only say how they are computed.
 """
 
 import hashlib
@@ -86,8 +86,8 @@ def plan_layout(lengths: NDArray[np.int64], hyper: Hyperparameters, seed: int, d
     return Layout(lengths, plan_training(len(lengths), hyper), seed, budget)
 
 
-def most_tokens(lengths: NDArray[np.int64], batch_size: int, token_budget: int) -> int:
-    """No micro-batch of any step has more tokens, however the rows are drawn. Linear in the rows' number."""
+def largest_micro_batch_tokens(lengths: NDArray[np.int64], batch_size: int, token_budget: int) -> int:
+    """An upper bound on the tokens of a micro-batch, whatever the order of the rows. Linear in the number of rows."""
     batch = min(batch_size, len(lengths))
     longest = np.partition(lengths, len(lengths) - batch)[len(lengths) - batch :]
     return max(int(longest.max()), min(token_budget, int(longest.sum())))

@@ -48,5 +48,9 @@ def _select(rows: Rows, chosen: NDArray[np.bool_], name: str) -> Rows:
     (indices,) = np.nonzero(chosen)
     key = hashlib.sha256(f"{rows.key}-{name}".encode()).hexdigest()
     return replace(
-        rows, key=key, dataset=rows.dataset.select(indices), lengths=rows.lengths[chosen], targets=rows.targets[chosen]
+        rows,
+        key=key,
+        dataset=rows.dataset.select(indices),
+        lengths=rows.lengths[chosen],
+        supervised=rows.supervised[chosen],
     )

@@ -1,4 +1,4 @@
-"""The frozen base model a worker trains on, kept warm from one job to the next.
+"""The frozen base model that a worker trains on, kept in memory (warm) from one job to the next.
 
 Owns what is done to a base once, before any LoRA is attached, and the fingerprint that shows it never changes.
 """
@@ -6,7 +6,7 @@ Owns what is done to a base once, before any LoRA is attached, and the fingerpri
 import gc
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,25 +32,42 @@ class TrainableBase:
 
     Attributes:
         fingerprint: hash of every weight as it lies in memory.
-        dtype: what its matrix products are meant to run in.
-        untrained_losses: (loss, seconds it took) on held-out rows before any training, by the rows' key and the
-            micro-batches' tokens: every job that begins with LoRA's zero begins with the same.
+        dtype: of its matrix products.
     """
 
     loaded: LoadedBase
     fingerprint: str
     dtype: torch.dtype
-    untrained_losses: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+
+
+class UntrainedLosses:
+    """A warm base's own losses on held-out rows: every job whose LoRA starts at zero starts from the same loss."""
+
+    def __init__(self) -> None:
+        self._losses: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def get(self, rows_key: str, token_budget: int) -> tuple[float, float] | None:
+        """(loss in nats, seconds it took) if it is known."""
+        return self._losses.get((rows_key, token_budget))
+
+    def add(self, rows_key: str, token_budget: int, loss: float, seconds: float) -> None:
+        """Remember a loss on the rows of that key, computed in micro-batches of that size."""
+        self._losses[rows_key, token_budget] = loss, seconds
 
 
 class WarmBases:
-    """Prepares, loads and keeps one base at a time: a second one beside it may not fit."""
+    """Prepares, loads and keeps one base at a time: a second one beside it may not fit.
+
+    Attributes:
+        untrained_losses: of the base that is warm.
+    """
 
     def __init__(self, catalogue: Catalogue, store: LocalArtifactStore, device: torch.device) -> None:
         self.device = device
         self._catalogue = catalogue
         self._store = store
         self._warm: TrainableBase | None = None
+        self.untrained_losses = UntrainedLosses()
         limit_kernel_cache()
 
     def tokenizer(self, spec: JobSpec) -> Tokenizer:
@@ -93,6 +110,7 @@ class WarmBases:
     def discard(self) -> None:
         """Forget the warm base, so that the next job loads it afresh."""
         self._warm = None
+        self.untrained_losses = UntrainedLosses()
         self.release_memory()
 
     def release_memory(self) -> None:

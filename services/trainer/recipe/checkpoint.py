@@ -1,12 +1,11 @@
 """Resume state: everything the next step depends on, as safetensors and JSON, never pickle.
 
-Owns what is in it, how it is published, and when it may be continued from. A checkpoint is of a whole step; resuming
-from it gives, on the same machine and versions, the very bytes an uninterrupted run gives.
+Owns its contents, how it is published, and when a run may resume from it. A checkpoint is of a whole step; resuming
+from it gives, on the same machine and versions, the same bytes as an uninterrupted run.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,19 @@ from torch import Tensor
 
 from services.trainer.contract import JobRun, Session
 from services.trainer.model.bases import TrainableBase
-from services.trainer.model.lora import Parameters
 from services.trainer.recipe.metrics import History
 from services.trainer.recipe.rng import RandomState
+from services.trainer.recipe.state import TrainingState
 from shared.bases.base_model import library_versions
 from shared.errors import ArtifactCorrupt, JobFailed, NotFound
 from shared.storage.artifacts import LocalArtifactStore, Manifest
 
 TENSORS = "state.safetensors"
 VALUES = "state.json"
-KEPT = 2
+KEPT_STATES = 2
 
 Identity = dict[str, Any]
 """What must be equal for a resumed run to be the same run: a readable name → a JSON value."""
-
-
-@dataclass(slots=True)
-class TrainingState:
-    """A run between two steps.
-
-    Attributes:
-        random: the generators' state right after the last whole step.
-        saved_step: the step of the newest committed checkpoint, 0 if there is none.
-    """
-
-    parameters: Parameters
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    history: History
-    random: RandomState
-    saved_step: int = 0
 
 
 def write_state(folder: Path, state: TrainingState, identity: Identity) -> None:
@@ -66,7 +48,7 @@ def write_state(folder: Path, state: TrainingState, identity: Identity) -> None:
 
 
 def read_state(folder: Path, state: TrainingState, identity: Identity, device: torch.device) -> None:
-    """Put a verified resume state back into a freshly made run, the process's random generators included.
+    """Restore a verified resume state into a freshly made run, the process's random generators included.
 
     Raises:
         JobFailed: `resume_mismatch`: it belongs to a run that differs from this one.
@@ -91,8 +73,8 @@ def read_state(folder: Path, state: TrainingState, identity: Identity, device: t
     if state.scaler and values["scaler"]:
         state.scaler.load_state_dict(values["scaler"])
     state.history = History.from_json(values["history"])
-    own = {key.removeprefix("random."): t for key, t in tensors.items() if key.startswith("random.")}
-    state.random = RandomState.from_parts(values["random"], own)
+    random_tensors = {key.removeprefix("random."): t for key, t in tensors.items() if key.startswith("random.")}
+    state.random = RandomState.from_parts(values["random"], random_tensors)
     state.random.restore(device)
     state.saved_step = state.history.step
 
@@ -131,7 +113,7 @@ def resume(
 def publish_state(
     store: LocalArtifactStore, job: JobRun, base: TrainableBase, template: str, state: TrainingState, identity: Identity
 ) -> Path:
-    """Publish the resume state of the last whole step; it counts once the session has committed it."""
+    """Publish the resume state of the last whole step; it is used only once the session has committed it."""
     target = store.checkpoint(job.job_id, job.lease_token, state.history.step)
     manifest = Manifest(
         kind="checkpoint",
@@ -158,7 +140,7 @@ def prune(store: LocalArtifactStore, known: list[Path]) -> None:
 
     Only those: a folder we know nothing of may belong to a worker that took the job over.
     """
-    while len(known) > KEPT:
+    while len(known) > KEPT_STATES:
         store.remove(known.pop(0))
 
 
@@ -167,11 +149,11 @@ def _adam(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     return {name: moments[index] for index, name in enumerate(state.parameters) if index in moments}
 
 
-def _check_identity(then: Identity, now: Identity, step: int) -> None:
+def _check_identity(saved: Identity, now: Identity, step: int) -> None:
     differing = [
-        f"{name} ({then.get(name)} then, {now.get(name)} now)"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
+        f"{name} ({saved.get(name)} then, {now.get(name)} now)"
+        for name in {**saved, **now}
+        if saved.get(name) != now.get(name)
     ]
     if differing:
         raise JobFailed(

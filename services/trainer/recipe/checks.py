@@ -18,7 +18,7 @@ def check_trained(model: PeftModel) -> None:
     """Every LoRA B, zero at the start, has been moved.
 
     Raises:
-        JobFailed: `adapter_not_trained`.
+        JobFailed: `adapter_not_trained`, or `non_finite_loss` if a LoRA weight is not finite.
     """
     matrices = {name: p for name, p in trainable(model).items() if ".lora_B." in name}
     still = [name for name, parameter in matrices.items() if not parameter.detach().any()]

@@ -1,41 +1,36 @@
-"""What one run of the recipe works with, from the first step to the last."""
+"""What one run of the recipe works with and never changes: its job, base, data, precision and connections."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from services.trainer.contract import Check, JobRun, Session
 from services.trainer.data.dataset import Data
 from services.trainer.data.layout import Layout, pack_rows
-from services.trainer.model.bases import TrainableBase
+from services.trainer.model.bases import TrainableBase, UntrainedLosses
 from services.trainer.model.forward import Packed, pack
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.checkpoint import Identity
-from services.trainer.recipe.eta import Throughput
-from services.trainer.recipe.memory import FreeMemory, Shortage
+from services.trainer.recipe.free_memory import FreeMemory
 from services.trainer.recipe.metrics import History
 from shared.storage.artifacts import LocalArtifactStore
 
 Clock = Callable[[], float]
 # Logits of a whole row of a large vocabulary would be the run's peak of memory.
-SAMPLE_TARGETS = 32
+SAMPLE_TOKENS = 32
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunContext:
-    """What stays the same from the first step to the last.
+    """What stays the same from the first step to the last; what changes is `services.trainer.recipe.state`.
 
     Attributes:
-        peak_flops: what this machine's matrix products of the job's dtype reach at best, FLOP/s, if measured.
-        evaluation_seconds: how long the last evaluation took.
-        free_memory: bytes that can still be had on a device.
-        shortage: of memory, as foreseen before the first step.
-        token_budget: most tokens of a micro-batch, as the layout has it or, on a GPU, what fits into its memory. No
-            promise depends on it there: how samples are packed changes the loss by rounding only.
-        tokens_at_once: of the largest micro-batch so far, which is what the peak of memory depends on.
-        resume_states: committed resume states still on disk, oldest first.
+        base_loaded: False if the base was still warm from the job before.
+        matmul_weights: weights of the base that take part in matrix products.
+        peak_flops: FLOP/s of this machine's matrix products in the job's dtype at best, if measured.
+        free_memory: bytes that can still be allocated on a device.
+        untrained_losses: those that earlier jobs on this warm base have computed.
     """
 
     job: JobRun
@@ -51,12 +46,7 @@ class RunContext:
     matmul_weights: int
     peak_flops: float | None
     free_memory: FreeMemory
-    token_budget: int
-    shortage: Shortage | None = None
-    evaluation_seconds: float = 0.0
-    tokens_at_once: int = 0
-    throughput: Throughput = field(default_factory=Throughput)
-    resume_states: list[Path] = field(default_factory=list)
+    untrained_losses: UntrainedLosses
 
     @property
     def device(self) -> torch.device:
@@ -80,30 +70,19 @@ class RunContext:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
 
-    def packs(self, step: int) -> list[Packed]:
-        """The micro-batches of 0-based step `step`, as tensors."""
+    def packs(self, step: int, token_budget: int) -> list[Packed]:
+        """The micro-batches of 0-based step `step`, of at most `token_budget` tokens, as tensors."""
         rows = self.data.training
-        batches = pack_rows(self.layout.rows(step), self.layout.lengths, self.token_budget)
+        batches = pack_rows(self.layout.rows(step), self.layout.lengths, token_budget)
         return [pack([rows[row] for row in batch], self.device) for batch in batches]
 
-    def halve_budget(self, most: int, longest: int) -> bool:
-        """Make micro-batches smaller than those of `most` tokens that a GPU had no memory for.
-
-        Returns:
-            False if there is nothing to divide: a row of `longest` tokens is alone already.
-        """
-        if most <= longest:
-            return False
-        self.token_budget = max(longest, min(self.token_budget, most) // 2)
-        return True
-
     def sample(self) -> Packed:
-        """A few targets of the first step's shortest row: enough to tell whether two adapters compute the same."""
+        """A few supervised tokens of the first step's shortest row, to tell whether two adapters compute the same."""
         rows = self.data.training
         ids, supervised = rows[min(self.layout.rows(0), key=lambda row: int(rows.lengths[row]))]
-        return pack([(ids, supervised & (supervised.cumsum() <= SAMPLE_TARGETS))], self.device)
+        return pack([(ids, supervised & (supervised.cumsum() <= SAMPLE_TOKENS))], self.device)
 
-    def gives_up(self, history: History) -> bool:
+    def stops_early(self, history: History) -> bool:
         """Whether the validation loss has not fallen for as many checkpoints as the job has patience for."""
         patience = self.job.spec.hyperparameters.early_stopping_patience
         return patience is not None and history.evaluations_since_best >= patience

@@ -23,4 +23,4 @@ def evaluation_loss(model: Any, rows: Rows, token_budget: int, precision: Precis
             check()
             with precision.autocast():
                 total += float(loss_sum(model, pack([rows[row] for row in micro_batch], precision.device)))
-    return total / int(rows.targets.sum())
+    return total / int(rows.supervised.sum())

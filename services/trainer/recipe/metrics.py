@@ -43,7 +43,7 @@ class History:
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.step += 1
-        self.trained_tokens += result.targets
+        self.trained_tokens += result.supervised_tokens
         self.total_tokens += result.tokens
         self.seconds += seconds
         self.loss_sum += result.loss

@@ -1,4 +1,4 @@
-"""What a run says while it works and at its end: events, progress, metrics, the final report."""
+"""What a run reports: events, progress, metrics, and the final report."""
 
 from services.trainer.contract import Session
 from services.trainer.data.dataset import Rows
@@ -8,34 +8,35 @@ from services.trainer.recipe.context import RunContext
 from services.trainer.recipe.memory import Shortage
 from services.trainer.recipe.metrics import History, peak_memory_mb, utilisation
 from services.trainer.recipe.schedule import learning_rate
+from services.trainer.recipe.state import TrainingState
 from shared.jobs.spec import Progress, TrainingReport
 from shared.logs import get_logger
 
 log = get_logger(__name__)
 
 
-def tell_about_rows(session: Session, rows: Rows, layout: Layout) -> None:
-    tokens, targets = int(rows.lengths.sum()), int(rows.targets.sum())
+def report_rows(session: Session, rows: Rows, layout: Layout) -> None:
+    tokens, supervised = int(rows.lengths.sum()), int(rows.supervised.sum())
     data = {
         "rows": len(rows),
         "dropped_rows": rows.dropped,
         "truncated_rows": rows.truncated,
         "tokens": tokens,
-        "supervised_tokens": targets,
+        "supervised_tokens": supervised,
         "total_steps": layout.total_steps,
     }
     log.info("rows ready", **data)
-    session.event(f"{len(rows)} rows, {tokens} tokens of which {targets} are learnt from", data=data)
+    session.event(f"{len(rows)} rows, {tokens} tokens, {supervised} of them supervised", data=data)
     if rows.dropped or rows.truncated:
         session.event(
-            f"{rows.truncated} rows were cut at max_length, {rows.dropped} more were dropped: nothing of their "
+            f"{rows.truncated} rows were truncated at max_length, {rows.dropped} more were dropped: nothing of their "
             "response was left",
             level="warn",
             data={"dropped_rows": rows.dropped, "truncated_rows": rows.truncated},
         )
 
 
-def tell_about_base(session: Session, base: TrainableBase, seconds: float | None) -> None:
+def report_base(session: Session, base: TrainableBase, seconds: float | None) -> None:
     loaded = base.loaded
     data = {
         "base": loaded.base.id,
@@ -46,7 +47,7 @@ def tell_about_base(session: Session, base: TrainableBase, seconds: float | None
         "load_seconds": None if seconds is None else round(seconds, 2),
     }
     kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}.get(loaded.precision, "quantised")
-    how = "was still loaded" if seconds is None else f"loaded in {seconds:.1f} s"
+    how = "was already loaded" if seconds is None else f"loaded in {seconds:.1f} s"
     log.info("base ready", layer_class=kind, **data)
     session.event(
         f"Base {loaded.base.id} {how}: {loaded.precision}, {loaded.quantized_layers} {kind} layers, "
@@ -55,7 +56,7 @@ def tell_about_base(session: Session, base: TrainableBase, seconds: float | None
     )
 
 
-def tell_about_adapter(session: Session, counts: tuple[int, int]) -> None:
+def report_adapter(session: Session, counts: tuple[int, int]) -> None:
     trained, total = counts
     log.info("adapter attached", trainable_params=trained, total_params=total)
     session.event(
@@ -63,49 +64,49 @@ def tell_about_adapter(session: Session, counts: tuple[int, int]) -> None:
     )
 
 
-def tell_about_shortage(session: Session, shortage: Shortage) -> None:
+def report_shortage(session: Session, shortage: Shortage) -> None:
     needed, free = shortage.needed / 1e6, shortage.free / 1e6
     data = {"tokens": shortage.tokens, "needed_mb": round(needed, 1), "free_mb": round(free, 1), **shortage.smaller}
     log.warning("memory is short", **data)
     session.event(
-        f"Training on {shortage.tokens:,} tokens at once needs about {needed:,.0f} MB beside the base, {free:,.0f} MB "
-        f"are free: {shortage.advice}. It is tried all the same",
+        f"A micro-batch of {shortage.tokens:,} tokens needs about {needed:,.0f} MB beside the base, {free:,.0f} MB "
+        f"are free: {shortage.advice}. Training is tried all the same",
         level="warn",
         data=data,
     )
 
 
-def tell_about_smaller_micro_batches(session: Session, tokens: int, budget: int) -> None:
+def report_smaller_micro_batches(session: Session, tokens: int, budget: int) -> None:
     log.warning("out of memory, trying smaller micro-batches", tokens=tokens, token_budget=budget)
     session.event(
-        f"The GPU had no memory for {tokens:,} tokens at once; going on with at most {budget:,}. What is learnt is the "
-        "same",
+        f"The GPU had no memory for a micro-batch of {tokens:,} tokens; from now on they have at most {budget:,}. The "
+        "result is the same but for rounding",
         level="warn",
         data={"tokens": tokens, "token_budget": budget},
     )
 
 
-def progress_of(run: RunContext, history: History) -> Progress:
-    layout = run.layout
+def progress_of(run: RunContext, state: TrainingState) -> Progress:
+    layout, history = run.layout, state.history
     return Progress(
         step=history.step,
         total_steps=layout.total_steps,
         epoch=layout.epoch(history.step),
         loss=history.window_loss,
         tokens_per_second=round(history.tokens_per_second, 2),
-        eta_seconds=_seconds_left(run, history.step),
+        eta_seconds=_eta_seconds(run, state),
     )
 
 
-def _seconds_left(run: RunContext, step: int) -> float | None:
-    """What steps and evaluations are left after `step` steps."""
-    layout = run.layout
+def _eta_seconds(run: RunContext, state: TrainingState) -> float | None:
+    """Seconds that the remaining steps and evaluations will take; None before the first step."""
+    layout, claim, step = run.layout, state.claim, state.history.step
     total = layout.total_steps
-    seconds = run.throughput.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
+    seconds = claim.throughput.seconds_for(layout.tokens_before(total) - layout.tokens_before(step), total - step)
     if seconds is None:
         return None
     evaluations = 0 if run.data.validation is None else layout.plan.checkpoints_after(step)
-    return round(seconds + evaluations * run.evaluation_seconds, 1)
+    return round(seconds + evaluations * claim.evaluation_seconds, 1)
 
 
 def metrics_of(run: RunContext, history: History) -> dict[str, float]:
@@ -126,8 +127,8 @@ def metrics_of(run: RunContext, history: History) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def tell_metrics(run: RunContext, history: History) -> dict[str, float]:
-    """Send a metrics event and begin the next window."""
+def report_metrics(run: RunContext, history: History) -> dict[str, float]:
+    """Send a metrics event and start the next window."""
     metrics = metrics_of(run, history)
     valid = f", validation loss={metrics['valid_loss']:.4f}" if "valid_loss" in metrics else ""
     message = f"Step {history.step}/{run.layout.total_steps}: training loss={metrics['train_loss']:.4f}{valid}"
@@ -136,7 +137,7 @@ def tell_metrics(run: RunContext, history: History) -> dict[str, float]:
     return metrics
 
 
-def tell_about_early_stop(run: RunContext, history: History) -> None:
+def report_early_stop(run: RunContext, history: History) -> None:
     if history.step < run.layout.total_steps and history.best:
         step, loss = history.best
         run.session.event(
@@ -145,8 +146,8 @@ def tell_about_early_stop(run: RunContext, history: History) -> None:
         )
 
 
-def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> TrainingReport:
-    loaded, rows = run.base.loaded, run.data.training
+def training_report(run: RunContext, state: TrainingState, counts: tuple[int, int]) -> TrainingReport:
+    loaded, rows, history = run.base.loaded, run.data.training, state.history
     trained, total = counts
     best_step, best_loss = history.best or (None, None)
     return TrainingReport(
@@ -166,7 +167,7 @@ def report_on(run: RunContext, history: History, counts: tuple[int, int]) -> Tra
         tokens_per_second=round(history.tokens_per_second, 2),
         mfu=utilisation(history.tokens_per_second, run.matmul_weights, run.peak_flops),
         peak_memory_mb=round(peak_memory_mb(run.device), 1),
-        tokens_at_once=run.tokens_at_once,
+        tokens_at_once=state.claim.largest_micro_batch_tokens,
         grad_norm=history.grad_norm,
         quantized_layers=loaded.quantized_layers,
         base_mb=round(loaded.megabytes, 1),

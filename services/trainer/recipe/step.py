@@ -25,12 +25,13 @@ class StepResult:
     Attributes:
         loss: mean over the step's supervised tokens, in nats, before the update.
         grad_norm: L2 norm of all gradients before clipping; not finite in an fp16 step that was skipped.
+        tokens, supervised_tokens: real tokens of the step, and how many of them count in the loss.
     """
 
     loss: float
     grad_norm: float
     tokens: int
-    targets: int
+    supervised_tokens: int
 
     @property
     def skipped(self) -> bool:
@@ -60,12 +61,12 @@ def accumulate_gradients(model: Any, packs: Sequence[Packed], precision: Precisi
     Raises:
         StopRequested: between two packs.
     """
-    targets = sum(len(pack.labels) for pack in packs)
+    supervised = sum(len(pack.labels) for pack in packs)
     total = 0.0
     for packed in packs:
         check()
         with precision.autocast():
-            loss = loss_sum(model, packed) / targets
+            loss = loss_sum(model, packed) / supervised
         total += float(loss.detach())
         scaled = precision.scaler.scale(loss) if precision.scaler else loss
         torch.autograd.backward(scaled)
@@ -116,7 +117,7 @@ def _clip(parameters: Parameters, max_norm: float, loss: float, *, scaled: bool)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     total = torch.nn.utils.get_total_norm(grads)
     norm = float(total)
-    # A loss of nothing has no gradient: that is learnt, not broken.
+    # A loss of zero has no gradient: the model has learnt everything, nothing is broken.
     if not grads or (norm == 0 and loss > 1e-6):
         raise JobFailed(
             "no gradient reaches the LoRA weights, so nothing would be learnt; check target_modules, or use "

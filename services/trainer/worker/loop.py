@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.trainer.contract import Finished, JobRun, Outcome
 from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.finetune import finetune
-from services.trainer.recipe.memory import FreeMemory, free_bytes
+from services.trainer.recipe.free_memory import FreeMemory, free_bytes
 from services.trainer.worker.lease_session import LeaseSession
 from services.trainer.worker.retry import with_retries
 from shared.bases.base_model import device_answers

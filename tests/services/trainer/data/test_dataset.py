@@ -24,7 +24,7 @@ def test_rows_are_prompt_response_and_eos_with_only_the_response_supervised(tiny
     ids, supervised = rows[0]
     assert ids.tolist() == prompt + response
     assert supervised.tolist() == [False] * len(prompt) + [True] * len(response)
-    assert (rows.template, rows.targets.tolist()) == ("instruction-v1", [len(response)])
+    assert (rows.template, rows.supervised.tolist()) == ("instruction-v1", [len(response)])
 
 
 def test_eos_counts_although_pad_is_eos_and_masks_follow_lengths(tiny: TinyJob) -> None:
@@ -42,7 +42,7 @@ def test_train_on_prompt_supervises_all_but_the_first_token(tiny: TinyJob) -> No
     for row in range(3):
         _, supervised = rows[row]
         assert supervised.tolist() == [False] + [True] * (int(rows.lengths[row]) - 1)
-    assert rows.targets.tolist() == (rows.lengths - 1).tolist()
+    assert rows.supervised.tolist() == (rows.lengths - 1).tolist()
 
 
 def test_truncation_cuts_counts_and_drops_what_has_nothing_left(tiny: TinyJob) -> None:

@@ -29,7 +29,7 @@ def test_a_split_is_disjoint_complete_and_keeps_copies_together(tiny: TinyJob) -
     assert len(split.validation) == 8
     for part in (split.training, split.validation):
         assert part.lengths.tolist() == [len(part[row][0]) for row in range(len(part))]
-        assert part.targets.tolist() == [int(part[row][1].sum()) for row in range(len(part))]
+        assert part.supervised.tolist() == [int(part[row][1].sum()) for row in range(len(part))]
     again, other = hold_out(whole, 0.2, 42, ignore), hold_out(whole, 0.2, 43, ignore)
     assert again.training.key == split.training.key != other.training.key
     assert np.array_equal(again.training.lengths, split.training.lengths)

@@ -214,7 +214,7 @@ def test_evaluation_equals_the_loss_of_each_row_alone(tiny: TinyJob) -> None:
             logits = supervised_logits(base.loaded.model, packed)
             total += float(torch.nn.functional.cross_entropy(logits, packed.labels, reduction="sum"))
     bound = rounding(torch.float32, llama_sums(base.loaded.model.config, int(rows.lengths.max())))
-    assert before == pytest.approx(total / rows.targets.sum(), rel=bound)
+    assert before == pytest.approx(total / rows.supervised.sum(), rel=bound)
 
 
 def test_a_lost_lease_ends_the_run_at_once_and_leaves_the_base_clean(tiny: TinyJob) -> None:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tests.services.trainer.harness import CPU
 
 def test_history_counts_and_survives_json() -> None:
     history = History()
-    history.add(StepResult(loss=3.0, grad_norm=2.0, tokens=30, targets=10), 0.5)
-    history.add(StepResult(loss=1.0, grad_norm=float("inf"), tokens=10, targets=5), 0.5)
+    history.add(StepResult(loss=3.0, grad_norm=2.0, tokens=30, supervised_tokens=10), 0.5)
+    history.add(StepResult(loss=1.0, grad_norm=float("inf"), tokens=10, supervised_tokens=5), 0.5)
     history.valid_losses.append((0, 4.0))
     assert (history.step, history.trained_tokens, history.total_tokens) == (2, 15, 40)
     assert (history.mean_loss, history.window_loss) == (2.0, 2.0)
@@ -48,10 +49,30 @@ def test_matmul_weights_of_tinyllama_are_the_linears_and_the_head() -> None:
     assert utilisation(100, weights, None) is None
 
 
+def can_reset_the_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not can_reset_the_peak(), reason="this system does not let a process reset its peak")
 def test_the_peak_of_memory_is_seen_and_reset() -> None:
     reset_peak_memory(CPU)
     before = peak_memory_mb(CPU)
     block = torch.ones(50_000_000)
-    assert peak_memory_mb(CPU) > before + 150
+    peak = peak_memory_mb(CPU)
+    assert peak > before + 150
+    # Freed memory is still part of the peak, until it is reset.
     del block
-    assert measure_peak_flops(CPU, size=64) > 1e6
+    assert peak_memory_mb(CPU) > before + 150
+    reset_peak_memory(CPU)
+    assert peak_memory_mb(CPU) < peak - 150
+
+
+def test_peak_flops_are_those_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(float(n * n) for n in range(40, 0, -1))
+    monkeypatch.setattr("services.trainer.recipe.metrics.time.perf_counter", lambda: -next(seconds))
+    # The clock runs at -n * n, so that the last product takes the least: 4 - 1 seconds.
+    assert measure_peak_flops(CPU, size=8) == 2 * 8**3 / 3

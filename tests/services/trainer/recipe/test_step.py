@@ -46,7 +46,7 @@ def test_a_step_counts_moves_b_and_keeps_fp32_moments(tiny: TinyJob) -> None:
         result, optimizer = step(model, PACKS)
         assert isinstance(result, StepResult)
         assert result.tokens == 20
-        assert result.targets == sum(len(packed.labels) for packed in PACKS)
+        assert result.supervised_tokens == sum(len(packed.labels) for packed in PACKS)
         assert result.grad_norm > 0
         check_trained(model)
         states = optimizer.state_dict()["state"].values()

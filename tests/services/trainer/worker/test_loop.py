@@ -13,7 +13,7 @@ import torch
 from services.trainer.contract import Outcome
 from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.finetune import finetune
-from services.trainer.recipe.memory import FreeMemory, free_bytes
+from services.trainer.recipe.free_memory import FreeMemory, free_bytes
 from services.trainer.worker import loop
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
@@ -153,8 +153,8 @@ def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_
     assert data is not None
     length, batch = data["max_length"], data["batch_size"]
     assert warning.message == (
-        f"Training on 1,024 tokens at once needs about {data['needed_mb']:.0f} MB beside the base, 2 MB are free: "
-        f"max_length {length} (now 512) with batch_size {batch} (now 4) would fit. It is tried all the same"
+        f"A micro-batch of 1,024 tokens needs about {data['needed_mb']:.0f} MB beside the base, 2 MB are free: "
+        f"max_length {length} (now 512) with batch_size {batch} (now 4) would fit. Training is tried all the same"
     )
     assert 64 <= length < 512
     # A job with the numbers it named has room.
