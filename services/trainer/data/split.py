@@ -1,4 +1,4 @@
-"""Held-out rows for a job that has no validation file: chosen by content, so that no copy of one is trained on."""
+"""Rows held out for validation if a job has no validation file: chosen by content, so that no copy is trained on."""
 
 import hashlib
 from dataclasses import replace
@@ -23,8 +23,8 @@ def hold_out(rows: Rows, share: float, seed: int, check: Check) -> Data:
         StopRequested: see `Check`.
     """
     order = _content_order(rows, seed, check)
-    wanted = held_out_rows(len(rows), share)
-    held_out = order <= np.sort(order)[wanted - 1]
+    held_out_count = held_out_rows(len(rows), share)
+    held_out = order <= np.sort(order)[held_out_count - 1]
     if held_out.all():
         raise JobFailed(
             f"validation_split {share:g} of {len(rows)} rows leaves none to train on; add rows, or leave it out",

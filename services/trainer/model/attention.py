@@ -51,8 +51,8 @@ AttentionInterface.register(NAME, per_sample_causal)
 def attend_per_sample(model: Any) -> None:
     """Switch a model to per-sample attention where that is known to be the same function, and faster.
 
-    Other architectures may narrow attention further (sliding windows, soft caps) and keep transformers' own mask, as do
-    GPUs, where many small kernels cost more than one mask.
+    Other architectures may restrict attention further (sliding windows, soft caps) and keep transformers' own mask. So
+    do GPUs, where many small kernels cost more than one mask.
     """
     if model.config.model_type == "llama" and model.device.type == "cpu":
         model.set_attn_implementation(NAME)

@@ -1,8 +1,8 @@
 """Packed samples through the model to one loss: the training forward, which evaluation uses too.
 
-Samples lie one behind the other in one row; `position_ids` restart with each, and neither an attention mask nor a cache
-is passed, which is what makes transformers keep samples apart (its block-diagonal mask, masking_utils.py of 5.23).
-Logits are made only where a token is supervised.
+Samples are packed into one row; `position_ids` restart with each. Without an attention mask and a cache, transformers
+then keeps samples apart by a block-diagonal mask (masking_utils.py of 5.23). Logits are computed only where a token is
+supervised.
 """
 
 from collections.abc import Iterator, Sequence

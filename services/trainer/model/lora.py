@@ -1,6 +1,6 @@
-"""LoRA on a warm base: attached for one job, detached without a trace.
+"""LoRA on a warm base: attached for one job, then detached without a trace.
 
-Owns which weights are trained and in what dtype; the base's are never touched.
+Owns which weights are trained and in what dtype; the base's weights never change.
 """
 
 import warnings
@@ -35,11 +35,11 @@ def lora_config(lora: LoraSpec) -> LoraConfig:
 def lora_attached(model: nn.Module, lora: LoraSpec, seed: int) -> Iterator[PeftModel]:
     """The base with fresh fp32 LoRA weights, B zero and A drawn from `seed`; the clean base again afterwards.
 
-    All of the process's random generators start from `seed`, before the weights are drawn, so that whatever the worker
-    did before has no influence.
+    All random generators of the process are seeded before the weights are drawn, so that earlier jobs of the worker
+    have no influence.
 
     Raises:
-        JobFailed: `invalid_target_modules`: the base has no layer of a name asked for.
+        JobFailed: `invalid_target_modules`: the base has no linear layer of a requested name.
     """
     _check_targets(model, lora)
     set_seed(seed)
@@ -71,7 +71,7 @@ def trainable(model: nn.Module) -> Parameters:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; what 4-bit storage packs together is counted singly, tied weights once."""
+    """(trainable, all) parameters; 4-bit weights count one by one, tied weights once."""
     trained, total = PeftModel.get_nb_trainable_parameters(model)
     return trained, total
 
@@ -94,7 +94,7 @@ def _check_targets(model: nn.Module, lora: LoraSpec) -> None:
 
 
 def _detach(peft_model: PeftModel) -> None:
-    # PeftModel marks the base so that save_pretrained writes an adapter; the next job must find no such marks.
+    # PeftModel marks the base so that save_pretrained writes an adapter; the marks must not reach the next job.
     base = peft_model.unload()
     base._hf_peft_config_loaded = False
     base.requires_grad_(False)

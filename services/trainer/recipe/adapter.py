@@ -1,6 +1,6 @@
 """The servable adapter folder: two files in plain peft format and the manifest.
 
-Its weights' bytes depend on what was trained and on nothing else: no time, id or lease gets into them.
+Its weights' bytes depend only on what was trained: they contain no time, id or lease.
 """
 
 import json
@@ -53,7 +53,7 @@ def _config(lora: LoraConfig, base: Base) -> dict[str, Any]:
 
 
 def canonical_name(base: Base) -> str:
-    """What others know the base by: its hub repository, or our id where it does not come from the hub."""
+    """The base's public name: its hub repository, or its catalogue id if it does not come from the hub."""
     return base.source.removeprefix("hub:").partition("@")[0] if base.source.startswith("hub:") else base.id
 
 

@@ -1,4 +1,4 @@
-"""What is counted while training, and how much of the machine it took.
+"""Counters of a training run, and how much of the machine it used.
 
 MFU counts 4N FLOP per token, N being the weights of all linear layers and the output head: 2N forward and 2N for the
 gradient of the activations; the frozen base needs no weight gradients, and no activation is computed twice.
@@ -19,7 +19,7 @@ from services.trainer.recipe.step import StepResult
 
 @dataclass(slots=True)
 class History:
-    """Everything reported about a run that cannot be computed again; part of every checkpoint.
+    """Everything reported about a run that cannot be computed again; every checkpoint has it.
 
     Attributes:
         step: whole optimizer steps done.

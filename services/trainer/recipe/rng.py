@@ -1,4 +1,4 @@
-"""The process's random state as a value: taken after every whole step, put back when a step is thrown away."""
+"""The process's random state as a value: captured after every whole step, restored when a step is discarded."""
 
 import random
 from dataclasses import dataclass

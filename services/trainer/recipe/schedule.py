@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step; the shapes are transformers' `get_scheduler`'s.
 
-One difference: a warm-up's first step has the first rate above 0, not 0, which would be a step for nothing.
+One difference: the first step of a warm-up has the first rate above 0; at a rate of 0 it would change nothing.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The Celery edge: `celery -A services.trainer.worker worker -P prefork -c 1 …`. A bell rings, the child works off.
+"""The Celery edge: `celery -A services.trainer.worker worker -P prefork -c 1 …`. A notification starts it.
 
-Owns process life only. torch is imported in the child, at the first ring: the parent never touches a device, and a
-replacement child is up before its supervisor loses patience.
+Owns the life of processes only. torch is imported in the child, at the first notification: the parent never touches a
+device, and a replacement child is up before its supervisor times out.
 """
 
 import mmap
@@ -27,7 +27,7 @@ _worker: Any = None
 
 @setup_logging.connect
 def _setup_logging(**_: object) -> None:
-    # Connecting is what keeps Celery from installing handlers of its own.
+    # A connected receiver keeps Celery from installing handlers of its own.
     configure_logging("trainer", settings.log_level)
 
 
@@ -38,7 +38,7 @@ def _hand_over(**_: object) -> None:
 
 @app.task(name=NOTIFY, ignore_result=True)
 def notify() -> None:
-    """Work off every queued job, then wait for the next ring."""
+    """Train every queued job, then wait for the next notification."""
     global _worker
     if _worker is None:
         spin_briefly(os.environ)
@@ -50,7 +50,7 @@ def notify() -> None:
     from services.trainer.worker.loop import DeviceLost
 
     try:
-        _worker.work_off()
+        _worker.drain_queue()
     except DeviceLost:
-        # Not even destructors can be relied upon; billiard puts a fresh child in this one's place.
+        # Not even destructors are reliable now; billiard replaces this child with a fresh one.
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Claim, train, record: the loop between the job store and the recipe. Knows no Celery; a bell only starts it."""
+"""Claim, train, record: the loop between the job store and the recipe. Knows no Celery."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -32,11 +32,11 @@ class Worker:
 
     Args:
         bases: the base model, kept warm between jobs.
-        name: what events call this worker.
-        handover: true once this worker is to let go of its job and claim no more.
-        retry_seconds: pause after a fault of this system; a full disk is not full only for the next second.
+        name: this worker's name in events.
+        handover: true once this worker is to release its job and claim no more.
+        retry_seconds: pause after a fault of this system; a full disk stays full for more than a second.
         peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
-        free_memory: bytes that can still be had on a device.
+        free_memory: bytes that can still be allocated on a device.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Worker:
         self._free_memory = free_memory
         self._log = get_logger("worker")
 
-    def work_off(self) -> int:
-        """Claim the oldest queued job, train it, and again until none is left. Returns how many were claimed.
+    def drain_queue(self) -> int:
+        """Claim and train queued jobs, oldest first, until none is left. Returns how many were claimed.
 
         Raises:
             DeviceLost: in a job; claiming the next one would only waste its attempts.
@@ -74,27 +74,27 @@ class Worker:
             claimed += 1
             with structlog.contextvars.bound_contextvars(job_id=lease.job.id, lease_token=lease.token):
                 self._log.info("claimed", attempt=lease.job.attempt)
-                self._work(lease)
+                self._run(lease)
                 if not device_answers(self._bases.device):
-                    self._log.error("the device computes nothing any more; leaving")
+                    self._log.error("the device is lost; the process ends")
                     raise DeviceLost
-                # Only now has whatever broke off let go of its tensors.
+                # A training that failed has released its tensors only now.
                 self._bases.release_memory()
         return claimed
 
-    def _work(self, lease: Lease) -> None:
+    def _run(self, lease: Lease) -> None:
         try:
-            self._end(lease, self._train(lease))
+            self._record(lease, self._train(lease))
         except LeaseLost:
-            # Whoever holds the job now owns its files, too.
+            # The worker that holds the job now owns its files, too.
             self._log.warning("lease lost")
         except TunesmithError as error:
-            self._give_up(lease, error)
+            self._handle_fault(lease, error)
         except Exception as error:
-            self._log.exception("training broke off")
-            # The job first: a lost device fails whatever is asked of it.
+            self._log.exception("training failed unexpectedly")
+            # The job first: on a lost device, everything else fails.
             self._requeue(lease, f"{type(error).__name__}: {error}")
-            # Where it broke off, LoRA may be half attached.
+            # LoRA may be half attached.
             with suppress(RuntimeError):
                 self._bases.discard()
 
@@ -116,7 +116,7 @@ class Worker:
             session.flush()
         return outcome
 
-    def _end(self, lease: Lease, outcome: Outcome) -> None:
+    def _record(self, lease: Lease, outcome: Outcome) -> None:
         if isinstance(outcome, Finished):
             with_retries(lambda: self._leases.succeed(lease, outcome.adapter_id, outcome.report), abort=self._handover)
             ended = True
@@ -124,12 +124,12 @@ class Worker:
             step = outcome.step
             kept = f"the checkpoint of step {step} is kept" if step else "no new step was done"
             ended = self._leases.release(lease, f"Stopped on worker {self._name}: {kept}").final
-        self._log.info("let go", outcome=type(outcome).__name__)
+        self._log.info("job released", outcome=type(outcome).__name__)
         if ended:
             self._store.remove(self._store.checkpoints(lease.job.id))
 
-    def _give_up(self, lease: Lease, error: TunesmithError) -> None:
-        """A fault that is the job's own ends it; one of the system's is tried again."""
+    def _handle_fault(self, lease: Lease, error: TunesmithError) -> None:
+        """Fail the job for a fault of its own; requeue it for a fault of the system."""
         if isinstance(error, JobFailed) or error.status < 500:
             self._log.warning("job failed", code=error.code, error=error.message)
             self._leases.fail(lease, JobFault(code=error.code, message=error.message, param=error.param))
@@ -142,8 +142,8 @@ class Worker:
         try:
             self._leases.requeue(lease, reason[:500])
         except (LeaseLost, SQLAlchemyError) as error:
-            # The reaper will find the job silent.
-            self._log.warning("could not give the job back", error=str(error))
+            # The reaper will find that the lease has expired.
+            self._log.warning("could not requeue the job", error=str(error))
         self._pause()
 
     def _pause(self) -> None:

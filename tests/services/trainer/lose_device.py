@@ -39,7 +39,7 @@ def main() -> None:
 
     setattr(recipe, "take_step", beyond_the_table)  # noqa: B010 -- mypy minds the plain way
     try:
-        place.worker().work_off()
+        place.worker().drain_queue()
     except DeviceLost:
         pass
     else:

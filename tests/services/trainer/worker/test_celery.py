@@ -47,7 +47,7 @@ class Stack:
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.database)
         self.notifications = NotificationQueue(self.redis_url)
-        # Less patience than in production, but longer than several renewals.
+        # A shorter timeout than in production, but longer than several renewals.
         self.reaper = Reaper(Heartbeats(self.database), self.notifications, silence=3)
 
     def start_worker(self) -> Running:

@@ -121,7 +121,7 @@ def after(calls: int) -> Callable[[], bool]:
 
 def test_a_job_becomes_an_adapter_and_leaves_nothing_private(place: Place) -> None:
     job = place.job(ROWS)
-    assert place.worker().work_off() == 1
+    assert place.worker().drain_queue() == 1
     done = place.jobs.get("default", job.id)
     assert done.state is State.SUCCEEDED
     assert done.report is not None
@@ -136,7 +136,7 @@ def test_a_job_becomes_an_adapter_and_leaves_nothing_private(place: Place) -> No
 
 def test_the_second_job_finds_the_base_warm(place: Place) -> None:
     first, second = place.job(ROWS), place.job(ROWS)
-    assert place.worker().work_off() == 2
+    assert place.worker().drain_queue() == 2
     assert [place.first_step(job)["base_loaded"] for job in (first, second)] == [True, False]
     assert place.adapter_sha(first) == place.adapter_sha(second)
 
@@ -145,7 +145,7 @@ def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_
     rows = [{"instruction": f"What is {n}?", "output": "It is a long story. " * 100} for n in range(6)]
     worker = place.worker(free_memory=lambda device: 2_000_000)
     job = place.job(rows, n_epochs=1)
-    assert worker.work_off() == 1
+    assert worker.drain_queue() == 1
     assert place.state(job) is State.SUCCEEDED
     (warning,) = [event for event in place.events(job) if "are free" in event.message]
     assert warning.level == "warn"
@@ -159,7 +159,7 @@ def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_
     assert 64 <= length < 512
     # A job with the numbers it named has room.
     again = place.job(rows, n_epochs=1, max_length=length, batch_size=batch)
-    assert worker.work_off() == 1
+    assert worker.drain_queue() == 1
     assert place.state(again) is State.SUCCEEDED
     assert not any("are free" in event.message for event in place.events(again))
 
@@ -167,7 +167,7 @@ def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_
 def test_a_bad_job_fails_with_a_sentence_and_the_next_one_works(place: Place) -> None:
     bad = place.job([{"instruction": "long " * 200, "output": "cut off"}], max_length=16)
     good = place.job(ROWS, n_epochs=1)
-    place.worker().work_off()
+    place.worker().drain_queue()
     failed = place.jobs.get("default", bad.id)
     assert failed.state is State.FAILED
     assert failed.fault is not None
@@ -178,30 +178,30 @@ def test_a_bad_job_fails_with_a_sentence_and_the_next_one_works(place: Place) ->
 @pytest.mark.parametrize("calls", [4, 8, 11, 14])
 def test_a_handed_over_job_ends_with_the_bytes_of_an_uninterrupted_one(place: Place, calls: int) -> None:
     whole = place.job(ROWS, batch_size=2)
-    place.worker().work_off()
+    place.worker().drain_queue()
     job = place.job(ROWS, batch_size=2)
-    place.worker(handover=after(calls)).work_off()
+    place.worker(handover=after(calls)).drain_queue()
     assert place.state(job) is State.QUEUED
-    place.worker().work_off()
+    place.worker().drain_queue()
     assert place.state(job) is State.SUCCEEDED
     assert place.adapter_sha(job) == place.adapter_sha(whole)
     assert place.jobs.get("default", job.id).worker_failures == 0
 
 
-@pytest.mark.parametrize(("wish", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
+@pytest.mark.parametrize(("action", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
 def test_wishes_end_the_run_and_keep_its_checkpoints(
-    place: Place, wish: str, end: State, monkeypatch: pytest.MonkeyPatch
+    place: Place, action: str, end: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = place.job(ROWS, n_epochs=50, checkpoint_steps=1)
     committed = place.leases.commit_checkpoint
 
     def commit_then_wish(*args: object, **kwargs: object) -> str:
         adapter = committed(*args, **kwargs)  # type: ignore[arg-type]
-        getattr(place.jobs, wish)("default", job.id)
+        getattr(place.jobs, action)("default", job.id)
         return adapter
 
     monkeypatch.setattr(place.leases, "commit_checkpoint", commit_then_wish)
-    place.worker().work_off()
+    place.worker().drain_queue()
     assert place.state(job) is end
     kept = place.jobs.checkpoints("default", job.id, limit=200).items
     assert kept
@@ -224,10 +224,10 @@ class FullDisk(LocalArtifactStore):
 
 def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place) -> None:
     whole = place.job(ROWS)
-    place.worker().work_off()
+    place.worker().drain_queue()
     job = place.job(ROWS)
     FullDisk.failures = 2
-    place.worker(artifacts=FullDisk(place.artifacts.root)).work_off()
+    place.worker(artifacts=FullDisk(place.artifacts.root)).drain_queue()
     assert place.state(job) is State.SUCCEEDED
     assert place.adapter_sha(job) == place.adapter_sha(whole)
     assert sum("No space left" in line for line in place.story(job)) == 2
@@ -248,11 +248,11 @@ def test_a_lost_device_gives_the_job_back_and_ends_the_worker(place: Place, monk
         broken.setattr(loop, "device_answers", no_answer)
         broken.setattr(place.bases, "discard", illegal_access)
         with pytest.raises(loop.DeviceLost):
-            place.worker().work_off()
+            place.worker().drain_queue()
     assert place.state(first) is State.QUEUED
     assert any("illegal memory access" in line for line in place.story(first))
     assert not any("Started" in line for line in place.story(second))
-    place.worker().work_off()
+    place.worker().drain_queue()
     assert place.state(first) is place.state(second) is State.SUCCEEDED
 
 
@@ -266,7 +266,7 @@ def test_an_error_that_spares_the_device_costs_one_attempt(place: Place, monkeyp
         return finetune(*args, **values)
 
     monkeypatch.setattr(loop, "finetune", once)
-    assert place.worker().work_off() == 2
+    assert place.worker().drain_queue() == 2
     assert place.state(job) is State.SUCCEEDED
 
 
@@ -277,7 +277,7 @@ def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
         heartbeats = Heartbeats(place.jobs.database)
         return any(heartbeats.expire(beat) for beat in heartbeats.read() if beat.token == 1) and False
 
-    place.worker(handover=steal).work_off()
+    place.worker(handover=steal).drain_queue()
     story = place.story(job)
     assert place.state(job) is State.SUCCEEDED
     assert sum("was lost" in line for line in story) == 1
