@@ -42,10 +42,10 @@ class Commit:
 
 @dataclass
 class RecordingSession:
-    """Stands in for the job store: remembers what it is told, and can stop, crash or lose the lease on cue.
+    """Stands in for the job store: records every call, and can stop, crash or lose the lease on cue.
 
     Attributes:
-        stop: asked between micro-batches, with how many whole steps this session was told of.
+        stop: asked between micro-batches, with the number of whole steps reported so far.
         on_commit: called before a commit counts; raise in it to crash.
     """
 

@@ -1,4 +1,4 @@
-"""The real Celery worker as a process, on a real Redis-protocol server: rings, shutdown, and death in mid-job."""
+"""The real Celery worker as a process, on a real Redis-protocol server: notifications, shutdown, and sudden death."""
 
 import base64
 import hashlib
@@ -166,7 +166,7 @@ def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
     assert step > 0
 
 
-def test_a_worker_hears_after_redis_was_emptied_and_three_rings_are_one(stack: Stack) -> None:
+def test_a_worker_is_notified_after_redis_was_emptied_and_three_notifications_are_one(stack: Stack) -> None:
     worker = stack.start_worker()
     first = stack.create(n_epochs=1)
     stack.notifications.notify()

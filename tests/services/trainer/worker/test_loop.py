@@ -189,18 +189,18 @@ def test_a_handed_over_job_ends_with_the_bytes_of_an_uninterrupted_one(place: Pl
 
 
 @pytest.mark.parametrize(("action", "end"), [("pause", State.PAUSED), ("cancel", State.CANCELLED)])
-def test_wishes_end_the_run_and_keep_its_checkpoints(
+def test_requested_actions_end_the_run_and_keep_its_checkpoints(
     place: Place, action: str, end: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = place.job(ROWS, n_epochs=50, checkpoint_steps=1)
     committed = place.leases.commit_checkpoint
 
-    def commit_then_wish(*args: object, **kwargs: object) -> str:
+    def commit_then_request(*args: object, **kwargs: object) -> str:
         adapter = committed(*args, **kwargs)  # type: ignore[arg-type]
         getattr(place.jobs, action)("default", job.id)
         return adapter
 
-    monkeypatch.setattr(place.leases, "commit_checkpoint", commit_then_wish)
+    monkeypatch.setattr(place.leases, "commit_checkpoint", commit_then_request)
     place.worker().drain_queue()
     assert place.state(job) is end
     kept = place.jobs.checkpoints("default", job.id, limit=200).items
