@@ -21,7 +21,7 @@ from shared.storage.artifacts import LocalArtifactStore
 
 
 def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Serve until SIGTERM or SIGINT; returns the exit status."""
     try:
         settings = InferenceSettings()
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What inference is told of who asks: a tag that is the same for all of a project's requests and names nobody."""
+"""The opaque tag by which inference tells projects apart: the same for all requests of one, and not its name."""
 
 import hashlib
 import hmac

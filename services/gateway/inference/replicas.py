@@ -66,7 +66,9 @@ class Replicas:
             httpx.HTTPError: it is down or refuses.
             ValidationError: its answer is not what this version understands.
         """
-        answer = await self._client.get(replica.url + INFO, headers=self._headers)
+        # A connection of its own, so that it is known whether new ones are accepted, and none stays open that a process
+        # which is stopping would serve once more.
+        answer = await self._client.get(replica.url + INFO, headers={**self._headers, "connection": "close"})
         answer.raise_for_status()
         return InfoJson.model_validate_json(answer.content)
 
