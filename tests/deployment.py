@@ -20,8 +20,8 @@ from shared.storage.tables import adapters
 from tests.jobs import Jobs
 from tests.stack_processes import wait_until
 
-# Long enough to be interrupted several times, with a checkpoint about every second.
-LONG = {"n_epochs": 2, "batch_size": 1, "checkpoint_steps": 100}
+# Long enough to be interrupted several times, with ten checkpoints.
+LONG = {"n_epochs": 2, "batch_size": 1, "checkpoint_steps": 50}
 SHORT = {"n_epochs": 1, "batch_size": 8}
 LONGER = LONG | {"n_epochs": 4}
 # To be cancelled: nobody waits for its end.
@@ -66,7 +66,7 @@ class Deployment:
 
     # ------------------------------------------------------------------ acting
 
-    def upload(self, count: int = 500) -> str:
+    def upload(self, count: int = 250) -> str:
         data = "".join(json.dumps(row) + "\n" for row in rows(count)).encode()
         return self.openai.files.create(file=("rows.jsonl", data), purpose="fine-tune").id
 

@@ -11,7 +11,7 @@ import pytest
 
 from shared.jobs.spec import State
 from tests.chaos.stack import COSTS_THE_LEASE, FAULTS, TEARS, TORN_FILES, Stack, newest_state, running_stack
-from tests.deployment import ENDLESS, LONGER, SHORT
+from tests.deployment import ENDLESS, LONG, SHORT
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1000)]
 
@@ -20,6 +20,10 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(1000)]
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running_stack(tmp_path_factory.mktemp("matrix"), leases={}) as stack:
         yield stack
+
+
+# Faults strike at any moment of its first seconds.
+LONGER = LONG | {"n_epochs": 8}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -53,7 +57,7 @@ def test_matrix_of_torn_checkpoints(stack: Stack, file: str, tear: str, round_se
     deployment = stack.deployment
     deployment.uninterrupted(LONGER)
     job = deployment.create(LONGER)
-    deployment.wait_for_steps(job, 100 * (round_seed % 3))
+    deployment.wait_for_steps(job, 50 * (round_seed % 3))
     deployment.openai.fine_tuning.jobs.pause(job)
     deployment.wait_for_state(job, State.PAUSED)
     newest = newest_state(stack, job)

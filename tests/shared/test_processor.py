@@ -83,6 +83,7 @@ def test_arm_and_nothing_readable() -> None:
     assert read_processor("", {}).features == frozenset()
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_libraries_under_every_switch() -> None:
     """A no where a kernel would work is only slow; a yes where it raises would be a crash."""
     code = """

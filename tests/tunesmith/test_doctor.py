@@ -20,6 +20,7 @@ def examined(folder: Path, **environ: str) -> tuple[int, dict[str, dict[str, str
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)}
 
 
+@pytest.mark.slow
 def test_a_fresh_installation_can_work_and_a_broken_catalogue_is_named(tmp_path: Path) -> None:
     code, found = examined(tmp_path)
     assert code == 0

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shared.bases.catalogue import load_catalogue
 from shared.storage.artifacts import LocalArtifactStore
 from tests.tiny import write_tiny_model
@@ -24,6 +26,7 @@ def run(folder: Path, *arguments: str, **environ: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_folders_model_is_added_and_prepared(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     code, out, err = run(tmp_path, "add", "mine", "--source", "folder:model", "--alias", "me/mine", "--alias", "my own")
@@ -49,6 +52,7 @@ def test_a_catalogue_that_is_named_is_the_one_written(tmp_path: Path) -> None:
     assert not (tmp_path / ".tunesmith").exists()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     nowhere = f"error: {tmp_path / 'none'} is no model that can be used: it has no config.json"
     code, out, err = run(tmp_path, "add", "mine", "--source", "folder:none")

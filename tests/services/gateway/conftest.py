@@ -119,7 +119,7 @@ class Gateway:
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what another thread or process does."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "did not happen"
         time.sleep(0.01)

@@ -128,7 +128,7 @@ class EngineUnderTest:
 
     def wait_until_idle(self) -> None:
         """A last event is heard a moment before its row is free."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.engine.stats().running:
             assert time.monotonic() < deadline, "a row is not given back"
             time.sleep(0.005)

@@ -41,7 +41,7 @@ class Server:
         return self.serving.tokenizer.encode(text, add_special_tokens=True)
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             stats = self.serving.engine.stats()
             held = sum(entry.references for entry in self.serving.adapters.entries())

@@ -28,6 +28,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_auto_takes_the_first_that_can_be_had_and_says_why_not_the_others(tmp_path: Path, catalogue: Path) -> None:
     done = prepare(tmp_path, "auto", catalogue)
     assert (done.returncode, done.stdout) == (0, "tiny\n")
@@ -39,6 +40,7 @@ def test_auto_takes_the_first_that_can_be_had_and_says_why_not_the_others(tmp_pa
     assert store.verify(store.base("tiny"), "base") == before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_an_error(tmp_path: Path, catalogue: Path) -> None:
     done = prepare(tmp_path, "elsewhere", catalogue)
     assert (done.returncode, done.stdout) == (1, "")

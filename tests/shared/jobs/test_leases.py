@@ -217,6 +217,7 @@ def _work(url: str, worker: str) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 def test_four_processes_at_one_database_lose_and_double_nothing(
     database: Database, database_url: str, store: Jobs, spec: JobSpec
 ) -> None:

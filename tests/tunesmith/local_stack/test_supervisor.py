@@ -107,7 +107,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     assert stack.home.wait_until_free(30)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

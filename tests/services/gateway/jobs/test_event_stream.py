@@ -1,16 +1,19 @@
 """Events as they happen, and coming back to where one left off."""
 
+import asyncio
+import gc
 import json
 import threading
+from contextlib import ExitStack
 from typing import Any
 
-import httpx
+import psutil
 import pytest
 
 from shared.jobs.fencing import Lease
 from shared.jobs.rows import NewEvent
 from shared.jobs.spec import JobFault
-from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
+from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 
 PATH = "/v1/fine_tuning/jobs"
 STREAM = {"accept": "text/event-stream"}
@@ -104,17 +107,31 @@ def test_cursors_that_are_none(gateway: Gateway, cursor: str) -> None:
     assert gateway.http.get(f"{PATH}/ftjob-0/events", headers=STREAM).status_code == 404
 
 
-def test_a_listener_that_leaves_takes_nothing_with_it(gateway: Gateway) -> None:
+def held(gateway: Gateway) -> tuple[int, int]:
+    """What requests hold here: asyncio tasks that are not done, and connections to the gateway's port."""
+    tasks = [each for each in gc.get_objects() if isinstance(each, asyncio.Task) and not each.done()]
+    port = int(gateway.url.rpartition(":")[2])
+    connections = psutil.Process().net_connections("tcp")
+    established = [one for one in connections if one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port]
+    return len(tasks), len(established)
+
+
+def test_listeners_that_leave_take_no_task_connection_or_thread_with_them(gateway: Gateway) -> None:
     job, lease = running(gateway)
-
-    def listen() -> None:
-        with pytest.raises(httpx.ReadTimeout):
-            gateway.http.get(f"{PATH}/{job}/events", headers=STREAM, timeout=1.2)
-
-    listeners = [threading.Thread(target=listen) for _ in range(10)]
-    for listener in listeners:
-        listener.start()
-    for listener in listeners:
-        listener.join()
+    before, threads, listeners = held(gateway), list[int](), 10
+    for _ in range(2):
+        with ExitStack() as listening:
+            open_streams = []
+            for _ in range(listeners):
+                answer = listening.enter_context(gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM))
+                open_streams.append(answer.iter_text())
+                assert next(open_streams[-1])
+            tasks, connections = held(gateway)
+            assert tasks >= before[0] + listeners
+            assert connections >= before[1] + listeners - 1
+        eventually(lambda: held(gateway) <= before)
+        threads.append(threading.active_count())
+    # Threads wait for their next request; another ten listeners need no more of them.
+    assert threads[1] <= threads[0]
     gateway.leases.renew(lease)
     assert gateway.http.get(f"{PATH}/{job}").json()["status"] == "running"

@@ -29,7 +29,7 @@ def small(tiny: Tiny) -> Iterator[Server]:
 
 def resident(server: Server) -> set[str]:
     """The adapters in memory, when nothing is on its way in or out any more."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         entries = server.http.get("/adapters").json()["data"]
         if all(entry["state"] == "resident" for entry in entries):

@@ -23,6 +23,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "chunk"), [(1, 1000), (4, 16), (16, 5)])
 def test_mixed_rows_say_what_peft_says(
     engine: MakeEngine, tiny: Tiny, adapters: list[str], rows: int, chunk: int

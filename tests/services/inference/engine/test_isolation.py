@@ -162,6 +162,7 @@ class _Traffic:
         self.newest[adapter] += 1
 
 
+@pytest.mark.slow
 def test_no_canary_sings_anothers_song(canaries: Canaries) -> None:
     settings: dict[str, Any] = {"slots": 12, "adapter_slots": 6, "context": 64, "queue_requests": 1000}
     serving = assemble(canaries.tiny.load(), InferenceSettings(**settings), canaries.tiny.store)

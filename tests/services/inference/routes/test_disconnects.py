@@ -51,7 +51,7 @@ def connect(server: Server, path: str, body: dict[str, Any], *, window: int = 0)
 
 
 def wait(condition: Any) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -147,6 +147,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_a_thousand_at_once_are_answered_or_refused_and_nothing_leaks(tiny: Tiny, adapters: list[str]) -> None:
     """Two waves: the first makes the pools and buffers, the second must add nothing of note."""
     with running(tiny, slots=8, queue_requests=300, adapter_slots=2) as server:
@@ -210,6 +211,7 @@ def test_a_reader_that_does_not_read_holds_nothing_but_its_own_answer(
         wait(answered)
 
 
+@pytest.mark.slow
 def test_many_readers_that_do_not_read_take_bounded_memory_and_leave_none_taken(tiny: Tiny) -> None:
     with running(tiny, send_buffer=2048, slots=8, queue_requests=300) as server:
         engine = server.serving.engine

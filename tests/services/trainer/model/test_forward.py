@@ -148,6 +148,7 @@ LAYOUTS: dict[str, Callable[[list[int], list[int]], list[tuple[int, ...]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=8), seed=st.integers(0, 99))

@@ -63,6 +63,7 @@ def test_it_stops_once_patience_is_over_and_names_the_best(tiny: TinyJob) -> Non
     assert any(f"lowest at step {best}" in message for _, message, _ in session.events)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_gives_up_where_an_uninterrupted_one_does(tiny: TinyJob) -> None:
     spec = tiny.spec(instruction_rows(9), validation=CONTRARY, hyper=FAST)
     whole = tiny.finish(spec, job="ftjob-whole")

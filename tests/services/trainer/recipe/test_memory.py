@@ -141,6 +141,7 @@ def test_the_count_leaves_no_trace(tiny: TinyJob) -> None:
     assert need.per_token > 0
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_real_step_stays_within_the_need(tmp_path: Path) -> None:
     """Resident memory as the system sees it, in a process of its own, on a model whose needs are not lost in noise."""
     with get_context("spawn").Pool(1) as pool:

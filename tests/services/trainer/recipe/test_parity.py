@@ -16,6 +16,8 @@ from shared.jobs.spec import LoraSpec, Scheduler
 from tests.rounding import llama_sums, rounding
 from tests.services.trainer.harness import TinyJob, ignore, instruction_rows
 
+pytestmark = pytest.mark.slow
+
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -20,6 +20,8 @@ from shared.jobs.spec import JobSpec, LoraSpec
 from shared.storage.artifacts import LocalArtifactStore
 from tests.services.trainer.harness import RecordingSession, TinyJob, instruction_rows, weights_of
 
+pytestmark = pytest.mark.slow
+
 HELD_OUT = instruction_rows(3, start=40)
 
 

@@ -222,6 +222,7 @@ class FullDisk(LocalArtifactStore):
         return super().publish(*args, **kwargs)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place) -> None:
     whole = place.job(ROWS)
     place.worker().drain_queue()
