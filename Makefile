@@ -53,15 +53,14 @@ up: .venv/ready ## start the whole stack on this machine (loopback only)
 down: .venv/ready ## stop it
 	$(BIN)/tunesmith down
 
-test: .venv/ready .venv-openai2/ready ## every test, in parallel; then those that compare durations, by themselves
-	$(BIN)/pytest $(PARALLEL) -m "not alone"
-	$(BIN)/pytest -m alone
+test: .venv/ready .venv-openai2/ready ## every test, some beside others
+	$(BIN)/pytest $(PARALLEL)
 
 test-fast: .venv/ready ## what needs no server and no training beyond seconds
-	$(BIN)/pytest $(PARALLEL) -m "not servers and not slow and not alone and not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not servers and not slow and not gpu"
 
 test-shuffled: .venv/ready .venv-openai2/ready ## every test in a random order (SEED): none may depend on another's
-	$(BIN)/pytest $(PARALLEL) -m "not alone" --shuffle $(SEED)
+	$(BIN)/pytest $(PARALLEL) --shuffle $(SEED)
 
 test-avx2: .venv/ready ## the numeric tests with the kernels of a processor that has AVX2 only
 	$(AVX2) $(BIN)/pytest $(PARALLEL) -m "not servers and not alone and not gpu" $(NUMERIC)

@@ -28,12 +28,12 @@ ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 200.0
 
 
-def wait_until(true: Callable[[], object], what: str, *, logs: Callable[[], str] = str) -> None:
-    """Wait for what other processes do; `logs` gives what to show if it does not happen."""
+def wait_until(true: Callable[[], object], what: str, *, logs: Callable[[], str] = str, every: float = 0.05) -> None:
+    """Wait for what other processes do, looking `every` so many seconds; `logs` gives what to show if it does not."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not true():
         assert time.monotonic() < deadline, f"waited too long for {what}\n{logs()}"
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def free_port() -> int:

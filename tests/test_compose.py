@@ -118,7 +118,8 @@ class Machine:
             assert self.running[name].process.wait(60) == 0, self.processes.tails()
         else:
             assert condition == "service_healthy"
-            wait_until(lambda: self.healthy(name), f"{name} to be healthy", logs=self.processes.tails)
+            # Each look starts a process, which takes from the service what it needs to become healthy.
+            wait_until(lambda: self.healthy(name), f"{name} to be healthy", logs=self.processes.tails, every=0.5)
 
     def healthy(self, name: str) -> bool:
         """Whether the service's own health check passes."""
