@@ -63,7 +63,7 @@ test-shuffled: .venv/ready .venv-openai2/ready ## every test in a random order (
 	$(BIN)/pytest $(PARALLEL) --shuffle $(SEED)
 
 test-avx2: .venv/ready ## the numeric tests with the kernels of a processor that has AVX2 only
-	$(AVX2) $(BIN)/pytest $(PARALLEL) -m "not servers and not alone and not gpu" $(NUMERIC)
+	$(AVX2) $(BIN)/pytest $(PARALLEL) -m "not servers and not gpu" $(NUMERIC)
 
 test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
 	$(BIN)/pytest tests/contract

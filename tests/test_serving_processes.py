@@ -138,7 +138,14 @@ def test_sigterm_lets_what_runs_and_what_waits_finish(stack: Cluster, http: http
         undisturbed = list(pool.map(lambda number: streamed(stack, client, number), range(streams)))
         assert len(set(undisturbed)) > streams // 2
         futures = [pool.submit(streamed, stack, client, number, begun) for number in range(streams)]
-        wait_until(lambda: begun and _everybody_is_in(stack, begun, streams), "all of them", logs=stack.processes.tails)
+
+        def everybody_is_in() -> bool:
+            for future in futures:
+                if future.done():
+                    future.result()
+            return bool(begun) and _everybody_is_in(stack, begun, streams)
+
+        wait_until(everybody_is_in, "all of them", logs=stack.processes.tails)
         server.process.send_signal(signal.SIGTERM)
         wait_until(partial(_refused, stack), "inference to take no more", logs=stack.processes.tails)
         away = http.post("/generate", json={"inputs": "a"})
