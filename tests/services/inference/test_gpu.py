@@ -177,14 +177,14 @@ def test_a_seed_gives_the_same_text_again_and_sampling_is_on_the_device(engines:
     assert other.ids != first.ids
 
 
-@pytest.mark.parametrize("wished", ["auto", "bf16", "fp16", "fp32", "int8", "nf4"])
-def test_each_precision_serves_base_and_adapters(tmp_path: Path, wished: ServingPrecision) -> None:
+@pytest.mark.parametrize("requested", ["auto", "bf16", "fp16", "fp32", "int8", "nf4"])
+def test_each_precision_serves_base_and_adapters(tmp_path: Path, requested: ServingPrecision) -> None:
     model = write_tiny_model(tmp_path / "model", hidden=64)
     store, catalogue = LocalArtifactStore(tmp_path / "artifacts"), tiny_catalogue(model)
-    serving = build_serving(InferenceSettings(precision=wished, slots=4, context=64), store, catalogue)
+    serving = build_serving(InferenceSettings(precision=requested, slots=4, context=64), store, catalogue)
     assert serving.base.device == "cuda"
-    assert serving.base.precision == ("bf16" if wished == "auto" else wished)
-    assert serving.base.runner == ("transformers" if wished in ("int8", "nf4") else "llama")
+    assert serving.base.precision == ("bf16" if requested == "auto" else requested)
+    assert serving.base.runner == ("transformers" if requested in ("int8", "nf4") else "llama")
     manifest = store.verify(store.base("tiny"), "base")
     adapter = write_adapter(store, model, manifest, seed=1)
     base, tuned, again = asyncio.run(texts(serving, [None, adapter, None]))

@@ -45,7 +45,7 @@ def main() -> None:
     else:
         raise AssertionError("the worker went on")
     assert place.state(first) is place.state(second) is State.QUEUED
-    assert not any("Started" in line for line in place.story(second))
+    assert not any("Started" in line for line in place.messages(second))
 
 
 if __name__ == "__main__":

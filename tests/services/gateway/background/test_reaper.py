@@ -138,7 +138,7 @@ def test_a_job_that_kills_its_workers_fails_and_the_queue_goes_on(scene: Scene) 
 
 
 @pytest.mark.parametrize(("verb", "state"), [("cancel", State.CANCELLED), ("pause", State.PAUSED)])
-def test_a_wish_its_worker_did_not_live_to_fulfil_is_fulfilled(scene: Scene, verb: str, state: State) -> None:
+def test_what_a_lost_worker_was_asked_for_is_done_without_it(scene: Scene, verb: str, state: State) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
     getattr(scene.store, verb)("default", lease.job.id)
@@ -146,7 +146,7 @@ def test_a_wish_its_worker_did_not_live_to_fulfil_is_fulfilled(scene: Scene, ver
     assert scene.state(lease) is state
 
 
-def test_lost_rings_are_made_up_for_and_heard_ones_are_not_doubled(scene: Scene) -> None:
+def test_lost_notifications_are_sent_again_and_taken_ones_are_not(scene: Scene) -> None:
     for _ in range(3):
         scene.store.create("default", SPEC)
     assert scene.notifications.pending() == 0
@@ -167,7 +167,7 @@ def test_a_flushed_redis_is_filled_again(scene: Scene, redis_url: str) -> None:
     assert scene.notifications.pending() == 1
 
 
-def test_nothing_is_rung_for_an_empty_queue(scene: Scene) -> None:
+def test_an_empty_queue_sends_no_notification(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     scene.claimed()
     scene.pass_time(NOTIFY_EVERY_SECONDS)

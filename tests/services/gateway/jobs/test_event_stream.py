@@ -45,7 +45,7 @@ def ascending(gateway: Gateway, job: str) -> list[str]:
     return [event["id"] for event in reversed(data)]
 
 
-def test_a_stream_tells_the_whole_story_as_it_happens_and_ends_with_the_job(gateway: Gateway) -> None:
+def test_a_stream_has_every_event_as_it_happens_and_ends_with_the_job(gateway: Gateway) -> None:
     job, lease = running(gateway)
     with gateway.http.stream("GET", f"{PATH}/{job}/events", headers=STREAM) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")

@@ -28,7 +28,7 @@ def small(tiny: Tiny) -> Iterator[Server]:
 
 
 def resident(server: Server) -> set[str]:
-    """The adapters in memory, when nothing is on its way in or out any more."""
+    """The adapters in memory, when nothing is being loaded or unloaded any more."""
     deadline = time.monotonic() + 120
     while True:
         entries = server.http.get("/adapters").json()["data"]

@@ -332,7 +332,7 @@ def test_a_lost_device_fails_everyone_at_once_and_says_so(engine: MakeEngine, mo
 
 
 def test_non_finite_scores_fail_their_row_and_leave_nothing_behind(engine: MakeEngine, tiny: Tiny) -> None:
-    """Finite weights can overflow; the next tenant of the row must not inherit NaN through masked positions."""
+    """Finite weights can overflow; the next sequence of the row must not inherit NaN through masked positions."""
     huge = tiny.adapter(seed=9, r=8, alpha=1, scale=1e30)
     under_test = engine(rows=1)
     under_test.load(huge)

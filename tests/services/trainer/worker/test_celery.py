@@ -129,10 +129,10 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
     done = stack.jobs.get("default", job.id)
     assert (done.state, done.attempt) == (State.SUCCEEDED, 2), stack.processes.tails()
     assert stack.adapter_sha(job) == stack.adapter_sha(whole)
-    story = [event.message for event in stack.jobs.events("default", job.id, after=0, limit=1000).items]
-    assert sum("was lost" in line for line in story) == 1
-    assert sum("successfully completed" in line for line in story) == 1
-    assert any("esum" in line and "step" in line for line in story), story
+    messages = [event.message for event in stack.jobs.events("default", job.id, after=0, limit=1000).items]
+    assert sum("was lost" in line for line in messages) == 1
+    assert sum("successfully completed" in line for line in messages) == 1
+    assert any("esum" in line and "step" in line for line in messages), messages
     # Nothing is doubled: one final adapter, one per checkpoint, and no private state.
     published = {c.adapter for c in stack.jobs.checkpoints("default", job.id, limit=100).items} | {done.adapter}
     owned = [

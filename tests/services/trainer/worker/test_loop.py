@@ -90,7 +90,7 @@ class Place:
     def events(self, job: Job) -> list[Event]:
         return self.jobs.events("default", job.id, after=0, limit=200).items
 
-    def story(self, job: Job) -> list[str]:
+    def messages(self, job: Job) -> list[str]:
         return [event.message for event in self.events(job)]
 
 
@@ -142,7 +142,7 @@ def test_the_second_job_finds_the_base_warm(place: Place) -> None:
 
 
 def test_short_memory_is_said_beforehand_with_the_numbers_that_fit_and_training_goes_on(place: Place) -> None:
-    rows = [{"instruction": f"What is {n}?", "output": "It is a long story. " * 100} for n in range(6)]
+    rows = [{"instruction": f"What is {n}?", "output": "It is a long answer. " * 100} for n in range(6)]
     worker = place.worker(free_memory=lambda device: 2_000_000)
     job = place.job(rows, n_epochs=1)
     assert worker.drain_queue() == 1
@@ -231,7 +231,7 @@ def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place
     place.worker(artifacts=FullDisk(place.artifacts.root)).drain_queue()
     assert place.state(job) is State.SUCCEEDED
     assert place.adapter_sha(job) == place.adapter_sha(whole)
-    assert sum("No space left" in line for line in place.story(job)) == 2
+    assert sum("No space left" in line for line in place.messages(job)) == 2
     assert list((place.artifacts.root / "staging").iterdir()) == []
 
 
@@ -251,8 +251,8 @@ def test_a_lost_device_gives_the_job_back_and_ends_the_worker(place: Place, monk
         with pytest.raises(loop.DeviceLost):
             place.worker().drain_queue()
     assert place.state(first) is State.QUEUED
-    assert any("illegal memory access" in line for line in place.story(first))
-    assert not any("Started" in line for line in place.story(second))
+    assert any("illegal memory access" in line for line in place.messages(first))
+    assert not any("Started" in line for line in place.messages(second))
     place.worker().drain_queue()
     assert place.state(first) is place.state(second) is State.SUCCEEDED
 
@@ -279,7 +279,7 @@ def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
         return any(heartbeats.expire(beat) for beat in heartbeats.read() if beat.token == 1) and False
 
     place.worker(handover=steal).drain_queue()
-    story = place.story(job)
+    messages = place.messages(job)
     assert place.state(job) is State.SUCCEEDED
-    assert sum("was lost" in line for line in story) == 1
-    assert sum("successfully completed" in line for line in story) == 1
+    assert sum("was lost" in line for line in messages) == 1
+    assert sum("successfully completed" in line for line in messages) == 1
