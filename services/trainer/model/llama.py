@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from services.trainer.model.frozen import Buffer, FrozenLinears
-from services.trainer.model.fused import (
-    Lora,
-    attend_per_sample,
-    head_loss,
-    lora_linears,
-    norm_branch,
-    rotate_and_split,
-    swiglu,
-)
+from services.trainer.model.llama_kernels import attend_per_sample, head_loss, norm_branch, rotate_and_split, swiglu
+from services.trainer.model.lora_kernels import Lora, lora_linears
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.trainer.model.forward import Packed, loss_sum, pack, training_forward
-from services.trainer.model.fused import loss_rows
 from services.trainer.model.llama import fused_form
+from services.trainer.model.llama_kernels import loss_rows
 from services.trainer.model.lora import Parameters
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.memory import Need

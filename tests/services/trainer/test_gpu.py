@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.model import fused
+from services.trainer.model import lora_kernels
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.dequantised import DequantisedLinear
 from services.trainer.model.forward import Packed, pack, supervised_logits, training_forward
-from services.trainer.model.fused import attend_per_sample
 from services.trainer.model.llama import fused_form
+from services.trainer.model.llama_kernels import attend_per_sample
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import Precision, choose_precision
 from services.trainer.recipe.metrics import measure_peak_flops
@@ -145,7 +145,7 @@ def test_dropout_of_the_fused_pieces_is_drawn_on_the_device(tiny: TinyJob) -> No
     states = []
     for _ in range(2):
         torch.cuda.manual_seed(3)
-        kept = fused._dropout_mask(x, 0.25)
+        kept = lora_kernels._dropout_mask(x, 0.25)
         assert kept is not None
         states.append(kept)
     assert torch.equal(*states)

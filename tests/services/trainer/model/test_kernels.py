@@ -8,17 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from services.trainer.model import fused
+from services.trainer.model import lora_kernels
 from services.trainer.model.frozen import Buffer, FrozenLinears
-from services.trainer.model.fused import (
-    Lora,
-    attend_per_sample,
-    head_loss,
-    lora_linears,
-    norm_branch,
-    rotate_and_split,
-    swiglu,
-)
+from services.trainer.model.llama_kernels import attend_per_sample, head_loss, norm_branch, rotate_and_split, swiglu
+from services.trainer.model.lora_kernels import Lora, lora_linears
 from tests.rounding import close, rounding
 
 # No function here passes more than a few sums, and none is longer than the most targets.
@@ -108,7 +101,7 @@ def test_linears_with_lora(with_lora: list[int], with_residual: bool) -> None:
 
 def test_dropout_is_drawn_for_each_lora_and_its_gradient_uses_the_same_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
-    real = fused._dropout_mask
+    real = lora_kernels._dropout_mask
 
     def recorded(x: Tensor, rate: float) -> Tensor | None:
         mask = real(x, rate)
@@ -116,7 +109,7 @@ def test_dropout_is_drawn_for_each_lora_and_its_gradient_uses_the_same_draw(monk
         drawn.append(mask)
         return mask
 
-    monkeypatch.setattr(fused, "_dropout_mask", recorded)
+    monkeypatch.setattr(lora_kernels, "_dropout_mask", recorded)
     layers, rate = [linear(6, 4), linear(6, 3)], 0.25
     x, frozen = wide(5, 6), FrozenLinears(layers, Buffer())
     loras = [
@@ -138,13 +131,13 @@ def test_dropout_is_drawn_for_each_lora_and_its_gradient_uses_the_same_draw(monk
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate: float) -> None:
     n = 1_000_003
-    mask = fused._dropout_mask(torch.empty(n), rate)
+    mask = lora_kernels._dropout_mask(torch.empty(n), rate)
     assert mask is not None
     kept = float(mask.float().mean())
     assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / n) ** 0.5
-    scale = fused._scale(Lora(slice(0, 1), torch.empty(1, 1), torch.empty(1, 1), 1.0, rate))
+    scale = lora_kernels._scale(Lora(slice(0, 1), torch.empty(1, 1), torch.empty(1, 1), 1.0, rate))
     assert kept * scale == pytest.approx(1, abs=0.01)
-    assert fused._dropout_mask(torch.empty(3), 0.0) is None
+    assert lora_kernels._dropout_mask(torch.empty(3), 0.0) is None
 
 
 @pytest.mark.parametrize("targets", [1, 128, 300])
