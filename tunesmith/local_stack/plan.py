@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.processes import ChildSpec
@@ -115,9 +116,11 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
             grace_seconds=40,
         ),
     )
+    # The gateway comes to know of inference by itself, a moment after it is ready: `up` ends when both are of use.
+    serving = f"{url}/health/ready?{urlencode({'base': base})}"
     return Plan(
         children,
-        ready={"inference": f"{inference_url}/health/ready", "gateway": f"{url}/health/ready"},
+        ready={"inference": f"{inference_url}/health/ready", "gateway": serving},
         connection={
             "url": url,
             "inference_url": inference_url,

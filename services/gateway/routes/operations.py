@@ -1,8 +1,8 @@
 """Health and metrics of the gateway."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -37,17 +37,26 @@ async def health_live() -> LiveJson:
 
 @health.get("/health", include_in_schema=False)
 @health.get("/health/ready", responses={503: {"model": ReadyJson}})
-async def health_ready(health: HealthDep, replicas: ReplicasDep, models: ModelsDep) -> Response:
-    """Whether the database answers; the body also says whether Redis does, and which bases are served."""
+async def health_ready(
+    health: HealthDep,
+    replicas: ReplicasDep,
+    models: ModelsDep,
+    base: Annotated[str | None, Query(max_length=256, include_in_schema=False)] = None,
+) -> Response:
+    """Whether the database answers; the body also says whether Redis does, and which bases are served.
+
+    With `base`, ready only while that base is served: a start waits for this.
+    """
     database, redis = await health.check()
     served = replicas.served()
+    ready = database and (base is None or base in served)
     state = ReadyJson(
-        status="ready" if database else "not_ready",
+        status="ready" if ready else "not_ready",
         database=database,
         redis=redis,
         inference={base.id: base.id in served for base in models.bases},
     )
-    return JSONResponse(state.model_dump(), 200 if database else 503)
+    return JSONResponse(state.model_dump(), 200 if ready else 503)
 
 
 @router.get("/metrics", response_class=Response)

@@ -64,6 +64,8 @@ def test_health(gateway: Gateway) -> None:
         "inference": {"tinyllama-1.1b-chat": False, BASE: False},
     }
     assert gateway.http.get("/health").json() == ready.json()
+    unserved = gateway.http.get("/health/ready", params={"base": BASE})
+    assert (unserved.status_code, unserved.json()["status"]) == (503, "not_ready")
 
 
 def test_without_redis_a_job_is_taken_at_once_and_notified_of_later(settings: Settings, tmp_path: Path) -> None:
