@@ -107,7 +107,7 @@ def test_redis_dies_while_nobody_works_and_the_worker_hears_again(stack: Stack) 
 
 def test_a_full_disk_is_told_and_survived(stack: Stack) -> None:
     if stack.disk is None:
-        pytest.skip("needs the right to mount a file system; test_work.py has a full disk without one")
+        pytest.skip("needs the right to mount a file system; test_loop.py has a full disk without one")
     deployment = stack.deployment
     deployment.uninterrupted(LONG)
     job = deployment.create(LONG)
