@@ -278,7 +278,7 @@ def test_a_step_without_memory_is_done_again_in_smaller_micro_batches(tiny: Tiny
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert report.steps == whole.steps
     assert report.train_loss == pytest.approx(whole.train_loss, rel=0.02)
-    assert any("at once; going on" in message for _, message, _ in session.events)
+    assert any("from now on they have at most" in message for _, message, _ in session.events)
 
 
 def test_a_job_leaves_no_memory_behind_but_the_warm_base(tiny: TinyJob) -> None:
