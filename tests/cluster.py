@@ -74,8 +74,9 @@ class Cluster:
         for name in trainers:
             self.start_trainer(name)
         self.gateway = self._python("gateway", ["services.gateway"])
-        for url in (*self.inference_urls, self.url):
-            wait_until(partial(answers, f"{url}/health/ready"), url, logs=self.processes.tails)
+        # The gateway looks for inference in the background: it is up before it knows of what is.
+        for url in (*(f"{url}/health/ready" for url in self.inference_urls), f"{self.url}/health/ready?base=tiny"):
+            wait_until(partial(answers, url), url, logs=self.processes.tails)
         self.key = (self.folder / "api_key").read_text().strip()
 
     def start_trainer(self, name: str) -> Running:

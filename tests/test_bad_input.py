@@ -9,7 +9,7 @@ import gzip
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from shared.storage.tables import adapters, metadata
 from tests.cluster import TOKEN, Cluster
 from tests.services.gateway.job_cases import BAD, placed
 from tests.services.inference.adapters_on_disk import publish, write_adapter
+from tests.stack_processes import wait_until
 
 ROWS = [{"instruction": f"What is {n}?", "output": f"It is {n * 7}."} for n in range(60)]
 JOBS = "/v1/fine_tuning/jobs"
@@ -104,11 +105,21 @@ class Target:
         )
         return rows, files
 
+    def staged(self) -> list[str]:
+        return [name for name, _ in self.left()[1] if name.startswith("staging/")]
+
     @contextmanager
     def unharmed(self) -> Iterator[None]:
-        """Nothing is left behind by the block, and good requests are answered as at the beginning."""
+        """Nothing is left behind by the block, and good requests are answered as at the beginning.
+
+        The server clears away after the answer, or when it sees that the client left: both ends are waited for.
+        """
+        wait_until(lambda: not self.staged(), "an empty staging folder before the requests")
         before = self.left()
         yield
+        with suppress(AssertionError):
+            wait_until(lambda: self.left() == before, "nothing left behind")
+        # Compared once more, so that a failure shows what is left.
         assert self.left() == before
         assert self.answers() == self.good
 
@@ -549,12 +560,8 @@ def test_a_reset_in_mid_upload_leaves_nothing(target: Target) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             connection.sendall(head % target.stack.key.encode() + GOOD)
             connection.close()
-        # The answers that follow are proof enough that the process lives; what was staged goes with the connections.
-        staging = target.stack.artifacts.root / "staging"
-        for _ in range(200):
-            if not staging.exists() or not any(staging.iterdir()):
-                break
-            target.http.get("/health/live")
+        # On a connection of its own, which is accepted after all of those.
+        assert httpx.get(f"{target.stack.url}/health/live", trust_env=False).status_code == 200
 
 
 def test_inference_itself_refuses_too(target: Target) -> None:

@@ -15,7 +15,11 @@ PAGE = (ROOT / "docs" / "errors.md").read_text()
 # FastAPI's own failures: `on_http` makes a code of the status's phrase. These can happen here.
 FROM_HTTP = ("bad_request", "method_not_allowed")
 # Raised where no HTTP request is answered, under a code that the API has too.
-NEVER_SENT = {("TunesmithError", "storage_full"), ("TunesmithError", "unsupported_precision")}
+NEVER_SENT = {
+    ("TunesmithError", "schema"),
+    ("TunesmithError", "storage_full"),
+    ("TunesmithError", "unsupported_precision"),
+}
 ROW = "RowError"
 
 

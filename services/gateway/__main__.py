@@ -5,14 +5,16 @@ import sys
 import uvicorn
 
 from services.gateway.app import create_app
+from services.gateway.background.periodic import Periodic
 from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
-from shared.errors import TunesmithError
+from shared.errors import TunesmithError, Unavailable
 from shared.logs import configure_logging
 from shared.storage.database import check_schema
 
 GRACE_SECONDS = 10
+SCHEMA_CHECK_SECONDS = 5.0
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def main() -> None:
         check_schema(settings.sql_url)
     except TunesmithError as error:
         sys.exit(error.message)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings, catalogue),
         host=settings.host,
         port=settings.port,
@@ -33,6 +35,34 @@ def main() -> None:
         http=TimeoutProtocol,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
+    sys.exit(serve(uvicorn.Server(config), settings.sql_url))
+
+
+def serve(server: uvicorn.Server, database_url: str) -> str | int:
+    """Serve until told to stop, or until a newer version migrates the database. Returns what to exit with."""
+    outdated: list[str] = []
+
+    def check() -> None:
+        try:
+            check_schema(database_url)
+        except Unavailable:
+            # Nobody can migrate what is away.
+            return
+        except TunesmithError as error:
+            outdated.append(error.message)
+            server.should_exit = True
+
+    watch = Periodic("schema", check, SCHEMA_CHECK_SECONDS)
+    watch.start()
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        watch.stop()
+    if outdated:
+        return outdated[0]
+    return 0 if server.started else 1
 
 
 if __name__ == "__main__":

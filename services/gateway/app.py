@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.http.body_backpressure import CloseOnUnreadBody
 from services.gateway.metrics import Metrics
@@ -18,6 +18,7 @@ from shared.bases.catalogue import Catalogue
 from shared.errors import Unavailable
 from shared.http.web import RequestContext, error_response, install_error_handlers
 from shared.logs import get_logger
+from shared.storage.outages import is_away
 
 
 def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
@@ -37,7 +38,7 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     install_error_handlers(app)
-    app.add_exception_handler(OperationalError, _database_away)
+    app.add_exception_handler(SQLAlchemyError, _database_failed)
     # The last one added sees a request first.
     app.add_middleware(CloseOnUnreadBody)
     app.add_middleware(RequestContext, observe=metrics.answered)
@@ -49,7 +50,9 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
     return app
 
 
-async def _database_away(request: Request, error: Exception) -> JSONResponse:
+async def _database_failed(request: Request, error: Exception) -> JSONResponse:
+    if not is_away(error):
+        raise error
     get_logger("database").error("the database does not answer", error=str(error))
     away = Unavailable("the database does not answer", code="database_unavailable")
     return error_response(away, request.scope["path"])

@@ -77,11 +77,11 @@ class _Outside(Collector):
             yield GaugeMetricFamily(OLD_PENDING, f"Deprecated: {PENDING} under its old name", value=pending)
 
     def _jobs(self) -> Metric:
-        counts = dict.fromkeys(State, 0)
+        counts: dict[str, int] = dict.fromkeys(State, 0)
         with self._database.read() as tx:
             for state, count in tx.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state)):
-                counts[State(state)] = count
+                counts[state] = count
         family = GaugeMetricFamily("tunesmith_jobs", "Jobs by state", labels=("state",))
         for state, count in counts.items():
-            family.add_metric([state.value], count)
+            family.add_metric([state], count)
         return family

@@ -100,6 +100,7 @@ def _opened(
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
         models = ModelStore(catalogue, adapters)
+        heartbeats = Heartbeats(database)
         replicas = Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value())
         services = Services(
             settings=settings,
@@ -115,7 +116,7 @@ def _opened(
             resolver=JobResolver(catalogue, bases),
             tokenizers=Tokenizers(artifacts),
             notifications=notifications,
-            notifier=Notifier(notifications),
+            notifier=Notifier(notifications, heartbeats.queued),
             health=HealthCache(database, notifications),
             models=models,
             replicas=replicas,
@@ -124,7 +125,7 @@ def _opened(
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
-        reaper = Reaper(Heartbeats(database), notifications, silence=settings.lease_seconds)
+        reaper = Reaper(heartbeats, services.notifier.notify, silence=settings.lease_seconds)
         collector = GarbageCollector(database, artifacts, services.idempotency.forget)
         for background in (services.notifier, reaper, collector):
             background.start()

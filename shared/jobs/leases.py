@@ -14,7 +14,7 @@ from shared.jobs.publication import reserve_adapter, succeed
 from shared.jobs.requeue import STATE_WITHOUT_WORKER, failure, requeue
 from shared.jobs.rows import Checkpoint, NewEvent, change_job, read_job
 from shared.jobs.spec import JobFault, Phase, Progress, RequestedAction, State, TrainingReport
-from shared.storage.database import Database
+from shared.storage.database import Database, check_revision
 from shared.storage.tables import jobs
 
 _REQUESTED_ACTIONS = {
@@ -39,7 +39,11 @@ class Leases:
         self._now = now
 
     def claim(self, worker: str) -> Lease | None:
-        """Take the oldest queued job, or None if nothing waits. Two callers never get the same one."""
+        """Take the oldest queued job, or None if nothing waits. Two callers never get the same one.
+
+        Raises:
+            TunesmithError: the schema is no longer this version's; what a newer one queues is not for this one.
+        """
         oldest = (
             select(jobs.c.id)
             .where(jobs.c.state == State.QUEUED)
@@ -51,6 +55,7 @@ class Leases:
             job_id = tx.execute(oldest).scalar()
             if job_id is None:
                 return None
+            check_revision(tx)
             now = self._now()
             values = {
                 "state": State.RUNNING,
@@ -59,6 +64,7 @@ class Leases:
                 "attempt": jobs.c.attempt + 1,
                 "lease_token": jobs.c.lease_token + 1,
                 "renewals": 0,
+                "last_write": 0,
                 "started_at": func.coalesce(jobs.c.started_at, seconds_of(now)),
             }
             before = read_job(tx, job_id)
@@ -85,15 +91,25 @@ class Leases:
         *,
         phase: Phase | None = None,
         progress: Progress | None = None,
+        number: int | None = None,
     ) -> None:
-        """Write events, phase and progress."""
-        values: dict[str, Any] = {}
+        """Write events, phase and progress.
+
+        Args:
+            number: counts a lease's records from 1: one that is written already, though its answer was lost, is not
+                written again.
+        """
+        values: dict[str, Any] = {} if number is None else {"last_write": number}
+        conditions = [] if number is None else [jobs.c.last_write < number]
         if phase is not None:
             values["phase"] = phase
         if progress is not None:
             values["progress"] = progress.model_dump(mode="json") | {"written_at": self._now() / 1e9}
         with self._database.write() as tx:
-            change_leased_job(tx, lease, values, new_events, self._now())
+            if change_job(tx, lease.job.id, [*lease.held(), *conditions], values, new_events, self._now()):
+                return
+            if tx.execute(select(jobs.c.id).where(*lease.held())).first() is None:
+                raise lease.lost()
 
     def reserve_adapter(self, lease: Lease) -> str:
         """A fresh adapter id, written down before anything is staged under it."""

@@ -12,9 +12,11 @@ from sqlalchemy import Connection, Row, Select, and_, func, insert, literal, sel
 
 from shared.adapters.state import AdapterState
 from shared.clock import seconds_of
-from shared.errors import NotFound
+from shared.errors import NotFound, Unavailable
 from shared.jobs.spec import JobFault, JobSpec, Phase, Progress, State, TrainingReport
 from shared.storage.tables import adapters, checkpoints, events, jobs
+
+_STATES = frozenset(State)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,16 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class NewEvent:
-    """An event to be written; `type` is `message` or `metrics`, `level` info, warn or error."""
+    """An event to be written; `type` is `message` or `metrics`, `level` info, warn or error.
+
+    `created_ns` is for what happened before it is written: nanoseconds since the epoch.
+    """
 
     message: str
     level: str = "info"
     type: str = "message"
     data: dict[str, Any] | None = None
+    created_ns: int | None = None
 
 
 def change_job(
@@ -113,7 +119,7 @@ def change_job(
             {
                 "job": job_id,
                 "number": first + index,
-                "created_at": seconds_of(now),
+                "created_at": seconds_of(event.created_ns or now),
                 "level": event.level,
                 "type": event.type,
                 "message": event.message,
@@ -180,6 +186,8 @@ def _queue_positions(tx: Connection, queued: Sequence[tuple[int, str]]) -> dict[
 
 
 def _job_of(row: Row[Any], queue_position: int | None) -> Job:
+    if row.state not in _STATES:
+        raise Unavailable(f"job {row.id} is {row.state!r}: a newer version of Tunesmith wrote that", code="schema")
     state = State(row.state)
     progress = Progress.model_validate(row.progress or {})
     return Job(

@@ -3,13 +3,15 @@
 from alembic import context
 from sqlalchemy import create_engine, text
 
+from shared.storage.database import connect_arguments
 from shared.storage.tables import metadata
 
 # Two services starting at once must not both create the tables; the number is arbitrary.
 ADVISORY_LOCK = 7_461_093
 
 url: str = context.config.attributes["url"]
-engine = create_engine(url)
+# A migration may take long: of a connection's limits only those of the socket hold.
+engine = create_engine(url, connect_args=connect_arguments(url))
 with engine.connect() as connection:
     if connection.dialect.name == "sqlite":
         connection.connection.dbapi_connection.isolation_level = None  # type: ignore[union-attr]

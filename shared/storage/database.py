@@ -1,5 +1,8 @@
 """Connections to the one source of truth: SQLite on one machine, PostgreSQL by URL. Knows no table.
 
+No call waits for ever: connecting, waiting for a lock, a statement and an open transaction have limits, and so has the
+wait for a free connection. What fails by one of them is an outage (`shared.storage.outages`).
+
 SQLite's rules are here: WAL, full synchronisation, foreign keys, and writers that always open with BEGIN IMMEDIATE.
 A deferred transaction that reads before it writes fails or loses updates under several processes (measured: four
 writers, 600 read-then-update commits: SQLAlchemy's default left the counter at 150, BEGIN IMMEDIATE at 600).
@@ -8,6 +11,7 @@ writers, 600 read-then-update commits: SQLAlchemy's default left the counter at 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,23 @@ from sqlalchemy.exc import SQLAlchemyError
 from shared.errors import TunesmithError, Unavailable
 
 BUSY_TIMEOUT_MS = 5000
+# How long a call waits for one of this process's connections.
+POOL_TIMEOUT_SECONDS = 10
+CONNECT_TIMEOUT_SECONDS = 5
+# libpq's: a peer that acknowledges nothing for so long is gone, though no packet said so.
+_SOCKET_LIMITS = {
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+}
+# The server's, in milliseconds, set as each connection is made.
+_SESSION_LIMITS = {
+    "lock_timeout": 5_000,
+    "statement_timeout": 30_000,
+    "idle_in_transaction_session_timeout": 15_000,
+}
 
 
 class Database:
@@ -37,7 +58,7 @@ class Database:
             self._writer = _sqlite_engine(self.url, begin="BEGIN IMMEDIATE", query_only=False)
             self._reader = _sqlite_engine(self.url, begin="BEGIN", query_only=True)
         else:
-            self._writer = create_engine(self.url, pool_pre_ping=True, json_serializer=_json)
+            self._writer = _postgresql_engine(self.url)
             self._reader = self._writer.execution_options(postgresql_readonly=True)
 
     @contextmanager
@@ -73,6 +94,14 @@ def normalised(url: str) -> str:
     return parsed.render_as_string(hide_password=False)
 
 
+def connect_arguments(url: str) -> dict[str, Any]:
+    """What to connect with to a URL as `normalised` gives it, so that connecting ends; the URL's own settings win."""
+    target = make_url(url)
+    if target.drivername.startswith("sqlite"):
+        return {}
+    return {name: value for name, value in _SOCKET_LIMITS.items() if name not in target.query}
+
+
 def migrate(url: str, revision: str = "head") -> None:
     """Bring the schema of the database at `url` up to a revision, the newest if none is named; harmless if it is there.
 
@@ -94,26 +123,52 @@ def check_schema(url: str) -> None:
         Unavailable: the database does not answer.
         TunesmithError: the schema is missing or of another revision; the message says what to run.
     """
-    expected = ScriptDirectory.from_config(_alembic()).get_current_head()
     target = normalised(url)
     path = make_url(target).database if target.startswith("sqlite") else None
     found = None
     # Connecting to a missing SQLite file would create it.
     if path is None or Path(path).exists():
-        engine = create_engine(target)
+        engine = create_engine(target, connect_args=connect_arguments(target))
         try:
             with engine.connect() as connection:
-                found = MigrationContext.configure(connection).get_current_revision()
+                found = _revision(connection)
         except SQLAlchemyError as error:
             raise Unavailable(f"the database does not answer: {error}") from error
         finally:
             engine.dispose()
-    if found != expected:
-        raise TunesmithError(
-            f"the database's schema is {found or 'missing'}, this version needs {expected}: "
-            "run `python -m shared.migrations`",
-            code="schema",
-        )
+    _require(found)
+
+
+def check_revision(tx: Connection) -> None:
+    """Make sure, in a transaction that goes on from here, that nobody has migrated the database since the start.
+
+    Raises:
+        TunesmithError: the schema is of another revision.
+    """
+    _require(_revision(tx))
+
+
+def _require(found: str | None) -> None:
+    needed, known = _revisions()
+    if found == needed:
+        return
+    advice = "run `python -m shared.migrations`"
+    if found is not None and found not in known:
+        advice = "it was migrated by a newer version: start that one"
+    raise TunesmithError(
+        f"the database's schema is {found or 'missing'}, this version needs {needed}: {advice}", code="schema"
+    )
+
+
+@cache
+def _revisions() -> tuple[str | None, frozenset[str]]:
+    """The newest revision that this version knows, and all of them."""
+    scripts = ScriptDirectory.from_config(_alembic())
+    return scripts.get_current_head(), frozenset(script.revision for script in scripts.walk_revisions())
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
 
 
 def _alembic() -> Config:
@@ -125,6 +180,26 @@ def _alembic() -> Config:
 def _json(value: Any) -> str:
     # SQLite compares the keys of a path with the text as it was stored: escapes would hide every key beyond ASCII.
     return json.dumps(value, ensure_ascii=False)
+
+
+def _postgresql_engine(url: str) -> Engine:
+    engine = create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        json_serializer=_json,
+        connect_args=connect_arguments(url),
+    )
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _: Any) -> None:
+        # Not by libpq's `options`: poolers between here and the server refuse those.
+        connection.autocommit = True
+        for name, milliseconds in _SESSION_LIMITS.items():
+            connection.execute(f"SET {name} = {milliseconds}")
+        connection.autocommit = False
+
+    return engine
 
 
 def _sqlite_engine(url: str, *, begin: str, query_only: bool) -> Engine:

@@ -105,6 +105,8 @@ jobs = Table(
     # (lease_token, renewals) is the heartbeat: a pair that stands still belongs to a lost worker.
     Column("lease_token", BigInteger, nullable=False, default=0),
     Column("renewals", BigInteger, nullable=False, default=0),
+    # The number of the lease's last record; one that is sent again has a number that is not above it.
+    Column("last_write", BigInteger, nullable=False, default=0),
     Column("worker", String(255)),
     Column("attempt", Integer, nullable=False, default=0),
     # How often in a row the job's worker was lost or broke off since the last new checkpoint.

@@ -1,22 +1,39 @@
-"""Notifies workers beside the request, so that creating a job never waits for Redis."""
+"""Notifies workers, on a thread of its own: neither a request nor the reaper ever waits for Redis."""
 
 import threading
+import time
+from collections.abc import Callable
 
 from services.gateway.background.periodic import Periodic
 from shared.jobs.notification import NotificationQueue
 
+CHECK_EVERY_SECONDS = 5.0
+
 
 class Notifier:
-    """Sends one notification per call of `notify`, from a thread of its own.
+    """Sends one notification per call of `notify`, and those that jobs wait without.
 
-    While Redis is away notifications are dropped: the reaper makes up for them.
+    While Redis is away notifications are dropped; they are made up for when it is back.
+
+    Args:
+        queued: how many jobs wait for a worker.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, notifications: NotificationQueue) -> None:
+    def __init__(
+        self,
+        notifications: NotificationQueue,
+        queued: Callable[[], int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._notifications = notifications
+        self._queued = queued
+        self._clock = clock
         self._lock = threading.Lock()
         self._wanted = 0
-        self._thread = Periodic("notifier", self._send)
+        self._last_check = float("-inf")
+        self._thread = Periodic("notifier", self.tick, CHECK_EVERY_SECONDS)
 
     def start(self) -> None:
         self._thread.start()
@@ -26,6 +43,13 @@ class Notifier:
         with self._lock:
             self._wanted += 1
         self._thread.wake()
+
+    def tick(self) -> None:
+        """Send what is wanted; every few seconds make up for what was lost."""
+        self._send()
+        if self._clock() - self._last_check >= CHECK_EVERY_SECONDS:
+            self._last_check = self._clock()
+            self._make_up()
 
     def stop(self) -> None:
         """Sends what is still wanted."""
@@ -38,4 +62,11 @@ class Notifier:
         for _ in range(wanted):
             if not self._notifications.notify():
                 # Redis is away: the others would wait for it once each.
+                return
+
+    def _make_up(self) -> None:
+        waiting = self._queued()
+        pending = self._notifications.pending() if waiting else None
+        for _ in range(max(0, waiting - pending) if pending is not None else 0):
+            if not self._notifications.notify():
                 return

@@ -1,6 +1,6 @@
-"""Finds jobs whose worker no longer renews its lease, and jobs whose notification no worker took.
+"""Finds jobs whose worker no longer renews its lease.
 
-Runs in every gateway; all it does is idempotent.
+Runs in every gateway; all it does is idempotent. Knows nothing of Redis: a silent one must not make its looks late.
 """
 
 import time
@@ -8,11 +8,9 @@ from collections.abc import Callable
 
 from services.gateway.background.periodic import Periodic
 from shared.jobs.heartbeats import Heartbeat, Heartbeats
-from shared.jobs.notification import NotificationQueue
 from shared.logs import get_logger
 
 LEASE_SECONDS = 15.0
-NOTIFY_EVERY_SECONDS = 5.0
 TICK_SECONDS = 1.0
 # A look that comes later than this after the last one says nothing about workers: this process, or the database, stood.
 LATE_SECONDS = 3.0
@@ -22,6 +20,7 @@ class Reaper:
     """Watches heartbeats on a monotonic clock of its own; no clock is compared with a worker's.
 
     Args:
+        notify: called for each job that was taken; returns at once.
         silence: seconds a (token, renewals) pair may stand still; workers renew every 5 s.
         clock: monotonic seconds.
     """
@@ -29,27 +28,19 @@ class Reaper:
     def __init__(
         self,
         heartbeats: Heartbeats,
-        notifications: NotificationQueue,
+        notify: Callable[[], None],
         *,
         silence: float = LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._heartbeats = heartbeats
-        self._notifications = notifications
+        self._notify = notify
         self._silence = silence
         self._clock = clock
         self._first_seen: dict[Heartbeat, float] = {}
         self._last_look = float("-inf")
-        self._last_notify = float("-inf")
         self._thread = Periodic("reaper", lambda: self.tick(), TICK_SECONDS)
         self._log = get_logger("reaper")
-
-    def tick(self) -> None:
-        """One look: take what is silent, then notify for what waits."""
-        self._reap()
-        if self._clock() - self._last_notify >= NOTIFY_EVERY_SECONDS:
-            self._last_notify = self._clock()
-            self._notify()
 
     def start(self) -> None:
         self._thread.start()
@@ -57,7 +48,8 @@ class Reaper:
     def stop(self) -> None:
         self._thread.stop()
 
-    def _reap(self) -> None:
+    def tick(self) -> None:
+        """One look: take what is silent."""
         seen, self._first_seen = self._first_seen, {}
         late = self._clock() - self._last_look > LATE_SECONDS
         self._last_look = self._clock()
@@ -73,7 +65,7 @@ class Reaper:
             # If this fails `_first_seen` is still empty: workers could not write either, and get their full time again.
             if self._heartbeats.expire(beat):
                 self._log.warning("worker lost", job_id=beat.job_id, lease_token=beat.token)
-                self._notifications.notify()
+                self._notify()
         self._first_seen = first_seen
 
     def _writes_work(self) -> bool:
@@ -81,9 +73,3 @@ class Reaper:
         started = self._clock()
         self._heartbeats.check_writable()
         return self._clock() - started < LATE_SECONDS
-
-    def _notify(self) -> None:
-        waiting = self._heartbeats.queued()
-        pending = self._notifications.pending() if waiting else None
-        for _ in range(max(0, waiting - pending) if pending is not None else 0):
-            self._notifications.notify()

@@ -85,6 +85,11 @@ class FileStore:
             raise NotFound(f"no file {file_id[:100]!r}")
         return StoredFile(*row)
 
+    def exists(self, tx: Connection, project: str, file_id: str) -> bool:
+        """Whether the project has this file."""
+        mine = select(files.c.id).where(files.c.id == file_id, files.c.project == project)
+        return tx.execute(mine).first() is not None
+
     def list(
         self,
         tx: Connection,

@@ -5,6 +5,7 @@ not stored: nothing happened, and the same key may be tried again. Knows no rout
 """
 
 import hashlib
+import json
 import secrets
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, delete, insert, select, text
 from sqlalchemy.exc import OperationalError
 
@@ -22,8 +24,10 @@ from shared.storage.tables import idempotency_keys
 HEADER = "Idempotency-Key"
 # Counted by each gateway's own clock; an hour more than the promised day forgives clocks that differ.
 KEEP_SECONDS = 25 * 3600
-# OpenAI's clients wait 600 s for a response and try twice more, but send no key of their own.
-RETRY_SECONDS = 1800
+# OpenAI's clients wait 600 s for a response and a little before they send it again, but send no key of their own.
+# What was answered before their first sending can have arrived is the answer to another request.
+RETRY_SECONDS = 620
+MAX_RETRIES = 10
 # How long a request waits for a duplicate that is in flight.
 WAIT_MS = 5000
 
@@ -36,14 +40,14 @@ class Attempt:
         api_key: id of the API key.
         key: the client's Idempotency-Key, if it sent one.
         fingerprint: SHA-256 of the request.
-        retried: whether the client says that it has sent this before.
+        retries: how often the client says that it has sent this before.
     """
 
     api_key: str
     path: str
     key: str | None
     fingerprint: str
-    retried: bool = False
+    retries: int = 0
 
     @property
     def name(self) -> str:
@@ -57,6 +61,11 @@ class StoredResponse:
 
     body: str
     status: int = 200
+
+    @property
+    def id(self) -> str:
+        """The id of what it says was made."""
+        return str(json.loads(self.body)["id"])
 
 
 class IdempotencyStore:
@@ -143,11 +152,12 @@ class IdempotencyStore:
 
     def _by_retry(self, tx: Connection, attempt: Attempt) -> StoredResponse | None:
         """The newest response to the same request without a key, if the client says that it sends it again."""
-        if not attempt.retried:
+        if not attempt.retries:
             return None
+        since = self._now() - min(attempt.retries, MAX_RETRIES) * RETRY_SECONDS
         c = idempotency_keys.c
         same = (c.api_key == attempt.api_key, c.path == attempt.path, c.key.is_(None))
-        recent = (c.fingerprint == attempt.fingerprint, c.created_at >= self._now() - RETRY_SECONDS)
+        recent = (c.fingerprint == attempt.fingerprint, c.created_at >= since)
         newest = select(c.body, c.status).where(*same, *recent).order_by(c.created_at.desc()).limit(1)
         return _response(tx.execute(newest).one_or_none())
 
@@ -163,6 +173,8 @@ def _lock(tx: Connection, attempt: Attempt) -> None:
         # Held until the transaction ends.
         tx.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": number})
     except OperationalError as error:
+        if not isinstance(error.orig, LockNotAvailable):
+            raise
         raise _in_flight() from error
 
 

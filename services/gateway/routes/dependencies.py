@@ -77,8 +77,9 @@ async def _attempts(
         raise InvalidRequest(f"send one {HEADER}", param=HEADER)
     owner: Owner = request.state.owner
     # OpenAI's clients count their retries here, and send no key.
-    retried = bool(re.fullmatch(r"0*[1-9]\d{0,3}", request.headers.get("x-stainless-retry-count", "")))
-    return lambda fingerprint: Attempt(owner.key_id, request.scope["path"], key, fingerprint, retried)
+    count = re.fullmatch(r"[0-9]{1,4}", request.headers.get("x-stainless-retry-count", ""))
+    retries = int(count[0]) if count else 0
+    return lambda fingerprint: Attempt(owner.key_id, request.scope["path"], key, fingerprint, retries)
 
 
 async def _file_id(file_id: str) -> str:

@@ -95,7 +95,7 @@ def _keep(
         database.write() as tx,
     ):
         earlier = idempotency.begin(tx, attempt)
-        if earlier is not None:
+        if earlier is not None and (attempt.key is not None or files.exists(tx, project, earlier.id)):
             return stored_response(earlier, replayed=True)
         file = files.add(tx, project, file_id, new)
         response = StoredResponse(file_json(file).model_dump_json())

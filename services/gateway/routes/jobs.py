@@ -5,13 +5,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 
 from services.gateway.http.auth import AuthenticatedRoute
-from services.gateway.http.idempotency import StoredResponse
+from services.gateway.http.idempotency import Attempt, StoredResponse
 from services.gateway.jobs.event_ids import event_number
 from services.gateway.jobs.event_stream import EventStream
-from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.jobs.request_schema import MAX_METADATA_PAIRS, JobRequest
 from services.gateway.jobs.response_schema import (
     CheckpointListJson,
     EventListJson,
@@ -38,6 +39,7 @@ from services.gateway.routes.dependencies import (
 )
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response, stored_response
 from shared.errors import InvalidRequest
+from shared.jobs.store import JobStore
 
 router = APIRouter(
     route_class=AuthenticatedRoute, tags=["fine-tuning"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY]
@@ -63,14 +65,14 @@ def create_fine_tuning_job(
     attempt = attempts(body.fingerprint())
     with database.read() as tx:
         # Before anything else: the files may be gone that the first sending named.
-        earlier = idempotency.find(tx, attempt)
+        earlier = _still_true(tx, jobs, project, attempt, idempotency.find(tx, attempt))
         if earlier is not None:
             return stored_response(earlier, replayed=True)
         named = sources.load(tx, project, body)
     resolved = resolver.resolve(body, named)
     spec = resolved.spec
     with idempotency.single_flight(attempt), database.write() as tx:
-        earlier = idempotency.begin(tx, attempt)
+        earlier = _still_true(tx, jobs, project, attempt, idempotency.begin(tx, attempt))
         if earlier is not None:
             return stored_response(earlier, replayed=True)
         # A file may have been deleted since it was looked at.
@@ -176,6 +178,20 @@ def list_fine_tuning_job_checkpoints(
     return json_response(checkpoint_list_json(page))
 
 
+def _still_true(
+    tx: Connection, jobs: JobStore, project: str, attempt: Attempt, earlier: StoredResponse | None
+) -> StoredResponse | None:
+    """What to answer instead of making a second job, if the request was answered before.
+
+    A key means one answer for ever. Without one, a retry of an answer that was lost wants the job as it is now; if that
+    has ended, the client cannot mean it: it is a new request for the same training.
+    """
+    if earlier is None or attempt.key is not None:
+        return earlier
+    job = jobs.get(tx, project, earlier.id)
+    return None if job.state.final else StoredResponse(job_json(job).model_dump_json())
+
+
 def _metadata(request: Request) -> dict[str, str]:
     # OpenAI's clients write nested parameters with brackets; FastAPI has no word for that.
     wanted = {}
@@ -185,4 +201,6 @@ def _metadata(request: Request) -> dict[str, str]:
             wanted[match[1]] = value
         elif name.startswith("metadata") and not (name == "metadata" and value in ("", "null")):
             raise InvalidRequest("write metadata[key]=value", param="metadata")
+    if len(wanted) > MAX_METADATA_PAIRS:
+        raise InvalidRequest(f"a job has at most {MAX_METADATA_PAIRS} pairs: no more can match", param="metadata")
     return wanted

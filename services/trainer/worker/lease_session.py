@@ -11,7 +11,8 @@ from typing import Any, Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.contract import EventType, Level
-from services.trainer.worker.retry import with_retries
+from services.trainer.worker.record_writer import RecordWriter
+from services.trainer.worker.retry import RETRY_FOR_SECONDS, with_retries
 from services.trainer.worker.stall import StallDetector
 from shared.errors import LeaseLost
 from shared.jobs.fencing import Lease
@@ -20,14 +21,16 @@ from shared.jobs.rows import NewEvent
 from shared.jobs.spec import Phase, Progress, RequestedAction
 from shared.logs import get_logger
 
-PROGRESS_SECONDS = 0.5
+# So long a training's end waits for what is not written yet; the job's own end is retried for longer.
+END_SECONDS = 5.0
 
 
 class LeaseSession:
     """Implements `services.trainer.contract.Session` over one lease; use as a context manager.
 
     A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when the training
-    hangs.
+    hangs. Another writes events, phase and progress: only reserving an adapter, committing a checkpoint and `flush`
+    wait for the database.
 
     Args:
         handover: true when this worker is to release its job (shutdown).
@@ -51,9 +54,7 @@ class LeaseSession:
         self._claimed = clock()
         self._stall = StallDetector(clock)
         self._training_since: float | None = None
-        self._progress_written = float("-inf")
-        self._progress: Progress | None = None
-        self._unwritten: list[NewEvent] = []
+        self._records = RecordWriter(leases, lease)
         self._requested = RequestedAction.NONE
         self._lost = False
         self._done = threading.Event()
@@ -62,9 +63,11 @@ class LeaseSession:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._records.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._records.stop(within=END_SECONDS)
         self._done.set()
         self._thread.join()
 
@@ -75,22 +78,18 @@ class LeaseSession:
 
     def phase(self, phase: Phase) -> None:
         self._stall.moved()
-        with_retries(lambda: self._leases.record(self._lease, phase=phase), abort=self._handover)
+        self._records.put(phase=phase)
         if phase is Phase.TRAINING and self._training_since is None:
             self._training_since = self._clock()
 
     def progress(self, progress: Progress) -> None:
-        """Written at most twice a second: steps of a tiny model must not wait for the disk."""
-        now = self._clock()
         self._stall.step_done()
-        self._progress = progress
-        if now - self._progress_written >= PROGRESS_SECONDS:
-            self._write()
+        self._records.put(progress=progress)
 
     def event(
         self, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
     ) -> None:
-        self._write(NewEvent(message, level, type, data))
+        self._records.put(NewEvent(message, level, type, data))
         self._log.info("event", message=message, level=level, data=data)
 
     def first_step(self, *, base_loaded: bool) -> None:
@@ -113,37 +112,33 @@ class LeaseSession:
             LeaseLost: the job is another worker's by now.
         """
         self._stall.moved()
-        if self._lost:
+        if self._lost or self._records.lost:
             raise LeaseLost(f"the lease on {self._lease.job.id} is gone")
         return self._requested is not RequestedAction.NONE or self._handover()
 
     def reserve_adapter(self) -> str:
-        return with_retries(lambda: self._leases.reserve_adapter(self._lease), abort=self._handover)
+        return with_retries(lambda: self._leases.reserve_adapter(self._lease), abort=self._waiting)
 
     def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
-        self._stall.moved()
+        # What led to the checkpoint stands before it in the log.
+        self.flush()
         with_retries(
-            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), abort=self._handover
+            lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), abort=self._waiting
         )
 
     def flush(self) -> None:
-        """Write the progress and the events that are not written yet."""
-        if self._progress is not None or self._unwritten:
-            events, progress = self._unwritten, self._progress
-            with_retries(lambda: self._leases.record(self._lease, events, progress=progress), abort=self._handover)
-            self._progress, self._unwritten = None, []
+        """Wait until all progress and events are written.
 
-    def _write(self, *events: NewEvent) -> None:
-        """Write events and the latest progress; if the database is away, they go with the next write."""
-        self._unwritten += events
-        try:
-            self._leases.record(self._lease, self._unwritten, progress=self._progress)
-        except SQLAlchemyError as error:
-            self._log.warning("events not written yet", count=len(self._unwritten), error=str(error))
-            return
-        self._unwritten = []
-        self._progress = None
-        self._progress_written = self._clock()
+        Raises:
+            LeaseLost: the job is another worker's by now.
+            SQLAlchemyError: the database objects, or was away for too long.
+        """
+        self._records.flush(abort=self._waiting, within=RETRY_FOR_SECONDS)
+
+    def _waiting(self) -> bool:
+        """Asked between tries: waiting for the database is no hanging."""
+        self._stall.moved()
+        return self._handover()
 
     def _renew_until_done(self) -> None:
         while not self._done.wait(self._renew_seconds):

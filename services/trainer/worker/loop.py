@@ -70,7 +70,7 @@ class Worker:
             DeviceLost: in a job; claiming the next one would only waste its attempts.
         """
         claimed = 0
-        while not self._handover() and (lease := self._leases.claim(self._name)) is not None:
+        while not self._handover() and (lease := self._claim()) is not None:
             claimed += 1
             with structlog.contextvars.bound_contextvars(job_id=lease.job.id, lease_token=lease.token):
                 self._log.info("claimed", attempt=lease.job.attempt)
@@ -82,12 +82,29 @@ class Worker:
                 self._bases.release_memory()
         return claimed
 
+    def _claim(self) -> Lease | None:
+        try:
+            return self._leases.claim(self._name)
+        except TunesmithError as error:
+            self._log.error("no job is claimed", code=error.code, error=error.message)
+            return None
+
     def _run(self, lease: Lease) -> None:
         try:
-            self._record(lease, self._train(lease))
+            self._work_on(lease)
         except LeaseLost:
             # The worker that holds the job now owns its files, too.
             self._log.warning("lease lost")
+        except SQLAlchemyError as error:
+            # The reaper will find that the lease has expired.
+            self._log.error("how the job ended could not be written", error=str(error))
+            self._pause()
+
+    def _work_on(self, lease: Lease) -> None:
+        try:
+            self._record(lease, self._train(lease))
+        except LeaseLost:
+            raise
         except TunesmithError as error:
             self._handle_fault(lease, error)
         except Exception as error:
@@ -123,7 +140,8 @@ class Worker:
         else:
             step = outcome.step
             kept = f"the checkpoint of step {step} is kept" if step else "no new step was done"
-            ended = self._leases.release(lease, f"Stopped on worker {self._name}: {kept}").final
+            message = f"Stopped on worker {self._name}: {kept}"
+            ended = with_retries(lambda: self._leases.release(lease, message), abort=self._handover).final
         self._log.info("job released", outcome=type(outcome).__name__)
         if ended:
             self._store.remove(self._store.checkpoints(lease.job.id))
@@ -132,7 +150,8 @@ class Worker:
         """Fail the job for a fault of its own; requeue it for a fault of the system."""
         if isinstance(error, JobFailed) or error.status < 500:
             self._log.warning("job failed", code=error.code, error=error.message)
-            self._leases.fail(lease, JobFault(code=error.code, message=error.message, param=error.param))
+            fault = JobFault(code=error.code, message=error.message, param=error.param)
+            with_retries(lambda: self._leases.fail(lease, fault), abort=self._handover)
             self._store.remove(self._store.checkpoints(lease.job.id))
         else:
             self._log.error("system fault", code=error.code, error=error.message)

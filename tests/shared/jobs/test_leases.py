@@ -5,10 +5,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from sqlalchemy import select
+from sqlalchemy import select, text, update
 
 from shared.adapters.state import AdapterState
-from shared.errors import InvalidRequest, LeaseLost
+from shared.errors import InvalidRequest, LeaseLost, TunesmithError, Unavailable
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeat, Heartbeats
 from shared.jobs.leases import Leases
@@ -46,6 +46,26 @@ def test_the_oldest_is_claimed_first_and_only_once(store: Jobs, leases: Leases, 
     ids = [store.create("default", spec).id for _ in range(3)]
     assert [claimed(leases).job.id for _ in ids] == ids
     assert leases.claim("w") is None
+
+
+def test_what_a_newer_version_left_is_not_claimed_nor_read(
+    store: Jobs, leases: Leases, database: Database, spec: JobSpec
+) -> None:
+    first, second = (store.create("default", spec).id for _ in range(2))
+    with database.write() as tx:
+        # A newer schema allows more states.
+        sqlite, postgresql = "PRAGMA ignore_check_constraints=ON", "ALTER TABLE jobs DROP CONSTRAINT ck_jobs_state"
+        tx.execute(text(sqlite if database.is_sqlite else postgresql))
+        tx.execute(update(jobs).where(jobs.c.id == second).values(state="dreaming"))
+    assert store.get("default", first).state is State.QUEUED
+    with pytest.raises(Unavailable, match="newer version"):
+        store.get("default", second)
+    with database.write() as tx:
+        tx.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(TunesmithError, match="newer version") as refused:
+        leases.claim("w")
+    assert refused.value.code == "schema"
+    assert store.get("default", first).attempt == 0
 
 
 def test_success_publishes_the_adapter_with_the_job(store: Jobs, leases: Leases, spec: JobSpec) -> None:

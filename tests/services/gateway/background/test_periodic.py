@@ -65,7 +65,7 @@ def queue() -> Queue:
 
 
 def test_one_notification_per_call(queue: Queue) -> None:
-    notifier = Notifier(queue)  # type: ignore[arg-type]
+    notifier = Notifier(queue, lambda: 0)  # type: ignore[arg-type]
     notifier.start()
     for _ in range(3):
         notifier.notify()
@@ -75,14 +75,14 @@ def test_one_notification_per_call(queue: Queue) -> None:
 
 
 def test_what_is_wanted_at_the_end_is_still_sent(queue: Queue) -> None:
-    notifier = Notifier(queue)  # type: ignore[arg-type]
+    notifier = Notifier(queue, lambda: 0)  # type: ignore[arg-type]
     notifier.notify()
     notifier.stop()
     assert queue.tries == 1
 
 
 def test_while_redis_is_away_the_piled_up_ones_are_dropped(queue: Queue) -> None:
-    notifier = Notifier(queue)  # type: ignore[arg-type]
+    notifier = Notifier(queue, lambda: 0)  # type: ignore[arg-type]
     queue.away = True
     for _ in range(50):
         notifier.notify()

@@ -1,5 +1,6 @@
 """The reaper on a clock of the test's own, over real SQLite and a real Redis-protocol server."""
 
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from services.gateway.background.reaper import LATE_SECONDS, LEASE_SECONDS, NOTIFY_EVERY_SECONDS, Reaper
+from services.gateway.background.notifier import CHECK_EVERY_SECONDS, Notifier
+from services.gateway.background.reaper import LATE_SECONDS, LEASE_SECONDS, Reaper
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeat, Heartbeats
 from shared.jobs.leases import Leases
-from shared.jobs.notification import NotificationQueue
+from shared.jobs.notification import SOCKET_TIMEOUT_SECONDS, NotificationQueue
 from shared.jobs.requeue import MAX_ATTEMPTS
 from shared.jobs.spec import JobSpec, State
 from shared.storage.database import Database, migrate
@@ -37,15 +39,17 @@ class Scene:
     heartbeats: Heartbeats
     notifications: NotificationQueue
     clock: Clock
+    notifier: Notifier
     reaper: Reaper
 
     def pass_time(self, seconds: float, *, alive: Lease | None = None) -> None:
-        """Second by second, as the reaper's thread ticks; `alive` is renewed every 5 s."""
+        """Second by second, as the threads tick; `alive` is renewed every 5 s."""
         for second in range(int(seconds)):
             self.clock.now += 1
             if alive and second % 5 == 0:
                 self.leases.renew(alive)
             self.reaper.tick()
+            self.notifier.tick()
 
     def claimed(self) -> Lease:
         lease = self.leases.claim("worker-1")
@@ -62,8 +66,9 @@ def scene(tmp_path: Path, redis_url: str) -> Iterator[Scene]:
     migrate(url)
     database, notifications, clock = Database(url), NotificationQueue(redis_url), Clock()
     heartbeats = Heartbeats(database)
-    reaper = Reaper(heartbeats, notifications, clock=clock)
-    yield Scene(Jobs(database), Leases(database), heartbeats, notifications, clock, reaper)
+    notifier = Notifier(notifications, heartbeats.queued, clock=clock)
+    reaper = Reaper(heartbeats, notifier.notify, clock=clock)
+    yield Scene(Jobs(database), Leases(database), heartbeats, notifications, clock, notifier, reaper)
     notifications.close()
     database.close()
 
@@ -115,7 +120,7 @@ def test_a_reaper_that_starts_gives_everybody_its_full_time(scene: Scene) -> Non
 def test_two_reapers_take_a_job_once(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
-    other = Reaper(scene.heartbeats, scene.notifications, clock=scene.clock)
+    other = Reaper(scene.heartbeats, scene.notifier.notify, clock=scene.clock)
     for _ in range(int(LEASE_SECONDS) + 2):
         scene.clock.now += 1
         scene.reaper.tick()
@@ -152,7 +157,7 @@ def test_lost_notifications_are_sent_again_and_taken_ones_are_not(scene: Scene) 
     assert scene.notifications.pending() == 0
     scene.pass_time(1)
     assert scene.notifications.pending() == 3
-    scene.pass_time(3 * NOTIFY_EVERY_SECONDS)
+    scene.pass_time(3 * CHECK_EVERY_SECONDS)
     assert scene.notifications.pending() == 3
 
 
@@ -163,27 +168,48 @@ def test_a_flushed_redis_is_filled_again(scene: Scene, redis_url: str) -> None:
     scene.pass_time(1)
     with Redis.from_url(redis_url) as client:
         client.flushall()
-    scene.pass_time(NOTIFY_EVERY_SECONDS)
+    scene.pass_time(CHECK_EVERY_SECONDS)
     assert scene.notifications.pending() == 1
 
 
 def test_an_empty_queue_sends_no_notification(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     scene.claimed()
-    scene.pass_time(NOTIFY_EVERY_SECONDS)
+    scene.pass_time(CHECK_EVERY_SECONDS)
     assert scene.notifications.pending() == 0
 
 
-def test_without_redis_leases_are_still_watched(scene: Scene) -> None:
-    away = NotificationQueue("redis://127.0.0.1:9/0")
-    reaper = Reaper(scene.heartbeats, away, clock=scene.clock)
-    scene.store.create("default", SPEC)
-    lease = scene.claimed()
+@pytest.fixture(params=["refuses", "silent"])
+def redis_away(request: pytest.FixtureRequest) -> Iterator[NotificationQueue]:
+    """A Redis that cannot be reached, and one that is stopped: its connections are taken and nothing comes back."""
+    with socket.socket() as listening:
+        if request.param == "silent":
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(16)
+        port = listening.getsockname()[1] if request.param == "silent" else 9
+        queue = NotificationQueue(f"redis://127.0.0.1:{port}/0")
+        yield queue
+        queue.close()
+
+
+def test_without_redis_every_silent_workers_job_is_taken_in_one_look(
+    scene: Scene, redis_away: NotificationQueue
+) -> None:
+    notifier = Notifier(redis_away, scene.heartbeats.queued)
+    reaper = Reaper(scene.heartbeats, notifier.notify, clock=scene.clock)
+    held = []
+    for _ in range(3):
+        scene.store.create("default", SPEC)
+        held.append(scene.claimed())
+    notifier.start()
+    started = time.monotonic()
     for _ in range(int(LEASE_SECONDS) + 1):
         reaper.tick()
         scene.clock.now += 1
-    away.close()
-    assert scene.state(lease) is State.QUEUED
+    assert [scene.state(lease) for lease in held] == [State.QUEUED] * 3
+    # Faster than one attempt at a silent Redis, which ends after `SOCKET_TIMEOUT_SECONDS`.
+    assert time.monotonic() - started < SOCKET_TIMEOUT_SECONDS
+    notifier.stop()
 
 
 def test_while_the_database_is_away_nobodys_time_runs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

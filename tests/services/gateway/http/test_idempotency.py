@@ -20,7 +20,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from services.gateway.http import idempotency as idempotency_module
-from services.gateway.http.idempotency import KEEP_SECONDS, Attempt, IdempotencyStore, StoredResponse
+from services.gateway.http.idempotency import KEEP_SECONDS, RETRY_SECONDS, Attempt, IdempotencyStore, StoredResponse
 from services.gateway.http.keys import Keys, read_or_make_secret
 from services.gateway.settings import GatewaySettings
 from shared.errors import Conflict
@@ -173,6 +173,42 @@ def test_the_official_clients_retry_of_a_lost_answer_makes_no_second_job(
             update(tables.idempotency_keys).values(created_at=tables.idempotency_keys.c.created_at - 7200)
         )
     assert create(gateway, body | {"seed": 11}, x_stainless_retry_count="1").json()["id"] != first.json()["id"]
+
+
+def test_a_retry_is_told_the_job_as_it_is_now_and_never_one_that_has_ended(
+    gateway: Gateway, body: dict[str, Any]
+) -> None:
+    first = create(gateway, body | {"seed": 21}).json()
+    gateway.http.post(f"{PATH}/{first['id']}/pause")
+    again = create(gateway, body | {"seed": 21}, x_stainless_retry_count="1").json()
+    assert (again["id"], again["state"]) == (first["id"], "paused")
+    gateway.http.post(f"{PATH}/{first['id']}/cancel")
+    # The first sending never arrived: the job that ended before is another's.
+    new = create(gateway, body | {"seed": 21}, x_stainless_retry_count="1").json()
+    assert new["id"] != first["id"]
+    assert new["state"] == "queued"
+
+
+def test_a_retry_that_came_too_late_for_what_was_answered_is_new(gateway: Gateway, body: dict[str, Any]) -> None:
+    first = create(gateway, body | {"seed": 22}).json()
+    column = tables.idempotency_keys.c.created_at
+    with gateway.services.database.write() as connection:
+        connection.execute(update(tables.idempotency_keys).values(created_at=column - RETRY_SECONDS - 5))
+    assert create(gateway, body | {"seed": 22}, x_stainless_retry_count="2").json()["id"] == first["id"]
+    assert create(gateway, body | {"seed": 22}, x_stainless_retry_count="1").json()["id"] != first["id"]
+
+
+def test_a_retried_upload_of_a_file_deleted_meanwhile_is_stored_again(gateway: Gateway) -> None:
+    def upload(**headers: str) -> str:
+        form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("r.jsonl", as_jsonl(ROWS[1:]))}}
+        return str(gateway.http.post("/v1/files", **form, headers=headers).json()["id"])
+
+    first = upload()
+    assert upload(**{"x-stainless-retry-count": "1"}) == first
+    gateway.http.delete(f"/v1/files/{first}")
+    again = upload(**{"x-stainless-retry-count": "1"})
+    assert again != first
+    assert gateway.http.get(f"/v1/files/{again}/content").is_success
 
 
 def test_a_connection_cut_before_the_answer_still_makes_one_job(gateway: Gateway, body: dict[str, Any]) -> None:

@@ -124,6 +124,14 @@ def test_page_parameters(gateway: Gateway, query: str) -> None:
     assert answer.json()["error"]["param"] == query.split("=")[0].split("[")[0]
 
 
+def test_more_metadata_filters_than_a_job_has_pairs_are_refused(gateway: Gateway) -> None:
+    most = {f"metadata[k{number}]": "v" for number in range(16)}
+    assert gateway.http.get(PATH, params=most).json()["data"] == []
+    answer = gateway.http.get(PATH, params=most | {"metadata[k16]": "v"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "metadata"
+
+
 def test_metadata_with_any_key_is_found_again(gateway: Gateway, file: str) -> None:
     for key in ("a", "a.b", "$", "a b", "ü", "[0]", "'", "%"):
         body = {"model": BASE, "training_file": file, "metadata": {key: f"value of {key}"}}

@@ -129,7 +129,29 @@ def test_without_a_schema_the_process_says_what_to_run(tmp_path: Path, redis_url
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip() == (
-        "the database's schema is missing, this version needs 0003: run `python -m shared.migrations`"
+        "the database's schema is missing, this version needs 0005: run `python -m shared.migrations`"
+    )
+
+
+def test_after_a_newer_version_has_migrated_the_process_ends_and_says_so(tmp_path: Path, redis_url: str) -> None:
+    from sqlalchemy import text
+
+    from shared.storage.database import Database, migrate
+
+    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
+    migrate(url)
+    with process(tmp_path, redis_url) as gateway:
+        assert gateway.stderr is not None
+        while "Uvicorn running on" not in gateway.stderr.readline():
+            assert gateway.poll() is None
+        database = Database(url)
+        with database.write() as tx:
+            tx.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        database.close()
+        _, errors = gateway.communicate(timeout=60)
+    assert gateway.returncode == 1
+    assert errors.strip().splitlines()[-1] == (
+        "the database's schema is 9999, this version needs 0005: it was migrated by a newer version: start that one"
     )
 
 

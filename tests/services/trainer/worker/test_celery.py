@@ -48,7 +48,10 @@ class Stack:
         self.jobs = Jobs(self.database)
         self.notifications = NotificationQueue(self.redis_url)
         # A shorter timeout than in production, but longer than several renewals.
-        self.reaper = Reaper(Heartbeats(self.database), self.notifications, silence=3)
+        self.reaper = Reaper(Heartbeats(self.database), self.notify, silence=3)
+
+    def notify(self) -> None:
+        assert self.notifications.notify()
 
     def start_worker(self) -> Running:
         command = [sys.executable, "-m", "celery", "-A", "services.trainer.worker", *CELERY_FLAGS]

@@ -141,45 +141,59 @@ def test_every_sign_of_movement_keeps_the_lease(leases: Renewals, lease: Lease, 
         assert open_session.renewing
 
 
-def test_progress_is_thinned_and_nothing_is_withheld(store: Jobs, leases: Renewals, lease: Lease) -> None:
-    open_session = session(leases, lease, Clock())
-    for step in range(1, 6):
-        open_session.progress(Progress(step=step, total_steps=9))
-    assert store.get("default", lease.job.id).progress.step == 1
-    open_session.flush()
-    assert store.get("default", lease.job.id).progress.step == 5
-    open_session.progress(Progress(step=6))
-    open_session.event("written", data={"x": 1})
-    assert store.get("default", lease.job.id).progress.step == 6
-    newest = store.events("default", lease.job.id, limit=1).items[0]
-    assert (newest.message, newest.data) == ("written", {"x": 1})
+def test_what_is_flushed_is_written(store: Jobs, leases: Renewals, lease: Lease) -> None:
+    with session(leases, lease, Clock()) as open_session:
+        for step in range(1, 6):
+            open_session.progress(Progress(step=step, total_steps=9))
+        open_session.event("written", data={"x": 1})
+        open_session.flush()
+        assert store.get("default", lease.job.id).progress.step == 5
+        newest = store.events("default", lease.job.id, limit=1).items[0]
+        assert (newest.message, newest.data) == ("written", {"x": 1})
 
 
-def test_a_database_that_is_away_for_a_while_loses_no_event(
+def test_what_was_said_before_a_failure_is_written(store: Jobs, leases: Renewals, lease: Lease) -> None:
+    def fail() -> None:
+        with session(leases, lease, Clock()) as open_session:
+            open_session.event("before")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert store.events("default", lease.job.id, limit=1).items[0].message == "before"
+
+
+def test_a_database_that_is_away_stalls_no_training(
     store: Jobs, leases: Renewals, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_session = session(leases, lease, Clock())
-
     def away(*_: object, **__: object) -> None:
-        raise OperationalError("UPDATE", None, Exception("database is locked"))
+        raise OperationalError("UPDATE", None, Exception("server closed the connection unexpectedly"))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(leases, "record", away)
-        open_session.event("one")
-    open_session.event("two")
+    with session(leases, lease, Clock()) as open_session:
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, "record", away)
+            for step in range(1000):
+                open_session.progress(Progress(step=step))
+                assert not open_session.should_stop()
+            open_session.event("one")
+            open_session.phase(Phase.EVALUATING)
+        open_session.event("two")
+        open_session.flush()
     written = store.events("default", lease.job.id, limit=2).items
     assert [event.message for event in written] == ["two", "one"]
+    job = store.get("default", lease.job.id)
+    assert (job.progress.step, job.phase) == (999, Phase.EVALUATING)
 
 
 def test_the_first_step_is_reported_with_its_time(store: Jobs, leases: Renewals, lease: Lease) -> None:
     clock = Clock()
-    open_session = session(leases, lease, clock)
-    clock.now += 0.5
-    open_session.phase(Phase.TRAINING)
-    clock.now += 2
-    # A later phase of training is not the first.
-    open_session.phase(Phase.TRAINING)
-    open_session.first_step(base_loaded=False)
+    with session(leases, lease, clock) as open_session:
+        clock.now += 0.5
+        open_session.phase(Phase.TRAINING)
+        clock.now += 2
+        # A later phase of training is not the first.
+        open_session.phase(Phase.TRAINING)
+        open_session.first_step(base_loaded=False)
     newest = store.events("default", lease.job.id, limit=1).items[0]
     assert newest.data == {
         "claim_to_training_seconds": 0.5,

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy.exc import OperationalError
 
 from services.trainer.contract import Outcome
 from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.free_memory import FreeMemory, free_bytes
-from services.trainer.worker import loop
+from services.trainer.worker import loop, retry
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
+from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.rows import Event, Job
@@ -283,3 +285,48 @@ def test_who_lost_the_job_writes_nothing_more(place: Place) -> None:
     assert place.state(job) is State.SUCCEEDED
     assert sum("was lost" in line for line in messages) == 1
     assert sum("successfully completed" in line for line in messages) == 1
+
+
+def fail_at_first(leases: Leases, method: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the server closes the connection: three times before COMMIT, or once after it."""
+    real, left = getattr(leases, method), 3 if when == "before" else 1
+
+    def failing(*args: object, **options: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            if when == "after":
+                real(*args, **options)
+            raise OperationalError("UPDATE", None, Exception("server closed the connection unexpectedly"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(leases, method, failing)
+    monkeypatch.setattr(retry, "RETRY_EVERY_SECONDS", 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("method", "end"), [("fail", State.FAILED), ("succeed", State.SUCCEEDED), ("release", State.PAUSED)]
+)
+def test_a_job_ends_once_though_the_database_is_away_just_then(
+    place: Place, monkeypatch: pytest.MonkeyPatch, method: str, end: State, when: str
+) -> None:
+    rows = [{"instruction": "long " * 200, "output": "cut off"}] if method == "fail" else ROWS
+    job = place.job(rows, n_epochs=3, max_length=16 if method == "fail" else 512)
+    claim = place.leases.claim
+
+    def claim_and_pause(worker: str) -> Lease | None:
+        lease = claim(worker)
+        if lease is not None and method == "release":
+            place.jobs.pause("default", job.id)
+        return lease
+
+    monkeypatch.setattr(place.leases, "claim", claim_and_pause)
+    fail_at_first(place.leases, method, when, monkeypatch)
+    place.worker().drain_queue()
+    assert place.state(job) is end
+    assert place.jobs.get("default", job.id).worker_failures == 0
+    again = place.job(ROWS, n_epochs=1)
+    monkeypatch.undo()
+    place.worker().drain_queue()
+    assert place.state(again) is State.SUCCEEDED
