@@ -1,6 +1,7 @@
 """Processes of a stack for tests: free ports, own folders, one log each, and everything stopped at the end."""
 
 import atexit
+import fcntl
 import os
 import random
 import secrets
@@ -212,7 +213,10 @@ def running_postgres() -> Iterator[Postgres]:
         import pgserver
 
         data = Path(folder) / "data"
-        server = pgserver.get_server(data, cleanup_mode="stop")
+        # One at a time: as root, a start may make the user that the server runs as; two at once disagreed on its id.
+        with open(Path(tempfile.gettempdir()) / f"pgserver-{os.geteuid()}.lock", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            server = pgserver.get_server(data, cleanup_mode="stop")
         try:
             yield Postgres(server.get_uri(), Path(pgserver.__file__).parent / "pginstall" / "bin", data)
         finally:

@@ -29,7 +29,7 @@ from shared.storage.artifacts import LocalArtifactStore
 from tunesmith.connection import Connection
 from tunesmith.local_stack.stack import down, up
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(1000)]
 
 BASE = "smollm2-135m-instruct"
 TIMEOUT_SECONDS = 400

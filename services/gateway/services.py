@@ -99,7 +99,7 @@ def _opened(
         bases = BaseMetadataReader(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
-        models = ModelStore(catalogue, adapters)
+        models = ModelStore(catalogue, adapters, jobs)
         heartbeats = Heartbeats(database)
         replicas = Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value())
         services = Services(

@@ -73,14 +73,17 @@ class AdapterStore:
         query = _published(project).order_by(adapters.c.created_ns.desc(), adapters.c.id.desc())
         return [Adapter(*row) for row in tx.execute(query)]
 
-    def get(self, tx: Connection, project: str, name: str) -> Adapter:
+    def get(self, tx: Connection, project: str, name: str, *, lock: bool = False) -> Adapter:
         """A published adapter by its name (`shared.adapters.names`) or its id.
+
+        Args:
+            lock: nobody can delete it until the transaction ends.
 
         Raises:
             NotFound: there is none in this project.
         """
         query = _published(project).where(or_(adapters.c.name == name, adapters.c.id == name))
-        row = tx.execute(query).one_or_none()
+        row = tx.execute(query.with_for_update() if lock else query).one_or_none()
         if row is None:
             raise NotFound(f"no model {name[:200]!r}", code="model_not_found")
         return Adapter(*row)

@@ -11,6 +11,7 @@ from services.gateway.jobs.resolution import Parent, Sources
 from shared.adapters.names import PREFIX, may_be_adapter_name
 from shared.adapters.store import AdapterStore
 from shared.errors import InvalidRequest, NotFound
+from shared.jobs.spec import JobSpec
 from shared.jobs.store import JobStore
 
 
@@ -29,6 +30,21 @@ class JobSources:
         if request.validation_file is None:
             return Sources(training, None, parent)
         return Sources(training, self._file(tx, project, request.validation_file, "validation_file"), parent)
+
+    def lock(self, tx: Connection, project: str, spec: JobSpec) -> None:
+        """Make sure that what a job needs still exists, and stays until the transaction ends.
+
+        Raises:
+            NotFound: a file is gone.
+            InvalidRequest: the adapter to continue is gone.
+        """
+        self._files.lock(tx, project, [file for file in (spec.training_file, spec.validation_file) if file])
+        if spec.initial_adapter is None:
+            return
+        try:
+            self._adapters.get(tx, project, spec.initial_adapter, lock=True)
+        except NotFound as error:
+            raise InvalidRequest(error.message, param="model", code="model_not_found") from None
 
     def _parent(self, tx: Connection, project: str, model: str) -> Parent | None:
         if not (model.startswith(PREFIX) and may_be_adapter_name(model)):

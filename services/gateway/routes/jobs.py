@@ -28,7 +28,6 @@ from services.gateway.routes.dependencies import (
     After,
     Attempts,
     DatabaseDep,
-    FilesDep,
     IdempotencyDep,
     JobId,
     JobsDep,
@@ -54,7 +53,6 @@ def create_fine_tuning_job(
     idempotency: IdempotencyDep,
     sources: SourcesDep,
     resolver: ResolverDep,
-    files: FilesDep,
     jobs: JobsDep,
     notifier: NotifierDep,
     project: Project,
@@ -75,8 +73,8 @@ def create_fine_tuning_job(
         earlier = _still_true(tx, jobs, project, attempt, idempotency.begin(tx, attempt))
         if earlier is not None:
             return stored_response(earlier, replayed=True)
-        # A file may have been deleted since it was looked at.
-        files.lock(tx, project, [file for file in (spec.training_file, spec.validation_file) if file])
+        # A file or the adapter to continue may have been deleted since it was looked at.
+        sources.lock(tx, project, spec)
         job = jobs.create(tx, project, spec, metadata=body.metadata, warnings=resolved.warnings)
         response = StoredResponse(job_json(job).model_dump_json())
         idempotency.keep(tx, attempt, response)

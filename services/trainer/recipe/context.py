@@ -31,6 +31,7 @@ class RunContext:
         peak_flops: FLOP/s of this machine's matrix products in the job's dtype at best, if measured.
         free_memory: bytes that can still be allocated on a device.
         untrained_losses: those that earlier jobs on this warm base have computed.
+        strict_resume: whether a checkpoint of a machine that computes otherwise is refused.
     """
 
     job: JobRun
@@ -47,6 +48,7 @@ class RunContext:
     peak_flops: float | None
     free_memory: FreeMemory
     untrained_losses: UntrainedLosses
+    strict_resume: bool
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +69,7 @@ class RunContext:
             "base precision": spec.base_precision,
             "compute dtype": str(self.precision.dtype),
             "device": self.device.type,
+            "processor": processor_of(self.device),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
 
@@ -90,3 +93,8 @@ class RunContext:
     def checkpoint_due(self, steps: int) -> bool:
         """Whether a checkpoint is written after `steps` steps."""
         return self.layout.plan.checkpoint_due(steps)
+
+
+def processor_of(device: torch.device) -> str:
+    """What decides in which order a device sums: the instruction set of a CPU, the model of a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()

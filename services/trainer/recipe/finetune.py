@@ -67,12 +67,14 @@ def finetune(
     peak_flops: Mapping[torch.dtype, float] | None = None,
     clock: Clock = time.monotonic,
     free_memory: FreeMemory = free_bytes,
+    strict_resume: bool = False,
 ) -> Outcome:
     """Run a job to its end, or to where it is asked to stop.
 
     Args:
         candidates: committed resume states of earlier claims, newest first.
         free_memory: bytes that can still be allocated on a device.
+        strict_resume: refuse to continue what was begun on a machine that computes otherwise.
 
     Raises:
         JobFailed: trying again would not help; the message says what to change.
@@ -80,7 +82,7 @@ def finetune(
     """
     try:
         with out_of_memory_explained():
-            run = prepare(job, bases, store, session, peak_flops or {}, clock, free_memory)
+            run = prepare(job, bases, store, session, peak_flops or {}, clock, free_memory, strict_resume)
             return adapt(run, candidates)
     except StopRequested:
         return Stopped(step=0)
@@ -100,6 +102,7 @@ def prepare(
     peak_flops: Mapping[torch.dtype, float],
     clock: Clock,
     free_memory: FreeMemory,
+    strict_resume: bool,
 ) -> RunContext:
     """Everything before the LoRA weights: the rows first, so that a bad file fails before any model is loaded."""
     spec = job.spec
@@ -131,6 +134,7 @@ def prepare(
         peak_flops=peak_flops.get(precision.dtype),
         free_memory=free_memory,
         untrained_losses=bases.untrained_losses,
+        strict_resume=strict_resume,
     )
 
 
@@ -143,8 +147,6 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
             counts = parameter_counts(model)
             report_adapter(run.session, counts)
             stack.enter_context(out_of_memory_explained(check_memory(run, claim, model)))
-            if spec.initial_adapter:
-                load_initial_adapter(model, spec.initial_adapter, run.base, run.store)
             state = begin(run, claim, model, candidates)
             try:
                 train(run, model, state)
@@ -180,7 +182,7 @@ def check_memory(run: RunContext, claim: ClaimState, model: PeftModel) -> Shorta
 
 
 def begin(run: RunContext, claim: ClaimState, model: PeftModel, candidates: Sequence[Path]) -> TrainingState:
-    """The state at step 0, or as the newest usable checkpoint has it."""
+    """The state at step 0, or as the newest usable checkpoint has it: that needs no adapter it once began with."""
     parameters = trainable(model)
     state = TrainingState(
         parameters=parameters,
@@ -190,9 +192,12 @@ def begin(run: RunContext, claim: ClaimState, model: PeftModel, candidates: Sequ
         random=RandomState.capture(run.device),
         claim=claim,
     )
-    folder = resume(candidates, run.store, state, run.identity, run.session, run.device)
+    strict = run.strict_resume
+    folder = resume(candidates, run.store, state, run.identity, run.session, run.device, strict=strict)
     if folder is not None:
         claim.resume_states = list(reversed(candidates[candidates.index(folder) :]))
+    elif run.job.spec.initial_adapter:
+        load_initial_adapter(model, run.job.spec.initial_adapter, run.base, run.store)
     return state
 
 

@@ -27,7 +27,8 @@ class RandomState:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
+        # A run that is continued on another kind of device leaves its generator there.
+        if self.cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda, device)
 
     def tensors(self) -> dict[str, Tensor]:

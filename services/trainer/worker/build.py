@@ -18,7 +18,7 @@ from shared.storage.database import Database
 
 
 def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> Worker:
-    """A worker on this process's device. Fixes torch's thread count: resumed jobs must compute as before."""
+    """A worker on this process's device. Fixes torch's thread count: resumed jobs should compute as before."""
     quiet_libraries()
     torch.set_num_threads(settings.torch_threads)
     store = LocalArtifactStore(settings.artifacts_root)
@@ -30,6 +30,7 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> W
         name=settings.worker_name,
         handover=handover,
         renew_seconds=settings.renew_seconds,
+        strict_resume=settings.strict_resume,
         peak_flops={dtype: measure_peak_flops(device, dtype) for dtype in _dtypes(device)},
     )
 

@@ -37,6 +37,7 @@ class Worker:
         retry_seconds: pause after a fault of this system; a full disk stays full for more than a second.
         peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
         free_memory: bytes that can still be allocated on a device.
+        strict_resume: fail a job that was begun on a machine that computes otherwise, instead of going on with it.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Worker:
         retry_seconds: float = 10.0,
         peak_flops: Mapping[torch.dtype, float] | None = None,
         free_memory: FreeMemory = free_bytes,
+        strict_resume: bool = False,
     ) -> None:
         self._leases = leases
         self._store = store
@@ -61,6 +63,7 @@ class Worker:
         self._retry_seconds = retry_seconds
         self._peak_flops = peak_flops or {}
         self._free_memory = free_memory
+        self._strict_resume = strict_resume
         self._log = get_logger("worker")
 
     def drain_queue(self) -> int:
@@ -129,6 +132,7 @@ class Worker:
                 resume,
                 peak_flops=self._peak_flops,
                 free_memory=self._free_memory,
+                strict_resume=self._strict_resume,
             )
             session.flush()
         return outcome

@@ -159,9 +159,10 @@ class TinyJob:
         token: int = 1,
         candidates: Sequence[Path] = (),
         bases: WarmBases | None = None,
+        strict_resume: bool = False,
     ) -> Outcome:
-        run = JobRun(job, token, spec)
-        return finetune(run, bases or self.bases, self.store, session or RecordingSession(), candidates)
+        run, session = JobRun(job, token, spec), session or RecordingSession()
+        return finetune(run, bases or self.bases, self.store, session, candidates, strict_resume=strict_resume)
 
     def finish(self, spec: JobSpec, session: RecordingSession | None = None, **where: Any) -> Finished:
         outcome = self.run(spec, session, **where)

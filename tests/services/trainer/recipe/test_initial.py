@@ -28,6 +28,13 @@ def test_it_starts_where_the_first_job_ended_and_resumes_exactly(tiny: TinyJob) 
     resumed = tiny.finish(spec, job="ftjob-three", token=2, candidates=found)
     assert weights_of(resumed) == weights_of(second)
 
+    session = RecordingSession(stop=lambda steps: steps == 2)
+    assert isinstance(tiny.run(spec, session, job="ftjob-four"), Stopped)
+    found = [tiny.store.checkpoint("ftjob-four", 1, commit.step) for commit in reversed(session.commits)]
+    tiny.store.remove(tiny.store.adapter(first.adapter_id))
+    without_parent = tiny.finish(spec, job="ftjob-four", token=2, candidates=found)
+    assert weights_of(without_parent) == weights_of(second)
+
 
 def test_what_does_not_fit_is_refused(tiny: TinyJob) -> None:
     first = tiny.finish(tiny.spec())

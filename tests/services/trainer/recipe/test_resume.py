@@ -4,7 +4,10 @@ The job: 11 rows by 4 (the last step of an epoch is partial), 2 epochs = 6 steps
 epoch, dropout on, one row per micro-batch so that there is a middle of a step.
 """
 
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from services.trainer.contract import Finished, Stopped
 from shared.errors import JobFailed
 from shared.jobs.spec import JobSpec, LoraSpec
-from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.artifacts import Kind, LocalArtifactStore, Manifest
 from tests.services.trainer.harness import RecordingSession, TinyJob, instruction_rows, weights_of
 
 pytestmark = pytest.mark.slow
@@ -200,7 +204,6 @@ def test_with_no_usable_checkpoint_it_starts_again(tiny: TinyJob, spec: JobSpec,
         ("learning rate", "hyperparameters"),
         ("rank", "lora"),
         ("precision", "base precision"),
-        ("threads", "threads"),
     ],
 )
 def test_it_refuses_to_continue_another_run(tiny: TinyJob, spec: JobSpec, change: str, named: str) -> None:
@@ -215,13 +218,125 @@ def test_it_refuses_to_continue_another_run(tiny: TinyJob, spec: JobSpec, change
         "learning rate": lambda: tiny.spec(lora=spec.lora, hyper=hyper | {"learning_rate": 0.5}),
         "rank": lambda: spec.model_copy(update={"lora": LoraSpec(r=4)}),
         "precision": lambda: spec.model_copy(update={"base_precision": "fp32"}),
-        "threads": lambda: spec,
     }[change]()
-    if change == "threads":
-        torch.set_num_threads(2)
     with pytest.raises(JobFailed, match=rf"step 2 cannot be continued exactly.*{named}") as failure:
         tiny.run(other, token=2, candidates=found)
     assert failure.value.code == "resume_mismatch"
+
+
+def test_another_number_of_threads_is_told_and_refused_if_strict(tiny: TinyJob, spec: JobSpec) -> None:
+    first = RecordingSession(stop=lambda steps: steps == 2)
+    tiny.run(spec, first)
+    found = candidates(tiny.store, "ftjob-one", [first])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(JobFailed, match=r"step 2 cannot be continued exactly.*threads") as failure:
+            tiny.run(spec, token=2, candidates=found, strict_resume=True)
+        second = RecordingSession()
+        finished = tiny.finish(spec, second, token=3, candidates=found)
+    finally:
+        torch.set_num_threads(threads)
+    assert failure.value.code == "resume_mismatch"
+    assert finished.report.steps == 6
+    assert [p.step for p in second.steps] == [3, 4, 5, 6]
+    (said,) = [message for _, message, _ in second.events if "computes otherwise" in message]
+    assert f"threads ({threads} then, {threads + 1} now)" in said
+
+
+def changed(store: LocalArtifactStore, folder: Path, change: Callable[[Path], None]) -> None:
+    """Publish a checkpoint anew with a change in it, so that it verifies."""
+    manifest = store.verify(folder, "checkpoint")
+    with store.staged() as staged:
+        for name in manifest.files:
+            shutil.copyfile(folder / name, staged / name)
+        change(staged)
+        store.remove(folder)
+        store.publish(staged, folder, manifest.model_copy(update={"files": {}}))
+
+
+def without_value(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "state.json").read_text())
+        del values[name]
+        (folder / "state.json").write_text(json.dumps(values))
+
+    return change
+
+
+def without_tensors(prefix: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "state.safetensors")
+        del tensors[next(name for name in tensors if name.startswith(prefix))]
+        save_file(tensors, folder / "state.safetensors")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(without_value(name) for name in ("identity", "history", "random", "scaler")),
+        *(without_tensors(prefix) for prefix in ("weight.", "adam.exp_avg.", "random.cpu")),
+        lambda folder: (folder / "state.json").write_text("[]"),
+        lambda folder: (folder / "state.safetensors").write_bytes(b"{}"),
+    ],
+)
+def test_a_checkpoint_of_another_form_changes_nothing_and_falls_back(
+    tiny: TinyJob, spec: JobSpec, uninterrupted: Finished, change: Callable[[Path], None]
+) -> None:
+    first = RecordingSession(stop=lambda steps: steps == 5)
+    tiny.run(spec, first)
+    found = candidates(tiny.store, "ftjob-one", [first])
+    changed(tiny.store, found[0], change)
+    second = RecordingSession()
+    assert same(tiny.finish(spec, second, token=2, candidates=found), uninterrupted)
+    messages = [message for _, message, _ in second.events]
+    assert any(message.startswith("Checkpoint step-00000005 cannot be used: it ") for message in messages)
+    assert "Resumed from the checkpoint at step 4" in messages
+
+
+def test_what_the_disk_cannot_read_falls_back_and_what_may_be_well_again_does_not(
+    tiny: TinyJob, spec: JobSpec, uninterrupted: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RecordingSession(stop=lambda steps: steps == 5)
+    tiny.run(spec, first)
+    found = candidates(tiny.store, "ftjob-one", [first])
+    verify, number = tiny.store.verify, errno.ESTALE
+
+    def failing(folder: Path, kind: Kind) -> Manifest:
+        if folder == found[0]:
+            raise OSError(number, os.strerror(number))
+        return verify(folder, kind)
+
+    monkeypatch.setattr(tiny.store, "verify", failing)
+    with pytest.raises(OSError, match="handle"):
+        tiny.run(spec, token=2, candidates=found)
+    number = errno.EIO
+    second = RecordingSession()
+    assert same(tiny.finish(spec, second, token=3, candidates=found), uninterrupted)
+    messages = [message for _, message, _ in second.events]
+    assert any("the disk cannot read it" in message for message in messages)
+    assert "Resumed from the checkpoint at step 4" in messages
+
+
+def test_a_checkpoint_that_does_not_name_its_processor_is_continued(
+    tiny: TinyJob, spec: JobSpec, uninterrupted: Finished
+) -> None:
+    """As 0.1 wrote them."""
+    first = RecordingSession(stop=lambda steps: steps == 3)
+    tiny.run(spec, first)
+    found = candidates(tiny.store, "ftjob-one", [first])
+
+    def forget(folder: Path) -> None:
+        values = json.loads((folder / "state.json").read_text())
+        del values["identity"]["processor"]
+        (folder / "state.json").write_text(json.dumps(values))
+
+    changed(tiny.store, found[0], forget)
+    second = RecordingSession()
+    assert same(tiny.finish(spec, second, token=2, candidates=found, strict_resume=True), uninterrupted)
+    assert [p.step for p in second.steps] == [4, 5, 6]
 
 
 KILLED = """
