@@ -19,7 +19,7 @@ from torch import nn
 from shared.bases.catalogue import Base
 from shared.bases.hub import download
 from shared.datasets.tokens import Tokenizer
-from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
+from shared.errors import ArtifactCorrupt, NotFound, Unavailable
 from shared.jobs.spec import BasePrecision
 from shared.processor import this_processor
 from shared.storage.artifacts import LocalArtifactStore, Manifest, sha256_of
@@ -99,8 +99,7 @@ def prepare_base(base: Base, store: LocalArtifactStore) -> Manifest:
     """Bring a base model into the artifact store once; verifies and returns what is there if it is there.
 
     Raises:
-        Unavailable: the hub cannot be reached or does not give the model.
-        TunesmithError: the source is missing on this machine.
+        Unavailable: the hub cannot be reached or does not give the model, or the source is missing on this machine.
     """
     target = store.base(base.id)
     try:
@@ -111,7 +110,9 @@ def prepare_base(base: Base, store: LocalArtifactStore) -> Manifest:
         _write_base(base, folder)
         weights = sorted(folder.glob("*.safetensors"))
         if not weights or not (folder / "tokenizer.json").is_file():
-            raise TunesmithError(f"{base.id}: the source has no safetensors weights or no tokenizer.json")
+            raise Unavailable(
+                f"{base.id}: the source has no safetensors weights or no tokenizer.json", code="base_unavailable"
+            )
         digest = hashlib.sha256("".join(sha256_of(path) for path in weights).encode()).hexdigest()
         manifest = Manifest(
             kind="base",
@@ -135,6 +136,7 @@ def library_versions() -> dict[str, str]:
     return {name: _version(name) for name in names}
 
 
+_UNAVAILABLE = "base_unavailable"
 # Every manifest has them, and finding one reads several files.
 _version = cache(version)
 
@@ -145,7 +147,9 @@ def _write_base(base: Base, folder: Path) -> None:
         package, _, file = rest.partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise TunesmithError(f"{base.id}: the Python package {package} that ships it is not installed")
+            raise Unavailable(
+                f"{base.id}: the Python package {package} that ships it is not installed", code="base_unavailable"
+            )
         _convert_gguf(Path(spec.origin).parent, file, folder)
     elif kind == "folder":
         _copy_folder(Path(rest), folder)

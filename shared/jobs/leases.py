@@ -38,8 +38,11 @@ class Leases:
         self._adapters = AdapterStore(now)
         self._now = now
 
-    def claim(self, worker: str) -> Lease | None:
+    def claim(self, worker: str, *, without_bases: Sequence[str] = ()) -> Lease | None:
         """Take the oldest queued job, or None if nothing waits. Two callers never get the same one.
+
+        Args:
+            without_bases: bases whose jobs are passed over.
 
         Raises:
             TunesmithError: the schema is no longer this version's; what a newer one queues is not for this one.
@@ -51,6 +54,8 @@ class Leases:
             .limit(1)
             .with_for_update(skip_locked=True)
         )
+        if without_bases:
+            oldest = oldest.where(jobs.c.spec["base"].as_string().not_in(without_bases))
         with self._database.write() as tx:
             job_id = tx.execute(oldest).scalar()
             if job_id is None:
@@ -165,7 +170,13 @@ class Leases:
         return target
 
     def requeue(self, lease: Lease, reason: str) -> None:
-        """Give a job back after a fault of this system (disk full, a bug): a worker failure, tried again."""
+        """Give a job back after a failure that may be its own (a bug, a hang): counted, and tried again."""
         with self._database.write() as tx:
             if not requeue(tx, lease.job.id, lease.held(), f"could not go on: {reason}", self._now()):
+                raise lease.lost()
+
+    def hand_back(self, lease: Lease, reason: str) -> None:
+        """Give a job back for what is no fault of its own (disk full, base away): not counted."""
+        with self._database.write() as tx:
+            if not requeue(tx, lease.job.id, lease.held(), f"gives it back: {reason}", self._now(), counted=False):
                 raise lease.lost()

@@ -20,7 +20,15 @@ STATE_WITHOUT_WORKER = {
 }
 
 
-def requeue(tx: Connection, job_id: str, held: Sequence[ColumnElement[bool]], reason: str, now: int) -> bool:
+def requeue(
+    tx: Connection,
+    job_id: str,
+    held: Sequence[ColumnElement[bool]],
+    reason: str,
+    now: int,
+    *,
+    counted: bool = True,
+) -> bool:
     """Take a job from its worker, which failed.
 
     An action that the worker did not live to carry out is carried out here: nobody who requested a cancellation wants a
@@ -30,6 +38,7 @@ def requeue(tx: Connection, job_id: str, held: Sequence[ColumnElement[bool]], re
         held: what the job's row must still say.
         reason: continues the sentence "Worker NAME …".
         now: nanoseconds since the epoch.
+        counted: whether the job may be at fault; else it is queued again however often that happens.
 
     Returns:
         False if the row says otherwise by now; nothing was written then.
@@ -40,11 +49,11 @@ def requeue(tx: Connection, job_id: str, held: Sequence[ColumnElement[bool]], re
     if row is None:
         return False
     target = STATE_WITHOUT_WORKER[State(row.state)]
-    failures = row.worker_failures + 1
+    failures = row.worker_failures + counted
     reports = [NewEvent(f"Worker {row.worker} {reason}", level="warn")]
     # The token rises, so that a worker that wakes up again cannot write.
     values: dict[str, Any] = {"lease_token": c.lease_token + 1, "worker_failures": failures}
-    if target is State.QUEUED and failures >= MAX_ATTEMPTS:
+    if target is State.QUEUED and counted and failures >= MAX_ATTEMPTS:
         message = f"tried {MAX_ATTEMPTS} times without a new checkpoint; the last time the worker {reason}"
         failed, report = failure(JobFault(code="worker_lost", message=message), now)
         values |= failed

@@ -24,7 +24,7 @@ from shared.datasets.examples import Example, format_of, read_examples
 from shared.datasets.loss_mask import masked_tokens
 from shared.datasets.templates import Template, template_for
 from shared.datasets.tokens import Tokenizer
-from shared.errors import InvalidRequest, JobFailed, NotFound
+from shared.errors import InvalidRequest, JobFailed, NotFound, Unavailable
 from shared.jobs.spec import Hyperparameters, JobSpec
 from shared.storage.artifacts import LocalArtifactStore, sha256_of
 
@@ -72,8 +72,9 @@ def prepare_data(spec: JobSpec, store: LocalArtifactStore, tokenizer: Tokenizer,
     """Tokenise the job's files, or read them from the cache.
 
     Raises:
-        JobFailed: `invalid_training_file` or `invalid_validation_file`: gone, changed, of the wrong form, or with
-            nothing left to learn.
+        JobFailed: `invalid_training_file` or `invalid_validation_file`: changed, of the wrong form, or with nothing
+            left to learn.
+        Unavailable: a file is not here; files in use cannot be deleted, so this machine does not see them.
         StopRequested: see `Check`.
     """
     hyper = spec.hyperparameters
@@ -97,14 +98,24 @@ def _prepare(
     code = f"invalid_{role}_file"
     try:
         file = store.file_data(file_id)
-        if not file.is_file():
-            raise JobFailed(f"the {role} file {file_id} has been deleted", code=code)
+    except NotFound as error:
+        raise _not_here(role, file_id) from error
+    if not file.is_file():
+        raise _not_here(role, file_id)
+    try:
         actual = sha256_of(file)
         if sha256 is not None and actual != sha256:
             raise JobFailed(f"the {role} file {file_id} is not the one the job was created with", code=code)
         return tokenise(store, tokenizer, file, actual, hyper, check)
-    except (InvalidRequest, NotFound) as error:
+    except InvalidRequest as error:
         raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
+
+
+def _not_here(role: str, file_id: str) -> Unavailable:
+    return Unavailable(
+        f"the {role} file {file_id} is not in its artifacts folder: is that this installation's, and mounted?",
+        code="file_not_here",
+    )
 
 
 def tokenise(
@@ -137,7 +148,7 @@ def tokenise(
             store.place(staged, folder)
     rows = _load(folder, key, template.id)
     if rows is None:
-        raise JobFailed("the tokenised data cannot be read back; is the artifact folder's disk full?", code="cache")
+        raise Unavailable("the tokenised data cannot be read back; is the artifacts folder's disk full?", code="cache")
     return rows
 
 

@@ -6,6 +6,7 @@ Owns what is done to a base once, before any LoRA is attached, and the fingerpri
 import gc
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from services.trainer.model.mixed_precision import compute_in_fp32
 from shared.bases.base_model import LoadedBase, load_base, memory_megabytes, prepare_base
 from shared.bases.catalogue import Base, Catalogue
 from shared.datasets.tokens import Tokenizer
-from shared.errors import JobFailed, NotFound
+from shared.errors import NotFound, Unavailable
 from shared.jobs.spec import JobSpec
 from shared.storage.artifacts import LocalArtifactStore
 
@@ -58,12 +59,22 @@ class UntrainedLosses:
 class WarmBases:
     """Prepares, loads and keeps one base at a time: a second one beside it may not fit.
 
+    Args:
+        reload: reads the catalogue again, before a job's base is said to be unknown.
+
     Attributes:
         untrained_losses: of the base that is warm.
     """
 
-    def __init__(self, catalogue: Catalogue, store: LocalArtifactStore, device: torch.device) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        store: LocalArtifactStore,
+        device: torch.device,
+        reload: Callable[[], Catalogue] | None = None,
+    ) -> None:
         self.device = device
+        self._reload = reload
         self._catalogue = catalogue
         self._store = store
         self._warm: TrainableBase | None = None
@@ -74,8 +85,8 @@ class WarmBases:
         """The base's tokenizer, without loading the model; prepares the base on this installation's first use.
 
         Raises:
-            JobFailed: `base_changed`: the catalogue no longer holds the base the job was created for.
-            Unavailable: the hub cannot be reached.
+            Unavailable: `base_unavailable`: the catalogue here does not hold the base the job was created for; or the
+                hub cannot be reached or does not give it.
         """
         base = self._base(spec)
         if self._warm is not None and self._warm.loaded.base == base:
@@ -87,7 +98,7 @@ class WarmBases:
         """The base in the job's precision, and how many seconds loading took; None if it was warm.
 
         Raises:
-            JobFailed: see `tokenizer`.
+            Unavailable: see `tokenizer`.
             ArtifactCorrupt: the prepared folder does not verify.
         """
         base = self._base(spec)
@@ -122,16 +133,27 @@ class WarmBases:
 
     def _base(self, spec: JobSpec) -> Base:
         try:
-            base = self._catalogue.get(spec.base)
-        except NotFound as error:
-            raise JobFailed(error.message, code="base_changed") from error
-        if base.revision != spec.base_revision:
-            raise JobFailed(
-                f"{base.id} is now revision {base.revision}, the job was created for {spec.base_revision}; "
-                "create a new job",
-                code="base_changed",
-            )
-        return base
+            return _in_catalogue(self._catalogue, spec)
+        except Unavailable:
+            if self._reload is None:
+                raise
+        # It may have been added since.
+        self._catalogue = self._reload()
+        return _in_catalogue(self._catalogue, spec)
+
+
+def _in_catalogue(catalogue: Catalogue, spec: JobSpec) -> Base:
+    try:
+        base = catalogue.get(spec.base)
+    except NotFound as error:
+        raise Unavailable(f"its catalogue has no base {spec.base}", code="base_unavailable") from error
+    if base.revision != spec.base_revision:
+        raise Unavailable(
+            f"its catalogue has {base.id} at revision {base.revision}, the job was created for {spec.base_revision}: "
+            "give all workers one catalogue, or create a new job",
+            code="base_unavailable",
+        )
+    return base
 
 
 def make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:

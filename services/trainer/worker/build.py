@@ -9,6 +9,7 @@ from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.metrics import measure_peak_flops
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker.loop import Worker
+from services.trainer.worker.out_of_service import FaultCount
 from shared.bases.base_model import choose_device, compute_dtype, quiet_libraries
 from shared.bases.catalogue import load_catalogue
 from shared.jobs.leases import Leases
@@ -17,7 +18,7 @@ from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
 
 
-def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> Worker:
+def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faults: FaultCount) -> Worker:
     """A worker on this process's device. Fixes torch's thread count: resumed jobs should compute as before."""
     quiet_libraries()
     torch.set_num_threads(settings.torch_threads)
@@ -26,9 +27,10 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool]) -> W
     return Worker(
         Leases(Database(settings.sql_url)),
         store,
-        WarmBases(load_catalogue(settings.catalogue), store, device),
+        WarmBases(load_catalogue(settings.catalogue), store, device, lambda: load_catalogue(settings.catalogue)),
         name=settings.worker_name,
         handover=handover,
+        faults=faults,
         renew_seconds=settings.renew_seconds,
         strict_resume=settings.strict_resume,
         peak_flops={dtype: measure_peak_flops(device, dtype) for dtype in _dtypes(device)},

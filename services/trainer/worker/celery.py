@@ -19,9 +19,10 @@ from shared.openmp import spin_briefly
 settings = TrainerSettings()
 app = celery_app(settings.redis_url)
 
-# One byte of memory that forked children share with their parent: set on shutdown, read between micro-batches. A lock
-# would be held for ever by a child that is killed.
+# One byte each of memory that forked children share with their parent. The first is set on shutdown and read between
+# micro-batches; the second counts faults of this machine. A lock would be held for ever by a child that is killed.
 _handover = mmap.mmap(-1, 1)
+_faults = mmap.mmap(-1, 1)
 _worker: Any = None
 
 
@@ -45,8 +46,9 @@ def notify() -> None:
         grow_segments(os.environ)
         os.nice(settings.nice)
         from services.trainer.worker.build import make_worker
+        from services.trainer.worker.out_of_service import FaultCount
 
-        _worker = make_worker(settings, handover=lambda: bool(_handover[0]))
+        _worker = make_worker(settings, handover=lambda: bool(_handover[0]), faults=FaultCount(_faults))
     from services.trainer.worker.loop import DeviceLost
 
     try:

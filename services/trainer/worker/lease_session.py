@@ -11,6 +11,8 @@ from typing import Any, Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.trainer.contract import EventType, Level
+from services.trainer.worker.activity import Activity
+from services.trainer.worker.hang import end_hanging_process
 from services.trainer.worker.record_writer import RecordWriter
 from services.trainer.worker.retry import RETRY_FOR_SECONDS, with_retries
 from services.trainer.worker.stall import StallDetector
@@ -23,18 +25,22 @@ from shared.logs import get_logger
 
 # So long a training's end waits for what is not written yet; the job's own end is retried for longer.
 END_SECONDS = 5.0
+# So long a base may take to be downloaded and converted, as long as this process is at work.
+PREPARING_SECONDS = 6 * 3600.0
 
 
 class LeaseSession:
     """Implements `services.trainer.contract.Session` over one lease; use as a context manager.
 
-    A thread renews the lease, since a step may take longer than the reaper waits. It stops by itself when the training
-    hangs. Another writes events, phase and progress: only reserving an adapter, committing a checkpoint and `flush`
-    wait for the database.
+    A thread renews the lease, since a step may take longer than the reaper waits. When the training hangs it gives the
+    job back and ends the process. Another writes events, phase and progress: only reserving an adapter, committing a
+    checkpoint and `flush` wait for the database.
 
     Args:
         handover: true when this worker is to release its job (shutdown).
         clock: monotonic seconds.
+        at_work: whether this process has done something since the last question, though it reports nothing.
+        on_hang: ends this process.
     """
 
     def __init__(
@@ -45,6 +51,8 @@ class LeaseSession:
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        at_work: Callable[[], bool] | None = None,
+        on_hang: Callable[[], None] = end_hanging_process,
     ) -> None:
         self._leases = leases
         self._lease = lease
@@ -53,6 +61,9 @@ class LeaseSession:
         self._clock = clock
         self._claimed = clock()
         self._stall = StallDetector(clock)
+        self._at_work = at_work or Activity().at_work
+        self._on_hang = on_hang
+        self._phase = Phase.PREPARING
         self._training_since: float | None = None
         self._records = RecordWriter(leases, lease)
         self._requested = RequestedAction.NONE
@@ -78,6 +89,7 @@ class LeaseSession:
 
     def phase(self, phase: Phase) -> None:
         self._stall.moved()
+        self._phase = phase
         self._records.put(phase=phase)
         if phase is Phase.TRAINING and self._training_since is None:
             self._training_since = self._clock()
@@ -142,8 +154,10 @@ class LeaseSession:
 
     def _renew_until_done(self) -> None:
         while not self._done.wait(self._renew_seconds):
+            if self._at_work() and self._preparing():
+                self._stall.moved()
             if self._stall.stalled():
-                self._log.error("training hangs; the lease is left to expire")
+                self._give_up()
                 return
             try:
                 self._requested = self._leases.renew(self._lease)
@@ -153,3 +167,17 @@ class LeaseSession:
             except SQLAlchemyError as error:
                 # The database may be away for less time than the reaper waits.
                 self._log.warning("lease not renewed", error=str(error))
+
+    def _preparing(self) -> bool:
+        """Whether a base may be on its way here: that reports no steps, and is not waited for without end."""
+        return self._phase is Phase.PREPARING and self._clock() - self._claimed < PREPARING_SECONDS
+
+    def _give_up(self) -> None:
+        self._log.error("training hangs; this process ends")
+        try:
+            self._leases.requeue(self._lease, "hung: nothing has moved for ten minutes or more; its process ends")
+        except (LeaseLost, SQLAlchemyError) as error:
+            # The reaper will find that the lease has expired.
+            self._log.warning("could not give the job back", error=str(error))
+        self._lost = True
+        self._on_hang()

@@ -13,6 +13,14 @@ from services.trainer.model.bases import WarmBases
 from services.trainer.recipe.finetune import finetune
 from services.trainer.recipe.free_memory import FreeMemory, free_bytes
 from services.trainer.worker.lease_session import LeaseSession
+from services.trainer.worker.out_of_service import (
+    BASE_FAULTS,
+    FIRST_SECONDS,
+    BlockedBases,
+    FaultCount,
+    is_machine_fault,
+    pause_seconds,
+)
 from services.trainer.worker.retry import with_retries
 from shared.bases.base_model import device_answers
 from shared.errors import JobFailed, LeaseLost, TunesmithError
@@ -34,7 +42,10 @@ class Worker:
         bases: the base model, kept warm between jobs.
         name: this worker's name in events.
         handover: true once this worker is to release its job and claim no more.
-        retry_seconds: pause after a fault of this system; a full disk stays full for more than a second.
+        retry_seconds: pause after a fault; doubled with each further one of this machine.
+        faults: of this machine in a row.
+        pause: waits for so many seconds, or until the handover.
+        clock: monotonic seconds.
         peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
         free_memory: bytes that can still be allocated on a device.
         strict_resume: fail a job that was begun on a machine that computes otherwise, instead of going on with it.
@@ -49,7 +60,10 @@ class Worker:
         name: str,
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
-        retry_seconds: float = 10.0,
+        retry_seconds: float = FIRST_SECONDS,
+        faults: FaultCount | None = None,
+        pause: Callable[[float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         peak_flops: Mapping[torch.dtype, float] | None = None,
         free_memory: FreeMemory = free_bytes,
         strict_resume: bool = False,
@@ -61,6 +75,9 @@ class Worker:
         self._handover = handover
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
+        self._faults = faults or FaultCount()
+        self._pause = pause or self._wait
+        self._blocked = BlockedBases(retry_seconds, clock)
         self._peak_flops = peak_flops or {}
         self._free_memory = free_memory
         self._strict_resume = strict_resume
@@ -87,7 +104,7 @@ class Worker:
 
     def _claim(self) -> Lease | None:
         try:
-            return self._leases.claim(self._name)
+            return self._leases.claim(self._name, without_bases=self._blocked.names())
         except TunesmithError as error:
             self._log.error("no job is claimed", code=error.code, error=error.message)
             return None
@@ -101,22 +118,69 @@ class Worker:
         except SQLAlchemyError as error:
             # The reaper will find that the lease has expired.
             self._log.error("how the job ended could not be written", error=str(error))
-            self._pause()
+            self._pause(self._retry_seconds)
 
     def _work_on(self, lease: Lease) -> None:
+        base = lease.job.spec.base
         try:
             self._record(lease, self._train(lease))
         except LeaseLost:
             raise
-        except TunesmithError as error:
-            self._handle_fault(lease, error)
         except Exception as error:
-            self._log.exception("training failed unexpectedly")
-            # The job first: on a lost device, everything else fails.
-            self._requeue(lease, f"{type(error).__name__}: {error}")
-            # LoRA may be half attached.
-            with suppress(RuntimeError):
-                self._bases.discard()
+            self._handle_fault(lease, error)
+        else:
+            self._faults.clear()
+            self._blocked.clear(base)
+
+    def _handle_fault(self, lease: Lease, error: Exception) -> None:
+        """Fail the job for what is its own fault, and give it back for what is this worker's; else both are suspect."""
+        if isinstance(error, TunesmithError) and (isinstance(error, JobFailed) or error.status < 500):
+            self._fail(lease, error)
+        elif isinstance(error, TunesmithError) and error.code in BASE_FAULTS:
+            self._pass_over(lease, error)
+        elif is_machine_fault(error) or not device_answers(self._bases.device):
+            self._go_out_of_service(lease, error)
+        else:
+            self._log.exception("training failed unexpectedly", exc_info=error)
+            self._give_back(lambda: self._leases.requeue(lease, _told(error)))
+            self._discard_base()
+            self._pause(self._retry_seconds)
+
+    def _fail(self, lease: Lease, error: TunesmithError) -> None:
+        self._log.warning("job failed", code=error.code, error=error.message)
+        fault = JobFault(code=error.code, message=error.message, param=error.param)
+        with_retries(lambda: self._leases.fail(lease, fault), abort=self._handover)
+        self._store.remove(self._store.checkpoints(lease.job.id))
+
+    def _pass_over(self, lease: Lease, error: TunesmithError) -> None:
+        """The jobs of this base wait; others are trained."""
+        base = lease.job.spec.base
+        seconds = self._blocked.block(base)
+        self._log.error("base not available", base=base, code=error.code, error=error.message, seconds=seconds)
+        reason = f"{_told(error)}; it passes over the jobs of {base} for {seconds:.0f} s"
+        self._give_back(lambda: self._leases.hand_back(lease, reason))
+
+    def _go_out_of_service(self, lease: Lease, error: Exception) -> None:
+        """This machine is at fault: no job is claimed for a while, longer each time."""
+        seconds = pause_seconds(self._faults.add(), self._retry_seconds)
+        self._log.error("out of service", error=_told(error), seconds=seconds, exc_info=error)
+        reason = f"{_told(error)}; it takes no job for {seconds:.0f} s"
+        # The job first: on a lost device, everything else fails.
+        self._give_back(lambda: self._leases.hand_back(lease, reason))
+        self._discard_base()
+        self._pause(seconds)
+
+    def _give_back(self, write: Callable[[], None]) -> None:
+        try:
+            with_retries(write, abort=self._handover)
+        except (LeaseLost, SQLAlchemyError) as error:
+            # The reaper will find that the lease has expired.
+            self._log.warning("could not give the job back", error=str(error))
+
+    def _discard_base(self) -> None:
+        # LoRA may be half attached.
+        with suppress(RuntimeError):
+            self._bases.discard()
 
     def _train(self, lease: Lease) -> Outcome:
         checkpoints = self._leases.checkpoints(lease)
@@ -150,26 +214,12 @@ class Worker:
         if ended:
             self._store.remove(self._store.checkpoints(lease.job.id))
 
-    def _handle_fault(self, lease: Lease, error: TunesmithError) -> None:
-        """Fail the job for a fault of its own; requeue it for a fault of the system."""
-        if isinstance(error, JobFailed) or error.status < 500:
-            self._log.warning("job failed", code=error.code, error=error.message)
-            fault = JobFault(code=error.code, message=error.message, param=error.param)
-            with_retries(lambda: self._leases.fail(lease, fault), abort=self._handover)
-            self._store.remove(self._store.checkpoints(lease.job.id))
-        else:
-            self._log.error("system fault", code=error.code, error=error.message)
-            self._requeue(lease, error.message)
-
-    def _requeue(self, lease: Lease, reason: str) -> None:
-        try:
-            self._leases.requeue(lease, reason[:500])
-        except (LeaseLost, SQLAlchemyError) as error:
-            # The reaper will find that the lease has expired.
-            self._log.warning("could not requeue the job", error=str(error))
-        self._pause()
-
-    def _pause(self) -> None:
-        until = time.monotonic() + self._retry_seconds
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and not self._handover():
             time.sleep(0.1)
+
+
+def _told(error: Exception) -> str:
+    """An error as an event's sentence has it."""
+    return (error.message if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}")[:500]

@@ -7,7 +7,7 @@ from services.trainer.contract import StopRequested
 from services.trainer.data import dataset
 from services.trainer.data.dataset import Rows, prepare_data
 from shared.datasets.tokens import Tokenizer
-from shared.errors import JobFailed
+from shared.errors import JobFailed, Unavailable
 from tests.services.trainer.harness import Row, TinyJob, ignore, instruction_rows
 
 
@@ -84,14 +84,18 @@ def test_a_damaged_cache_is_made_again(tiny: TinyJob) -> None:
     assert [again[row][0].tolist() for row in range(5)] == expected
 
 
-@pytest.mark.parametrize("damage", ["deleted", "changed"])
-def test_a_file_that_is_not_what_the_job_was_created_with(tiny: TinyJob, damage: str) -> None:
+def test_a_file_that_is_not_here_is_the_machines_fault(tiny: TinyJob) -> None:
+    spec = tiny.spec(validation=instruction_rows(2, start=50))
+    (tiny.store.file("file-validation") / "data").unlink()
+    with pytest.raises(Unavailable, match="validation file file-validation is not in its artifacts folder") as failure:
+        prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore)
+    assert failure.value.code == "file_not_here"
+
+
+def test_a_file_that_is_not_what_the_job_was_created_with(tiny: TinyJob) -> None:
     spec = tiny.spec(validation=instruction_rows(2, start=50))
     data: Path = tiny.store.file("file-validation") / "data"
-    if damage == "deleted":
-        data.unlink()
-    else:
-        data.write_text('{"prompt": "a", "completion": "b"}\n')
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(JobFailed, match="validation file") as failure:
         prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore)
     assert failure.value.code == "invalid_validation_file"

@@ -15,7 +15,7 @@ from services.trainer.model.bases import WarmBases, fingerprint
 from services.trainer.model.forward import pack, supervised_logits, training_forward
 from services.trainer.recipe.evaluate import evaluation_loss
 from shared.bases.base_model import load_base
-from shared.errors import JobFailed, LeaseLost
+from shared.errors import JobFailed, LeaseLost, Unavailable
 from shared.jobs.spec import BasePrecision, Hyperparameters, JobSpec, LoraSpec, Phase, Progress
 from shared.storage.artifacts import sha256_of
 from tests.rounding import close, llama_sums, rounding
@@ -253,9 +253,9 @@ def test_a_base_that_changed_is_thrown_away_and_the_job_fails(tiny: TinyJob) -> 
 
 
 def test_a_catalogue_that_changed_is_noticed(tiny: TinyJob) -> None:
-    with pytest.raises(JobFailed, match="create a new job") as failure:
+    with pytest.raises(Unavailable, match="create a new job") as failure:
         tiny.run(tiny.spec().model_copy(update={"base_revision": "0" * 40}))
-    assert failure.value.code == "base_changed"
+    assert failure.value.code == "base_unavailable"
 
 
 def test_an_adapter_that_loses_something_on_its_way_to_disk_is_not_published(

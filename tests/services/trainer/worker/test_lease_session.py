@@ -1,5 +1,8 @@
 """A lease's session against a real SQLite store; the clock is the test's own."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +75,15 @@ def lease(store: Jobs, leases: Renewals) -> Lease:
 def session(
     leases: Leases, lease: Lease, clock: Callable[[], float], *, handover: bool = False, renew: float = 0.01
 ) -> LeaseSession:
-    return LeaseSession(leases, lease, handover=lambda: handover, renew_seconds=renew, clock=clock)
+    return LeaseSession(
+        leases,
+        lease,
+        handover=lambda: handover,
+        renew_seconds=renew,
+        clock=clock,
+        at_work=lambda: False,
+        on_hang=lambda: None,
+    )
 
 
 def wait_for(leases: Renewals, times: int) -> None:
@@ -117,12 +128,57 @@ def test_a_lost_lease_raises(leases: Renewals, lease: Lease) -> None:
             open_session.should_stop()
 
 
-def test_a_training_that_hangs_loses_the_lease(leases: Renewals, lease: Lease) -> None:
-    clock = Clock()
-    with session(leases, lease, clock) as open_session:
+def test_a_training_that_hangs_is_given_back_and_its_process_ends(store: Jobs, leases: Renewals, lease: Lease) -> None:
+    clock, ended = Clock(), threading.Event()
+    hanging = LeaseSession(
+        leases, lease, handover=lambda: False, renew_seconds=0.01, clock=clock, at_work=bool, on_hang=ended.set
+    )
+    with hanging:
         wait_for(leases, 1)
         clock.now += STALL_SECONDS + 1
-        wait_until_not_renewing(open_session)
+        assert ended.wait(60)
+        wait_until_not_renewing(hanging)
+        # If it wakes up all the same, it must stop at once.
+        with pytest.raises(LeaseLost):
+            hanging.should_stop()
+    job = store.get("default", lease.job.id)
+    assert (job.state, job.worker_failures) == (State.QUEUED, 1)
+    assert any("hung" in event.message for event in store.events("default", lease.job.id).items)
+
+
+def test_a_hanging_process_says_where_and_dies() -> None:
+    script = """
+import threading
+from services.trainer.worker.hang import end_hanging_process
+def waiting_for_ever(): threading.Event().wait()
+threading.Thread(target=waiting_for_ever, daemon=True).start()
+end_hanging_process()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[4],
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert "waiting_for_ever" in ended.stderr
+
+
+def test_a_base_on_its_way_is_no_hang_but_training_without_a_step_is(leases: Renewals, lease: Lease) -> None:
+    clock, ended = Clock(), threading.Event()
+    downloading = LeaseSession(
+        leases, lease, handover=lambda: False, renew_seconds=0.01, clock=clock, at_work=lambda: True, on_hang=ended.set
+    )
+    with downloading:
+        for _ in range(5):
+            clock.now += STALL_SECONDS - 1
+            wait_for(leases, 2)
+        assert downloading.renewing
+        downloading.phase(Phase.TRAINING)
+        clock.now += STALL_SECONDS + 1
+        assert ended.wait(60)
 
 
 @pytest.mark.parametrize("sign", ["phase", "micro-batch", "step"])

@@ -48,6 +48,8 @@ class Place:
         handover: Callable[[], bool] = lambda: False,
         artifacts: LocalArtifactStore | None = None,
         free_memory: FreeMemory = free_bytes,
+        retry_seconds: float = 0,
+        **options: Any,
     ) -> Worker:
         return Worker(
             self.leases,
@@ -56,8 +58,9 @@ class Place:
             name="w",
             handover=handover,
             renew_seconds=0.05,
-            retry_seconds=0,
+            retry_seconds=retry_seconds,
             free_memory=free_memory,
+            **options,
         )
 
     def job(self, rows: list[dict[str, str]], **hyperparameters: object) -> Job:
@@ -237,6 +240,49 @@ def test_a_full_disk_is_tried_again_and_leaves_nothing_half_written(place: Place
     assert list((place.artifacts.root / "staging").iterdir()) == []
 
 
+def test_a_machine_without_its_mount_takes_no_job_for_longer_each_time_and_ends_none(place: Place) -> None:
+    jobs = [place.job(ROWS, n_epochs=1) for _ in range(3)]
+    files, away = place.artifacts.root / "files", place.artifacts.root / "away"
+    files.rename(away)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 7:
+            away.rename(files)
+
+    assert place.worker(retry_seconds=10, pause=pause).drain_queue() == 7 + 3
+    assert pauses == [10, 20, 40, 80, 160, 300, 300]
+    for job in jobs:
+        done = place.jobs.get("default", job.id)
+        assert (done.state, done.worker_failures) == (State.SUCCEEDED, 0)
+    assert any("is not in its artifacts folder" in line and "for 300 s" in line for line in place.messages(jobs[0]))
+
+
+def test_a_base_that_this_worker_cannot_have_holds_up_no_other_job(place: Place) -> None:
+    first = place.job(ROWS, n_epochs=1)
+    other = first.spec.model_copy(update={"base": "other"})
+    strange, good = place.jobs.create("default", other), place.job(ROWS, n_epochs=1)
+    now, catalogue = 1000.0, place.catalogue
+    place.bases = WarmBases(catalogue, place.artifacts, torch.device("cpu"), lambda: catalogue)
+    worker = place.worker(retry_seconds=10, clock=lambda: now)
+    assert worker.drain_queue() == 3
+    assert (place.state(first), place.state(good)) == (State.SUCCEEDED, State.SUCCEEDED)
+    passed_over = place.jobs.get("default", strange.id)
+    assert (passed_over.state, passed_over.worker_failures) == (State.QUEUED, 0)
+    assert any("has no base other" in line and "for 10 s" in line for line in place.messages(strange))
+    # It is left alone for as long as that.
+    assert worker.drain_queue() == 0
+    now += 11
+    assert worker.drain_queue() == 1
+    # The catalogue is read again.
+    base = place.catalogue.bases[0]
+    catalogue = Catalogue((base, base.model_copy(update={"id": "other", "aliases": ()})))
+    now += 21
+    assert worker.drain_queue() == 1
+    assert place.state(strange) is State.SUCCEEDED
+
+
 def test_a_lost_device_gives_the_job_back_and_ends_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = place.job(ROWS), place.job(ROWS)
 
@@ -315,8 +361,8 @@ def test_a_job_ends_once_though_the_database_is_away_just_then(
     job = place.job(rows, n_epochs=3, max_length=16 if method == "fail" else 512)
     claim = place.leases.claim
 
-    def claim_and_pause(worker: str) -> Lease | None:
-        lease = claim(worker)
+    def claim_and_pause(worker: str, **options: Any) -> Lease | None:
+        lease = claim(worker, **options)
         if lease is not None and method == "release":
             place.jobs.pause("default", job.id)
         return lease
