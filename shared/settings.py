@@ -17,6 +17,7 @@ class Settings(BaseSettings):
         artifacts: folder shared by gateway, trainer and inference; `home/artifacts` if empty.
         catalogue: TOML file with the base models; the built-in list if empty.
         internal_token: bearer token between gateway and inference.
+        installation: the id that the artifacts folder must carry; for inference, which cannot ask the database.
     """
 
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore")
@@ -27,6 +28,7 @@ class Settings(BaseSettings):
     artifacts: Path | None = None
     catalogue: Path | None = None
     internal_token: SecretStr = SecretStr("")
+    installation: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

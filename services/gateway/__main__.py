@@ -11,7 +11,9 @@ from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError, Unavailable
 from shared.logs import configure_logging
+from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
+from shared.storage.installation_id import require_own_folder_at
 
 GRACE_SECONDS = 10
 SCHEMA_CHECK_SECONDS = 5.0
@@ -24,8 +26,11 @@ def main() -> None:
         # Here a fault is one sentence; when the application starts it would be a stack trace.
         catalogue = load_catalogue(settings.catalogue)
         check_schema(settings.sql_url)
+        require_own_folder_at(settings.sql_url, LocalArtifactStore(settings.artifacts_root))
     except TunesmithError as error:
         sys.exit(error.message)
+    except OSError as error:
+        sys.exit(f"the artifacts folder {settings.artifacts_root}: {error}")
     config = uvicorn.Config(
         create_app(settings, catalogue),
         host=settings.host,

@@ -39,9 +39,9 @@ def main() -> int:
 
         quiet_libraries()
         try:
-            serving = build_serving(
-                settings, LocalArtifactStore(settings.artifacts_root), load_catalogue(settings.catalogue)
-            )
+            store = LocalArtifactStore(settings.artifacts_root)
+            check_installation(store, settings.installation)
+            serving = build_serving(settings, store, load_catalogue(settings.catalogue))
         except TunesmithError as error:
             log.error("cannot serve", code=error.code, error=error.message)
             # uvicorn would add the traceback of an error that this line has explained.
@@ -66,6 +66,17 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop_on_request)
     server.run()
     return 0 if server.started else 1
+
+
+def check_installation(store: LocalArtifactStore, expected: str) -> None:
+    """Raises TunesmithError if another installation's artifacts folder is mounted than the settings expect, if any."""
+    found = store.installation() if expected else None
+    if expected and found != expected:
+        raise TunesmithError(
+            f"the artifacts folder {store.root} belongs to installation {found or '(none)'}, not to "
+            f"TUNESMITH_INSTALLATION {expected}: is the right one mounted?",
+            code="installation",
+        )
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:

@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from shared.errors import ArtifactCorrupt, NotFound
+from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
 from shared.frozen import Frozen
 
 MANIFEST = "manifest.json"
+INSTALLATION = "installation.json"
 # The one file of an upload's folder, and the two of an adapter's beside the manifest (peft's names).
 DATA = "data"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -95,11 +96,37 @@ class LocalArtifactStore:
     cache/<name>/                           tokenised data by content hash; may be deleted at any time
     staging/<random>/                       half-written; nobody reads here
     staging/<random>.lock                   locked by the process that writes the folder
+    trash/<kind>-<name>                     what nobody knows of, kept for a while before it is removed
+    installation.json                       whose folder this is: the id that its database carries too
     ```
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+
+    def installation(self) -> str | None:
+        """The id of the installation that the folder belongs to; None if it is not marked.
+
+        Raises:
+            TunesmithError: the mark is damaged.
+        """
+        path = self.root / INSTALLATION
+        try:
+            found = json.loads(path.read_text())["installation"]
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise TunesmithError(f"{path} is damaged: run `tunesmith adopt`", code="installation") from error
+        return str(found)
+
+    def mark_installation(self, installation: str) -> None:
+        """Say whose folder this is, durably, in the place of what was said before."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        written = self.root / f".{INSTALLATION}.{secrets.token_hex(6)}"
+        written.write_text(json.dumps({"installation": installation}) + "\n")
+        _fsync(written)
+        os.replace(written, self.root / INSTALLATION)
+        _fsync(self.root)
 
     def file(self, file_id: str) -> Path:
         return self.root / "files" / _checked(file_id)
@@ -243,11 +270,33 @@ class LocalArtifactStore:
                 raise ArtifactCorrupt(f"{folder.name}/{name}: the bytes differ from the manifest")
         return manifest
 
+    def discard(self, folder: Path) -> None:
+        """Put a folder into the trash, where it keeps its bytes; see `empty_trash`."""
+        target = trashed(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # What is there already under this name came from the same place.
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(folder, target)
+        os.utime(target)
+
+    def empty_trash(self, before: float) -> list[Path]:
+        """Remove what was put into the trash before a time (seconds since the epoch). Returns what went."""
+        trash = self.root / "trash"
+        old = [entry for entry in trash.iterdir() if entry.lstat().st_mtime < before] if trash.is_dir() else []
+        for folder in old:
+            shutil.rmtree(folder, ignore_errors=True)
+        return old
+
     def remove(self, folder: Path) -> None:
         """Remove an artifact folder; no error if it is gone already."""
         # The manifest goes first: a half-removed folder must not verify.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def trashed(folder: Path) -> Path:
+    """Where a folder of the store goes before it is removed."""
+    return folder.parent.parent / "trash" / f"{folder.parent.name}-{folder.name}"
 
 
 def staging_lock(folder: Path) -> Path:

@@ -38,6 +38,9 @@ def _one_of(states: type[StrEnum]) -> str:
     return "state IN (" + ", ".join(f"'{state.value}'" for state in states) + ")"
 
 
+# One row. The artifacts folder carries the same id.
+installation = Table("installation", metadata, Column("id", String(32), primary_key=True))
+
 api_keys = Table(
     "api_keys",
     metadata,

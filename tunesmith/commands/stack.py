@@ -1,4 +1,4 @@
-"""`up`, `down`, `status`, `doctor`: the stack on this machine."""
+"""`up`, `down`, `status`, `doctor`, `adopt`: the stack on this machine."""
 
 import os
 from typing import Annotated
@@ -83,6 +83,20 @@ def doctor(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
             if finding.remedy:
                 print(f"      → {plain(finding.remedy)}")
     raise SystemExit(1 if any(finding.level == "fail" for finding in findings) else 0)
+
+
+def adopt(home: HomeOption = DEFAULT_HOME) -> None:
+    """Give the artifacts folder to this installation's database, after either was moved, copied or replaced.
+
+    What the database does not know is garbage from then on: it goes into the folder's trash, and a week later for good.
+    """
+    from tunesmith.local_stack import stack
+    from tunesmith.output import fail
+
+    try:
+        print(stack.adopt(home))
+    except stack.StackError as error:
+        fail(str(error))
 
 
 def _alive(pid: int) -> bool:

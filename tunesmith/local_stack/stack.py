@@ -106,6 +106,24 @@ def down(home: Path, say: Say = lambda line: None) -> bool:
     return True
 
 
+def adopt(home: Path, environ: Mapping[str, str] = os.environ) -> str:
+    """Give the artifacts folder to this installation's database. Returns what was done, as a sentence.
+
+    Raises:
+        StackError: it could not be.
+    """
+    place = Home(home)
+    try:
+        check_checkout()
+    except CannotPlan as error:
+        raise StackError(str(error)) from error
+    env = {**environ, **environment(place, environ)}
+    done = subprocess.run(python("shared.adopt"), env=env, cwd=CHECKOUT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise StackError(done.stderr.strip())
+    return done.stdout.strip()
+
+
 def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, str], say: Say) -> Connection:
     # One that a killed stack left here is out of date.
     place.connection_file.unlink(missing_ok=True)

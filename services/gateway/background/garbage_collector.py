@@ -5,6 +5,10 @@ Idempotent; runs in every gateway.
 A folder goes if no row in SQL refers to it and nothing in it was written for an hour: a folder is always written before
 its row. A reserved adapter belongs to the worker that holds the lease it was reserved under, a staged folder to the
 process that holds its lock. Prepared bases and caches stay.
+
+What SQL says is over (a deleted adapter, an ended job's private state) is removed. What SQL knows nothing of may be
+somebody else's: it goes into the trash for a week, and stays where it is if that is most of what there is. An artifacts
+folder that belongs to another installation is not touched at all.
 """
 
 import time
@@ -17,12 +21,18 @@ from services.gateway.background.periodic import Periodic
 from shared.adapters.state import AdapterState
 from shared.jobs.spec import LEASED, UNFINISHED
 from shared.logs import get_logger
-from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.artifacts import LocalArtifactStore, staging_lock
 from shared.storage.database import Database
+from shared.storage.installation_id import OWNED, require_own_folder
 from shared.storage.tables import adapters, files, jobs
 
 UNTOUCHED_SECONDS = 3600.0
 COLLECT_EVERY_SECONDS = 600.0
+TRASH_SECONDS = 7 * 86400.0
+# So many folders that SQL knows nothing of are a mistake, not garbage: a share of all, from a number on.
+MOST_ORPHANS = 0.5
+FEW_FOLDERS = 20
+STAGING = "staging"
 
 
 class GarbageCollector:
@@ -53,12 +63,22 @@ class GarbageCollector:
 
     def collect(self) -> list[Path]:
         """Remove everything unwanted. Returns what went."""
+        with self._database.read() as tx:
+            require_own_folder(tx, self._store)
         # The folders are listed before SQL is read: what appears in between is not in the list.
-        candidates = list(self._old_folders())
-        wanted = self._wanted()
-        gone = [folder for folder in candidates if folder.name not in wanted and self._remove(folder)]
+        folders = list(self._folders())
+        candidates = [folder for folder in folders if self._is_old(folder)]
+        wanted, known = self._wanted()
+        unwanted = [folder for folder in candidates if folder.name not in wanted]
+        orphans = {folder for folder in unwanted if folder.parent.name != STAGING and folder.name not in known}
+        if self._too_many(orphans, folders):
+            unwanted = [folder for folder in unwanted if folder not in orphans]
+        gone = [folder for folder in unwanted if self._remove(folder, orphan=folder in orphans)]
         for folder in gone:
-            self._log.info("garbage collected", folder=f"{folder.parent.name}/{folder.name}")
+            self._log.info(
+                "garbage collected", folder=f"{folder.parent.name}/{folder.name}", to_trash=folder in orphans
+            )
+        self._store.empty_trash(self._now() - TRASH_SECONDS)
         return gone
 
     def start(self) -> None:
@@ -72,29 +92,55 @@ class GarbageCollector:
         with self._database.write() as tx:
             self._forget(tx)
 
-    def _remove(self, folder: Path) -> bool:
-        if folder.parent.name == "staging":
-            return self._store.remove_abandoned(folder)
-        self._store.remove(folder)
+    def _too_many(self, orphans: set[Path], folders: list[Path]) -> bool:
+        total = sum(folder.parent.name != STAGING for folder in folders)
+        if total < FEW_FOLDERS or len(orphans) <= MOST_ORPHANS * total:
+            return False
+        self._log.error(
+            "most of the artifacts folder is unknown to the database; nothing of that is collected",
+            unknown=len(orphans),
+            folders=total,
+        )
         return True
 
-    def _old_folders(self) -> Iterator[Path]:
-        cutoff = self._now() - self._untouched
-        for kind in ("staging", "adapters", "jobs", "files"):
+    def _remove(self, folder: Path, *, orphan: bool) -> bool:
+        try:
+            if folder.parent.name == STAGING:
+                return self._store.remove_abandoned(folder)
+            if orphan:
+                self._store.discard(folder)
+            else:
+                self._store.remove(folder)
+        except OSError as error:
+            # Of this folder only: others can be collected.
+            self._log.warning("not collected", folder=f"{folder.parent.name}/{folder.name}", error=str(error))
+            return False
+        return True
+
+    def _folders(self) -> Iterator[Path]:
+        for kind in (STAGING, *OWNED):
             parent = self._store.root / kind
             if not parent.is_dir():
                 continue
             for entry in parent.iterdir():
                 # A lock without its folder: its process was killed after placing what it had staged.
                 folder = entry.with_suffix("") if entry.suffix == ".lock" else entry
-                try:
-                    if (entry.is_dir() or not folder.exists()) and _last_touched(entry) < cutoff:
-                        yield folder
-                except FileNotFoundError:
-                    # Placed elsewhere, or removed by another gateway, while we looked.
-                    continue
+                if entry.is_dir() or not folder.exists():
+                    yield folder
 
-    def _wanted(self) -> set[str]:
+    def _is_old(self, folder: Path) -> bool:
+        entry = folder if folder.exists() else staging_lock(folder)
+        try:
+            return _last_touched(entry) < self._now() - self._untouched
+        except FileNotFoundError:
+            # Placed elsewhere, or removed by another gateway, while we looked.
+            return False
+        except OSError as error:
+            self._log.warning("not looked at", folder=f"{folder.parent.name}/{folder.name}", error=str(error))
+            return False
+
+    def _wanted(self) -> tuple[set[str], set[str]]:
+        """(names of the folders to keep, names that SQL knows at all)."""
         held = and_(adapters.c.lease_token == jobs.c.lease_token, jobs.c.state.in_(LEASED))
         of_job = select(adapters.c.id).join(jobs, jobs.c.id == adapters.c.job)
         servable = of_job.where(
@@ -102,7 +148,8 @@ class GarbageCollector:
         )
         unfinished = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED))
         with self._database.read() as tx:
-            return {name for query in (servable, unfinished, select(files.c.id)) for name in tx.scalars(query).all()}
+            wanted = {name for query in (servable, unfinished, select(files.c.id)) for name in tx.scalars(query)}
+            return wanted, wanted | {name for table in (adapters, jobs) for name in tx.scalars(select(table.c.id))}
 
 
 def _last_touched(folder: Path) -> float:

@@ -16,6 +16,7 @@ from shared.jobs.leases import Leases
 from shared.jobs.spec import BasePrecision
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
+from shared.storage.installation_id import require_own_folder
 
 
 def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faults: FaultCount) -> Worker:
@@ -24,13 +25,20 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faul
     torch.set_num_threads(settings.torch_threads)
     store = LocalArtifactStore(settings.artifacts_root)
     device = choose_device()
+    database = Database(settings.sql_url)
+
+    def check_folder() -> None:
+        with database.read() as tx:
+            require_own_folder(tx, store)
+
     return Worker(
-        Leases(Database(settings.sql_url)),
+        Leases(database),
         store,
         WarmBases(load_catalogue(settings.catalogue), store, device, lambda: load_catalogue(settings.catalogue)),
         name=settings.worker_name,
         handover=handover,
         faults=faults,
+        check_folder=check_folder,
         renew_seconds=settings.renew_seconds,
         strict_resume=settings.strict_resume,
         peak_flops={dtype: measure_peak_flops(device, dtype) for dtype in _dtypes(device)},

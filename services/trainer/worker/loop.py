@@ -44,6 +44,7 @@ class Worker:
         handover: true once this worker is to release its job and claim no more.
         retry_seconds: pause after a fault; doubled with each further one of this machine.
         faults: of this machine in a row.
+        check_folder: raises TunesmithError or OSError unless the artifacts folder is this installation's.
         pause: waits for so many seconds, or until the handover.
         clock: monotonic seconds.
         peak_flops: measured FLOP/s of this device's matrix products by dtype, for MFU.
@@ -62,6 +63,7 @@ class Worker:
         renew_seconds: float = 5.0,
         retry_seconds: float = FIRST_SECONDS,
         faults: FaultCount | None = None,
+        check_folder: Callable[[], None] = lambda: None,
         pause: Callable[[float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         peak_flops: Mapping[torch.dtype, float] | None = None,
@@ -76,6 +78,7 @@ class Worker:
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
         self._faults = faults or FaultCount()
+        self._check_folder = check_folder
         self._pause = pause or self._wait
         self._blocked = BlockedBases(retry_seconds, clock)
         self._peak_flops = peak_flops or {}
@@ -104,9 +107,12 @@ class Worker:
 
     def _claim(self) -> Lease | None:
         try:
+            self._check_folder()
             return self._leases.claim(self._name, without_bases=self._blocked.names())
-        except TunesmithError as error:
-            self._log.error("no job is claimed", code=error.code, error=error.message)
+        except (TunesmithError, OSError) as error:
+            seconds = pause_seconds(self._faults.add(), self._retry_seconds)
+            self._log.error("out of service: no job is claimed", error=_told(error), seconds=seconds)
+            self._pause(seconds)
             return None
 
     def _run(self, lease: Lease) -> None:

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import time
@@ -8,11 +9,13 @@ import pytest
 from sqlalchemy import insert, update
 
 from services.gateway.background.garbage_collector import GarbageCollector
+from shared.errors import TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault, JobSpec
-from shared.storage.artifacts import LocalArtifactStore, new_id
+from shared.storage.artifacts import LocalArtifactStore, new_id, trashed
 from shared.storage.database import Database, migrate
+from shared.storage.installation_id import adopt
 from shared.storage.tables import adapters, files
 from tests.jobs import Jobs
 
@@ -32,6 +35,8 @@ def artifacts(tmp_path: Path) -> LocalArtifactStore:
 
 
 def collector(database: Database, artifacts: LocalArtifactStore, *, later: float = 3601) -> GarbageCollector:
+    with database.read() as tx:
+        adopt(tx, artifacts)
     return GarbageCollector(database, artifacts, now=lambda: time.time() + later)
 
 
@@ -60,6 +65,68 @@ def test_what_nobody_vouches_for_goes_after_an_hour(database: Database, artifact
     assert collector(database, artifacts, later=3500).collect() == []
     assert set(collector(database, artifacts).collect()) == strays
     assert not any(stray.exists() for stray in strays)
+    # What SQL knows nothing of is kept for a week.
+    kept = [trashed(stray) for stray in strays if stray.parent.name != "staging"]
+    assert all((path / "manifest.json").exists() for path in kept)
+    week = 7 * 86400
+    assert collector(database, artifacts, later=week - 60).collect() == []
+    assert all(path.exists() for path in kept)
+    assert collector(database, artifacts, later=week + 60).collect() == []
+    assert not any(path.exists() for path in kept)
+
+
+def test_another_databases_folder_is_not_touched(
+    database: Database, artifacts: LocalArtifactStore, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    migrate(url)
+    other = Database(url)
+    mine = [folder(artifacts.file(new_id("file"))) for _ in range(3)]
+    # Neither before nor after it carries its own installation's mark.
+    ours = GarbageCollector(other, artifacts, now=lambda: time.time() + 4000)
+    with pytest.raises(TunesmithError, match="3 folders that this database knows nothing of"):
+        ours.collect()
+    with database.read() as tx:
+        adopt(tx, artifacts)
+    with pytest.raises(TunesmithError, match="tunesmith adopt"):
+        ours.collect()
+    assert all(path.exists() for path in mine)
+    with other.read() as tx:
+        adopt(tx, artifacts)
+    assert set(ours.collect()) == set(mine)
+    other.close()
+
+
+def test_most_of_the_folder_is_never_garbage(database: Database, artifacts: LocalArtifactStore) -> None:
+    """As after an old backup of the database was restored beside a newer folder."""
+    strays = [folder(artifacts.file(new_id("file"))) for _ in range(20)]
+    over = [folder(artifacts.checkpoints(claimed_and_failed(database)))]
+    assert collector(database, artifacts).collect() == over
+    assert all(stray.exists() for stray in strays)
+    for stray in strays[:1]:
+        artifacts.remove(stray)
+    assert len(collector(database, artifacts).collect()) == 19
+
+
+def claimed_and_failed(database: Database) -> str:
+    lease = claimed(database)
+    Leases(database).fail(lease, JobFault(code="x", message="x"))
+    return lease.job.id
+
+
+def test_one_unreadable_folder_ends_no_collection(
+    database: Database, artifacts: LocalArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = (folder(artifacts.file(new_id("file"))) for _ in range(2))
+    discard = artifacts.discard
+
+    def failing(path: Path) -> None:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        discard(path)
+
+    monkeypatch.setattr(artifacts, "discard", failing)
+    assert collector(database, artifacts).collect() == [good]
 
 
 def test_bases_and_caches_stay(database: Database, artifacts: LocalArtifactStore) -> None:

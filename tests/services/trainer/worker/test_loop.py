@@ -18,6 +18,7 @@ from services.trainer.recipe.free_memory import FreeMemory, free_bytes
 from services.trainer.worker import loop, retry
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
+from shared.errors import TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
@@ -257,6 +258,24 @@ def test_a_machine_without_its_mount_takes_no_job_for_longer_each_time_and_ends_
         done = place.jobs.get("default", job.id)
         assert (done.state, done.worker_failures) == (State.SUCCEEDED, 0)
     assert any("is not in its artifacts folder" in line and "for 300 s" in line for line in place.messages(jobs[0]))
+
+
+def test_no_job_is_claimed_while_the_folder_is_not_this_installations(place: Place) -> None:
+    job = place.job(ROWS, n_epochs=1)
+    pauses: list[float] = []
+    foreign = True
+
+    def check() -> None:
+        if foreign:
+            raise TunesmithError("another installation's", code="installation")
+
+    worker = place.worker(retry_seconds=10, pause=pauses.append, check_folder=check)
+    assert [worker.drain_queue(), worker.drain_queue()] == [0, 0]
+    assert (place.state(job), place.jobs.get("default", job.id).attempt) == (State.QUEUED, 0)
+    assert pauses == [10, 20]
+    foreign = False
+    assert worker.drain_queue() == 1
+    assert place.state(job) is State.SUCCEEDED
 
 
 def test_a_base_that_this_worker_cannot_have_holds_up_no_other_job(place: Place) -> None:
