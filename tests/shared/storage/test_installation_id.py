@@ -11,6 +11,8 @@ from sqlalchemy import insert, select
 
 from services.inference.__main__ import check_installation
 from shared.errors import TunesmithError
+from shared.jobs.spec import JobSpec
+from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id
 from shared.storage.database import Database, migrate
 from shared.storage.installation_id import adopt, require_own_folder
@@ -65,6 +67,16 @@ def test_a_folder_of_before_the_mark_is_known_by_what_is_in_it(database: Databas
     assert refused.value.code == "installation"
     assert store.installation() is None
     add_file(database, known)
+    require(database, store)
+    assert store.installation() == own_id(database)
+
+
+def test_a_file_that_a_job_was_trained_on_is_known(database: Database, store: LocalArtifactStore) -> None:
+    known = new_id("file")
+    store.file(known).mkdir(parents=True)
+    spec = JobSpec(base="tiny", base_revision="r", training_file=known, training_sha256="0" * 64)
+    with database.write() as tx:
+        JobStore().create(tx, "default", spec)
     require(database, store)
     assert store.installation() == own_id(database)
 
