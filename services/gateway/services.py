@@ -17,6 +17,7 @@ from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import IdempotencyStore
 from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.http.small_pool import SmallPool
 from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.prober import Prober
 from services.gateway.inference.project_tags import ProjectTags
@@ -59,6 +60,7 @@ class Services:
     replicas: Replicas
     forwarder: Forwarder
     metrics: Metrics
+    small_pool: SmallPool
 
 
 @asynccontextmanager
@@ -122,6 +124,7 @@ def _opened(
             replicas=replicas,
             forwarder=Forwarder(database, models, replicas, ProjectTags(secret), settings.default_base),
             metrics=metrics,
+            small_pool=SmallPool(),
         )
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))

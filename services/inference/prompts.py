@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shared.datasets.examples import Message
 from shared.datasets.templates import InstructionTemplate, Prompt, Template
 from shared.datasets.tokens import Tokenizer
+from shared.errors import InvalidRequest
 from shared.inference_api.fields import ChatMessage
 
 # Up to this many characters, encoding takes less time than handing it to a thread.
@@ -66,18 +67,26 @@ def plain(messages: Sequence[ChatMessage]) -> list[Message]:
     return [Message("system" if each.role == "developer" else each.role, each.text) for each in messages]
 
 
-async def ids_of(source: PromptSource, tokenizer: Tokenizer, template: Template | None) -> tuple[str, list[int]]:
+async def ids_of(
+    source: PromptSource, tokenizer: Tokenizer, template: Template | None, *, most_tokens: int | None = None
+) -> tuple[str, list[int]]:
     """The prompt's text and token ids.
 
     Args:
         template: the adapter's; None for the base or an adapter that names none.
+        most_tokens: a text that must have more than these is refused before it is encoded.
 
     Raises:
-        InvalidRequest: the template cannot express the request.
+        InvalidRequest: the template cannot express the request, or it is far too long.
     """
     if isinstance(source, RawIds):
         return "", list(source.ids)
     prompt = _prompt(source, template or tokenizer.chat or InstructionTemplate())
+    if most_tokens is not None and (fewest := tokenizer.fewest_tokens(prompt.text)) > most_tokens:
+        raise InvalidRequest(
+            f"the prompt has at least {fewest} tokens; with at least one new token at most {most_tokens} fit",
+            param="inputs",
+        )
     if len(prompt.text) <= _SHORT:
         return prompt.text, tokenizer.encode_prompt(prompt)
     return prompt.text, await asyncio.to_thread(tokenizer.encode_prompt, prompt)

@@ -98,7 +98,10 @@ class Serving:
         try:
             if asked.adapter_id is not None:
                 adapter, load_ms = await self.adapters.acquire(asked.adapter_id)
-            text, ids = await ids_of(asked.source, self.tokenizer, adapter.template if adapter else None)
+            template = adapter.template if adapter else None
+            # Encoding megabytes takes seconds; what is cut to its end must be encoded whole.
+            most = self.engine.context if asked.truncate is None else None
+            text, ids = await ids_of(asked.source, self.tokenizer, template, most_tokens=most)
             request = self._complete(asked, ids, adapter.uid if adapter else None)
             # An adapter may be evicted again once the engine is done with it, which after a cancel is one step later.
             release = partial(self.adapters.release, adapter) if adapter else None

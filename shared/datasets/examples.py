@@ -15,6 +15,8 @@ from shared.errors import InvalidDataset
 Format = Literal["instruction", "completion", "chat"]
 ROLES = ("system", "user", "assistant")
 MAX_REPORTED_ERRORS = 100
+# A chat template renders a conversation once for each of its replies: time grows with the square of their number.
+MAX_MESSAGES = 512
 # Distinct rows are remembered as 64-bit digests; past this many, duplicates are no longer counted (bounded memory).
 MAX_ROWS_COMPARED = 200_000
 # The reference tutorial's advice; how much data is enough depends on the task, so these are warnings, never errors.
@@ -87,6 +89,10 @@ def format_of(example: Example) -> Format:
 def _messages(value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise RowError("messages", "wrong_type", "'messages' must be a list of at least one message")
+    if len(value) > MAX_MESSAGES:
+        raise RowError(
+            "messages", "too_many_messages", f"a row has at most {MAX_MESSAGES} messages, this one has {len(value)}"
+        )
     messages = []
     for index, item in enumerate(value):
         path = f"messages[{index}]"

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from shared.datasets.templates import ChatTemplate, Prompt
 from shared.errors import ArtifactCorrupt
@@ -50,6 +52,29 @@ class Tokenizer:
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The ids a request starts from; the very ids its training examples started with."""
         return self.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at least, told without encoding it; 0 where that cannot be told."""
+        return len(text.encode()) // self._longest_token if self._longest_token else 0
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of text that one token stands for at most; 0 if there is no such number.
+
+        There is one for byte-level BPE that keeps every byte (no normaliser, no added token that eats spaces).
+        """
+        vocabulary = self.fast.get_vocab(with_added_tokens=False)
+        added = self.fast.get_added_tokens_decoder().values()
+        if (
+            type(self.fast.model).__name__ != "BPE"
+            or type(self.fast.decoder).__name__ != "ByteLevel"
+            or self.fast.normalizer is not None
+            or any(token.lstrip or token.rstrip for token in added)
+            or not vocabulary.keys() >= set(ByteLevel.alphabet())
+        ):
+            return 0
+        # A character of a byte-level token stands for a byte.
+        return max(*map(len, vocabulary), *(len(token.content.encode()) for token in added), 1)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -1,7 +1,7 @@
 """A file's rows as the trainer will see them, with `tokenizers` alone, and what they come to. Knows no HTTP, no SQL."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,14 +72,20 @@ class Tokenizers:
             return self._known[base_id]
 
 
-def tokenised_rows(file: Path, tokenizer: Tokenizer, hyper: Hyperparameters) -> Iterator[TokenisedRow]:
+def tokenised_rows(
+    file: Path, tokenizer: Tokenizer, hyper: Hyperparameters, check: Callable[[], None]
+) -> Iterator[TokenisedRow]:
     """Rows of a checked file in order, numbered from 1.
+
+    Args:
+        check: asked before each row; what it raises ends the work.
 
     Raises:
         InvalidRequest: `no_chat_template`: chat rows, and the base has no template for them.
     """
     template = None
     for number, example in enumerate(read_examples(file), 1):
+        check()
         template = template or template_for(format_of(example), tokenizer.chat)
         turns = template.turns(example)
         tokens = masked_tokens(tokenizer, turns, max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt)

@@ -13,6 +13,7 @@ from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import HEADER, Attempt, IdempotencyStore
 from services.gateway.http.keys import Owner
+from services.gateway.http.small_pool import SmallPool
 from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.replicas import Replicas
 from services.gateway.jobs.resolution import JobResolver
@@ -53,6 +54,7 @@ HealthDep = Annotated[HealthCache, _part(lambda services: services.health)]
 ReplicasDep = Annotated[Replicas, _part(lambda services: services.replicas)]
 ResolverDep = Annotated[JobResolver, _part(lambda services: services.resolver)]
 SettingsDep = Annotated[GatewaySettings, _part(lambda services: services.settings)]
+SmallPoolDep = Annotated[SmallPool, _part(lambda services: services.small_pool)]
 SourcesDep = Annotated[JobSources, _part(lambda services: services.sources)]
 TokenizersDep = Annotated[Tokenizers, _part(lambda services: services.tokenizers)]
 

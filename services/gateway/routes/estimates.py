@@ -1,10 +1,11 @@
 """`POST /v1/fine_tuning/estimates`: what a job would take, asked with the job's own body; nothing is created."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from services.gateway.bases.tokenised import TokenCounts, count_tokens, tokenised_rows
 from services.gateway.files.store import StoredFile
 from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.http.small_pool import Check
 from services.gateway.jobs.calibration import calibrate
 from services.gateway.jobs.estimate import EstimateJson, estimate
 from services.gateway.jobs.request_schema import JobRequest
@@ -14,6 +15,7 @@ from services.gateway.routes.dependencies import (
     DatabaseDep,
     Project,
     ResolverDep,
+    SmallPoolDep,
     SourcesDep,
     TokenizersDep,
 )
@@ -25,7 +27,9 @@ router = APIRouter(
 
 
 @router.post("/v1/fine_tuning/estimates", response_model=EstimateJson)
-def estimate_fine_tuning_job(
+async def estimate_fine_tuning_job(
+    request: Request,
+    pool: SmallPoolDep,
     database: DatabaseDep,
     artifacts: ArtifactsDep,
     bases: BasesDep,
@@ -36,19 +40,23 @@ def estimate_fine_tuning_job(
     body: JobRequest,
 ) -> Response:
     """Steps, supervised tokens, minutes and memory of a job with this body."""
-    with database.read() as tx:
-        named = sources.load(tx, project, body)
-    resolved = resolver.resolve(body, named)
-    spec, tokenizer = resolved.spec, tokenizers.get(resolved.spec.base)
 
-    def counts(file: StoredFile) -> TokenCounts:
-        rows = tokenised_rows(artifacts.file_data(file.id), tokenizer, spec.hyperparameters)
-        return count_tokens(rows, file.dataset["rows"])
+    def estimated(check: Check) -> Response:
+        with database.read() as tx:
+            named = sources.load(tx, project, body)
+        resolved = resolver.resolve(body, named)
+        spec, tokenizer = resolved.spec, tokenizers.get(resolved.spec.base)
 
-    training = counts(named.training)
-    validation = counts(named.validation) if named.validation else None
-    metadata = bases(spec.base)
-    shape = metadata.shape if metadata else None
-    with database.read() as tx:
-        calibration = calibrate(tx, spec, shape)
-    return json_response(estimate(spec, training, validation, calibration, resolved.warnings, shape))
+        def counts(file: StoredFile) -> TokenCounts:
+            rows = tokenised_rows(artifacts.file_data(file.id), tokenizer, spec.hyperparameters, check)
+            return count_tokens(rows, file.dataset["rows"])
+
+        training = counts(named.training)
+        validation = counts(named.validation) if named.validation else None
+        metadata = bases(spec.base)
+        shape = metadata.shape if metadata else None
+        with database.read() as tx:
+            calibration = calibrate(tx, spec, shape)
+        return json_response(estimate(spec, training, validation, calibration, resolved.warnings, shape))
+
+    return await pool.run(request, estimated)

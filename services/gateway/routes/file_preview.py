@@ -3,11 +3,12 @@
 from itertools import groupby, islice
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from services.gateway.bases.tokenised import TokenisedRow, tokenised_rows
 from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.http.small_pool import Check
 from services.gateway.routes.dependencies import (
     ArtifactsDep,
     CatalogueDep,
@@ -15,6 +16,7 @@ from services.gateway.routes.dependencies import (
     FileId,
     FilesDep,
     Project,
+    SmallPoolDep,
     TokenizersDep,
 )
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
@@ -46,7 +48,9 @@ class PreviewJson(BaseModel):
 
 
 @router.get("/v1/files/{file_id}/preview", response_model=PreviewJson)
-def preview_file(
+async def preview_file(
+    request: Request,
+    pool: SmallPoolDep,
     database: DatabaseDep,
     artifacts: ArtifactsDep,
     catalogue: CatalogueDep,
@@ -60,13 +64,17 @@ def preview_file(
     train_on_prompt: bool = False,
 ) -> Response:
     """The first rows of a file as the trainer will see them: template, special tokens and end of text included."""
-    with database.read() as tx:
-        file = files.get(tx, project, file_id)
-    base = catalogue.get_for_job(model).id
-    tokenizer = tokenizers.get(base)
-    hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
-    rows = islice(tokenised_rows(artifacts.file_data(file.id), tokenizer, hyper), limit)
-    return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
+
+    def preview(check: Check) -> Response:
+        with database.read() as tx:
+            file = files.get(tx, project, file_id)
+        base = catalogue.get_for_job(model).id
+        tokenizer = tokenizers.get(base)
+        hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
+        rows = islice(tokenised_rows(artifacts.file_data(file.id), tokenizer, hyper, check), limit)
+        return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
+
+    return await pool.run(request, preview)
 
 
 def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:

@@ -98,6 +98,7 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"prompt": "a"}, "completion", "missing"),
         ({"prompt": "a", "completion": "  "}, "completion", "blank"),
         ({"prompt": None, "completion": "b"}, "prompt", "missing"),
+        (chat(*[USER] * 513), "messages", "too_many_messages"),
         (chat(), "messages", "wrong_type"),
         ({"messages": "a"}, "messages", "wrong_type"),
         ({"messages": {"role": "user"}}, "messages", "wrong_type"),

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from shared.datasets.templates import Prompt
@@ -69,3 +71,36 @@ def test_broken_folders_are_corrupt(folder: Path, tmp_path: Path, defect: str) -
     message = "has no EOS token" if defect == "no eos" else "no readable tokenizer"
     with pytest.raises(ArtifactCorrupt, match=f"{tmp_path.name}: .*{message}"):
         Tokenizer(tmp_path)
+
+
+def byte_level(folder: Path, *, normaliser: bool = False, eats_spaces: bool = False) -> Tokenizer:
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    if normaliser:
+        fast.normalizer = normalizers.NFKC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    fast.train_from_iterator(["the cat sat on the mat and the dog sat on the cat", "        \n\n"] * 20, trainer)
+    fast.add_special_tokens([AddedToken("<|a rather long end of text|>", special=True, rstrip=eats_spaces)])
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|a rather long end of text|>"}')
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return byte_level(tmp_path_factory.mktemp("byte-level"))
+
+
+@given(st.lists(st.sampled_from(["the cat", " ", "é", "漢", "😀", "\n\n", "<|a rather long end of text|>", "x" * 50])))
+def test_a_text_has_at_least_the_fewest_tokens(bytes_tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    assert bytes_tokenizer.fewest_tokens(text) <= len(bytes_tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_the_fewest_tokens_are_told_where_they_can_be(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert bytes_tokenizer.fewest_tokens("a" * 10_000) >= 10_000 // 40
+    assert byte_level(tmp_path, normaliser=True).fewest_tokens("a" * 10_000) == 0
+    assert byte_level(tmp_path, eats_spaces=True).fewest_tokens("a" * 10_000) == 0

@@ -43,7 +43,7 @@ def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tin
     assert first["peak_memory_mb"] > PROCESS_MB
     tokenizer = Tokenizer(store.base("tiny"))
     data = store.file(file) / "data"
-    rows = [row.tokens for row in tokenised_rows(data, tokenizer, Hyperparameters())]
+    rows = [row.tokens for row in tokenised_rows(data, tokenizer, Hyperparameters(), lambda: None)]
     assert (first["total_steps"], first["checkpoints"]) == (2 * 8, 2)
     assert first["tokens"] == 2 * sum(len(tokens.ids) for tokens in rows if tokens)
     assert first["supervised_tokens"] == 2 * sum(tokens.supervised_count for tokens in rows if tokens)

@@ -16,7 +16,7 @@ def estimated(tiny: TinyJob, spec: JobSpec) -> EstimateJson:
     tokenizer, hyper = tiny.bases.tokenizer(spec), spec.hyperparameters
 
     def counts(file_id: str, rows: int) -> Any:
-        return count_tokens(tokenised_rows(tiny.store.file(file_id) / "data", tokenizer, hyper), rows)
+        return count_tokens(tokenised_rows(tiny.store.file(file_id) / "data", tokenizer, hyper, lambda: None), rows)
 
     file = tiny.store.file(spec.training_file) / "data"
     training = counts(spec.training_file, len(file.read_text().splitlines()))
