@@ -6,6 +6,7 @@ Writes the results to `.tunesmith/demo.json`, stops what it started, and exits w
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,7 @@ def show(result: Json, console: Console) -> None:
 def main() -> int:
     started = time.monotonic()
     interrupt_on_sigterm()
+    os.umask(0o077)
     path = HOME / "demo.json"
     # The results of an earlier run must not be taken for this one's.
     path.unlink(missing_ok=True)

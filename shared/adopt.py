@@ -3,6 +3,7 @@
 import sys
 
 from shared.errors import TunesmithError
+from shared.file_modes import keep_files_private
 from shared.settings import Settings
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database, check_schema
@@ -11,6 +12,7 @@ from shared.storage.installation_id import adopt
 
 def main() -> int:
     settings = Settings()
+    keep_files_private(settings.umask)
     store = LocalArtifactStore(settings.artifacts_root)
     try:
         check_schema(settings.sql_url)

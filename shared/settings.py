@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -17,6 +17,7 @@ class Settings(BaseSettings):
         artifacts: folder shared by gateway, trainer and inference; `home/artifacts` if empty.
         catalogue: TOML file with the base models; the built-in list if empty.
         internal_token: bearer token between gateway and inference.
+        umask: of what is written, octal; 007 for a folder that several users of one group share.
         installation: the id that the artifacts folder must carry; for inference, which cannot ask the database.
     """
 
@@ -29,6 +30,7 @@ class Settings(BaseSettings):
     catalogue: Path | None = None
     internal_token: SecretStr = SecretStr("")
     installation: str = ""
+    umask: str = Field("077", pattern=r"^[0-7]{3,4}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

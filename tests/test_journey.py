@@ -271,6 +271,8 @@ def test_nothing_listens_beyond_this_machine(journey: Journey) -> None:
 def test_secrets_are_not_for_everybody(journey: Journey) -> None:
     for path in (journey.home / "connection.json", journey.home / "api_key"):
         assert os.stat(path).st_mode & 0o077 == 0
+    written = [journey.home / "tunesmith.db", *(journey.home / "artifacts").rglob("*")]
+    assert [path for path in written if os.lstat(path).st_mode & 0o077] == []
     logs = "\n".join(log.read_text() for log in (journey.home / "logs").glob("*.log"))
     assert journey.connection.api_key not in logs
     assert httpx.get(f"{journey.connection.url}/v1/models").status_code == 401

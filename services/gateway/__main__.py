@@ -10,6 +10,7 @@ from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError, Unavailable
+from shared.file_modes import keep_files_private
 from shared.logs import configure_logging
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
@@ -22,6 +23,7 @@ SCHEMA_CHECK_SECONDS = 5.0
 def main() -> None:
     settings = GatewaySettings()
     configure_logging("gateway", settings.log_level)
+    keep_files_private(settings.umask)
     try:
         # Here a fault is one sentence; when the application starts it would be a stack trace.
         catalogue = load_catalogue(settings.catalogue)

@@ -14,6 +14,7 @@ from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
+from shared.file_modes import keep_files_private
 from shared.gpu_memory import grow_segments
 from shared.logs import configure_logging, get_logger
 from shared.openmp import spin_briefly
@@ -30,6 +31,7 @@ def main() -> int:
     spin_briefly(os.environ)
     grow_segments(os.environ)
     configure_logging("inference", settings.log_level)
+    keep_files_private(settings.umask)
     log = get_logger("inference")
 
     def build() -> Serving:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from shared.bases.catalogue import Base, load_catalogue
 from shared.errors import NotFound, TunesmithError
+from shared.file_modes import keep_files_private
 from shared.settings import Settings
 from shared.storage.artifacts import LocalArtifactStore
 
@@ -41,6 +42,7 @@ def _prepare(base: Base, store: LocalArtifactStore) -> None:
 
 def main() -> int:
     settings = Settings()
+    keep_files_private(settings.umask)
     name = sys.argv[1] if len(sys.argv) == 2 else "auto"
     try:
         catalogue = load_catalogue(settings.catalogue)

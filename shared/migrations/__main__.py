@@ -1,7 +1,10 @@
 """`python -m shared.migrations`: bring the database of the settings to the newest schema."""
 
+from shared.file_modes import keep_files_private
 from shared.settings import Settings
 from shared.storage.database import migrate
 
 if __name__ == "__main__":
-    migrate(Settings().sql_url)
+    settings = Settings()
+    keep_files_private(settings.umask)
+    migrate(settings.sql_url)

@@ -202,6 +202,7 @@ class LocalArtifactStore:
         for file in sorted(staged.rglob("*")):
             _fsync(file)
         _fsync(staged)
+        fresh = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         # rename(2) replaces an empty folder silently, and a full one never: it may have come since the look.
         if target.exists():
@@ -212,8 +213,9 @@ class LocalArtifactStore:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise FileExistsError(target) from error
             raise
-        _fsync(target.parent)
-        _fsync(target.parent.parent)
+        # A name is durable once its folder is; a folder that was made here is a name too.
+        for folder in dict.fromkeys([target.parent, target.parent.parent, *(made.parent for made in fresh)]):
+            _fsync(folder)
 
     @contextlib.contextmanager
     def placed(self, staged: Path, target: Path) -> Iterator["Placed"]:

@@ -19,6 +19,8 @@ def up(
     from tunesmith.output import fail, interrupt_on_sigterm, say, show_json
 
     interrupt_on_sigterm()
+    # Before the first folder is made: datasets and logs are nobody else's.
+    os.umask(0o077)
     try:
         started = stack.up(home, port=port, base=base, say=say)
     except stack.StackError as error:

@@ -4,8 +4,11 @@ import threading
 import time
 from collections.abc import Callable
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from services.gateway.background.periodic import Periodic
 from shared.jobs.notification import NotificationQueue
+from shared.logs import get_logger
 
 CHECK_EVERY_SECONDS = 5.0
 
@@ -33,6 +36,7 @@ class Notifier:
         self._lock = threading.Lock()
         self._wanted = 0
         self._last_check = float("-inf")
+        self._log = get_logger("notifier")
         self._thread = Periodic("notifier", self.tick, CHECK_EVERY_SECONDS)
 
     def start(self) -> None:
@@ -46,10 +50,20 @@ class Notifier:
 
     def tick(self) -> None:
         """Send what is wanted; every few seconds make up for what was lost."""
+        due = self._clock() - self._last_check >= CHECK_EVERY_SECONDS
+        # Counted before what is wanted is sent: a job of in between would be notified of twice.
+        waiting = self._queued_if_known() if due else 0
         self._send()
-        if self._clock() - self._last_check >= CHECK_EVERY_SECONDS:
+        if due:
             self._last_check = self._clock()
-            self._make_up()
+            self._make_up(waiting)
+
+    def _queued_if_known(self) -> int:
+        try:
+            return self._queued()
+        except SQLAlchemyError as error:
+            self._log.warning("queued jobs not counted", error=str(error))
+            return 0
 
     def stop(self) -> None:
         """Sends what is still wanted."""
@@ -64,8 +78,7 @@ class Notifier:
                 # Redis is away: the others would wait for it once each.
                 return
 
-    def _make_up(self) -> None:
-        waiting = self._queued()
+    def _make_up(self, waiting: int) -> None:
         pending = self._notifications.pending() if waiting else None
         for _ in range(max(0, waiting - pending) if pending is not None else 0):
             if not self._notifications.notify():

@@ -92,6 +92,7 @@ def read_or_make_secret(path: Path) -> bytes:
         try:
             # Unlike a rename, a link fails if another process was faster.
             os.link(staged, path)
+            _fsync_folder(path.parent)
         except FileExistsError:
             pass
         finally:
@@ -107,3 +108,13 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: SQL must not know a key whose file a power cut takes away."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

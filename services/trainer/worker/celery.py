@@ -11,6 +11,7 @@ from typing import Any
 from celery.signals import setup_logging, worker_shutting_down
 
 from services.trainer.settings import TrainerSettings
+from shared.file_modes import keep_files_private
 from shared.gpu_memory import grow_segments
 from shared.jobs.notification import NOTIFY, celery_app
 from shared.logs import configure_logging
@@ -30,6 +31,7 @@ _worker: Any = None
 def _setup_logging(**_: object) -> None:
     # A connected receiver keeps Celery from installing handlers of its own.
     configure_logging("trainer", settings.log_level)
+    keep_files_private(settings.umask)
 
 
 @worker_shutting_down.connect

@@ -237,6 +237,18 @@ def test_the_manifest_comes_last_and_everything_is_synced(
     assert synced[-2:] == ["adapters", store.root.name]
 
 
+def test_every_folder_that_is_made_for_a_checkpoint_is_durable(
+    store: LocalArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = store.checkpoint("ftjob-1", 1, 2)
+    synced: list[Path] = []
+    monkeypatch.setattr(shared.storage.artifacts, "_fsync", synced.append)
+    with store.staged() as staged:
+        (staged / "data").write_text("x")
+        store.place(staged, target)
+    assert {target.parent, target.parent.parent, store.root / "jobs", store.root} <= set(synced)
+
+
 def test_what_came_since_the_look_is_not_overwritten_either(
     store: LocalArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,9 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(gateway: Gateway) -> 
     assert found["tunesmith_jobs", ("queued",)] == 2
     assert found["tunesmith_jobs", ("running",)] == 0
     assert found["tunesmith_up", ("redis",)] == found["tunesmith_up", ("database",)] == 1
-    eventually(lambda: samples(gateway)["tunesmith_notifications_pending", ()] == 2)
-    assert samples(gateway)["tunesmith_doorbells_pending", ()] == 2
+    # One more if jobs are counted just as the second is created: it wakes a worker that finds nothing.
+    eventually(lambda: samples(gateway)["tunesmith_notifications_pending", ()] in (2, 3))
+    assert samples(gateway)["tunesmith_doorbells_pending", ()] in (2, 3)
 
 
 def test_health(gateway: Gateway) -> None:
