@@ -1,5 +1,6 @@
 """Text to token ids and back, with `tokenizers` alone: no torch, no transformers, so the gateway can count tokens."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 from shared.datasets.templates import ChatTemplate, Prompt
 from shared.errors import ArtifactCorrupt
@@ -55,13 +55,21 @@ class Tokenizer:
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, told without encoding it; 0 where that cannot be told."""
-        return len(text.encode()) // self._longest_token if self._longest_token else 0
+        if not self._longest_token:
+            return 0
+        # Bytes that the vocabulary lacks become no token at all.
+        return len(text.encode().translate(None, delete=self._lacking_bytes)) // self._longest_token
+
+    @cached_property
+    def _lacking_bytes(self) -> bytes:
+        vocabulary = self.fast.get_vocab(with_added_tokens=False)
+        return bytes(byte for byte, written in enumerate(_bytes_as_written()) if written not in vocabulary)
 
     @cached_property
     def _longest_token(self) -> int:
         """Bytes of text that one token stands for at most; 0 if there is no such number.
 
-        There is one for byte-level BPE that keeps every byte (no normaliser, no added token that eats spaces).
+        There is one for byte-level BPE (no normaliser, no token for what is unknown, no added token that eats spaces).
         """
         vocabulary = self.fast.get_vocab(with_added_tokens=False)
         added = self.fast.get_added_tokens_decoder().values()
@@ -69,8 +77,8 @@ class Tokenizer:
             type(self.fast.model).__name__ != "BPE"
             or type(self.fast.decoder).__name__ != "ByteLevel"
             or self.fast.normalizer is not None
+            or self.fast.model.unk_token is not None
             or any(token.lstrip or token.rstrip for token in added)
-            or not vocabulary.keys() >= set(ByteLevel.alphabet())
         ):
             return 0
         # A character of a byte-level token stands for a byte.
@@ -79,6 +87,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+
+def _bytes_as_written() -> list[str]:
+    """The character that byte-level vocabularies write for each byte: itself if it can be seen, else one from 256 on.
+
+    As GPT-2's vocabulary began it; `tokenizers` has the set of them, and not which is which.
+    """
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = itertools.count(256)
+    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
 
 
 def _token(config: dict[str, Any], key: str) -> str:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from shared.datasets.templates import Prompt
-from shared.datasets.tokens import Tokenizer
+from shared.datasets.tokens import Tokenizer, _bytes_as_written
 from shared.errors import ArtifactCorrupt
 from tests.shared.datasets.bos_tokenizer import write_bos_tokenizer
 
@@ -73,7 +73,7 @@ def test_broken_folders_are_corrupt(folder: Path, tmp_path: Path, defect: str) -
         Tokenizer(tmp_path)
 
 
-def byte_level(folder: Path, *, normaliser: bool = False, eats_spaces: bool = False) -> Tokenizer:
+def byte_level(folder: Path, *, normaliser: bool = False, eats_spaces: bool = False, without: str = "") -> Tokenizer:
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -82,6 +82,7 @@ def byte_level(folder: Path, *, normaliser: bool = False, eats_spaces: bool = Fa
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
+    trainer.initial_alphabet = [char for char in pre_tokenizers.ByteLevel.alphabet() if char not in without]
     fast.train_from_iterator(["the cat sat on the mat and the dog sat on the cat", "        \n\n"] * 20, trainer)
     fast.add_special_tokens([AddedToken("<|a rather long end of text|>", special=True, rstrip=eats_spaces)])
     fast.save(str(folder / "tokenizer.json"))
@@ -89,9 +90,28 @@ def byte_level(folder: Path, *, normaliser: bool = False, eats_spaces: bool = Fa
     return Tokenizer(folder)
 
 
-@pytest.fixture(scope="module")
-def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return byte_level(tmp_path_factory.mktemp("byte-level"))
+# As byte-level vocabularies write the bytes of "é"; some models lack rare ones.
+LACKING = "Ã©"
+
+
+@pytest.fixture(scope="module", params=["", LACKING])
+def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tokenizer:
+    return byte_level(tmp_path_factory.mktemp("byte-level"), without=request.param)
+
+
+def test_bytes_are_written_as_the_library_writes_them() -> None:
+    assert set(_bytes_as_written()) == set(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    text = "".join(map(chr, range(0x250))) + "漢😀"
+    ((written, _),) = level.pre_tokenize_str(text)
+    assert written == "".join(_bytes_as_written()[byte] for byte in text.encode())
+
+
+def test_bytes_that_a_vocabulary_lacks_become_no_token(tmp_path: Path) -> None:
+    lacking = byte_level(tmp_path, without=LACKING)
+    assert lacking.encode("é" * 100, add_special_tokens=False) == []
+    assert lacking.fewest_tokens("é" * 100_000) == 0
+    assert lacking.fewest_tokens("a" * 100_000) > 1000
 
 
 @given(st.lists(st.sampled_from(["the cat", " ", "é", "漢", "😀", "\n\n", "<|a rather long end of text|>", "x" * 50])))
