@@ -118,6 +118,8 @@ class Cluster:
 def tiny_stack(folder: Path) -> Iterator[Cluster]:
     """Redis, one inference process and the gateway on SQLite; a trainer when the test wants one."""
     settings = {"TUNESMITH_DEFAULT_BASE": "tiny", "TUNESMITH_INFERENCE_SLOTS": "4"}
+    # On a busy machine streams take longer than a deployment would wait for them.
+    settings["TUNESMITH_INFERENCE_DRAIN_SECONDS"] = "300"
     with Processes(folder) as processes:
         cluster = Cluster(folder, processes, f"sqlite:///{folder / 'tunesmith.db'}", settings=settings)
         cluster.up()

@@ -2,14 +2,17 @@
 
 import random
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import psycopg
 import pytest
+import structlog
 
 from shared.processor import this_processor
 from tests.left_behind import Watcher
@@ -48,6 +51,26 @@ def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    structlog.configure(logger_factory=LogToStdout)
+
+
+class LogToStdout:
+    """Where structlog writes while no service has configured it.
+
+    `print`, its default, uses sys.stdout without holding on to it: pytest puts another in its place while a server's
+    thread writes, and CPython 3.11 then crashes (python/cpython#130163).
+    """
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def msg(self, message: str) -> None:
+        out = sys.stdout
+        # It may have been closed meanwhile.
+        with suppress(ValueError):
+            out.write(f"{message}\n")
+
+    log = debug = info = warn = warning = err = error = critical = exception = fatal = failure = msg
     # Cores are shared: how long an example takes says nothing about the code.
     hypothesis.settings.register_profile("shared cores", deadline=None)
     hypothesis.settings.load_profile("shared cores")

@@ -152,7 +152,7 @@ def test_sigterm_lets_what_runs_and_what_waits_finish(stack: Cluster, http: http
         assert (away.status_code, away.json()["error_type"]) == (503, "unavailable")
         assert not answers(f"{stack.inference_url}/health/ready")
         assert [future.result() for future in futures] == undisturbed
-    assert server.process.wait(120) == 0
+    assert server.process.wait(300) == 0
     log = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     assert [line for line in log if line.get("level") in ("error", "critical")] == []
     server.restart()
