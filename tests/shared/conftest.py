@@ -1,16 +1,15 @@
 """One store, both databases: every test that asks for `database` runs on SQLite and on a real PostgreSQL."""
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobSpec
 from shared.storage.database import Database, migrate
+from tests.fresh_database import fresh_on_server
 from tests.jobs import Jobs
 
 ON_POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.servers)
@@ -21,13 +20,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a database of its own without a table."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    admin: str = request.getfixturevalue("postgres_url")
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    url = admin.replace("/postgres?", f"/{name}?", 1)
-    assert url != admin
-    return url
+    return fresh_on_server(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """The gateway on PostgreSQL: the very tests that it passes on SQLite, where the two databases could differ."""
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 from services.gateway.settings import GatewaySettings
+from tests.fresh_database import fresh_on_server
 from tests.services.gateway.conftest import ROWS, Gateway
 from tests.services.gateway.files.test_uploads import test_ids_that_are_none
 from tests.services.gateway.jobs.test_request_schema import (
@@ -39,10 +38,7 @@ __all__ = [
 @pytest.fixture
 def settings(tmp_path: Path, redis_url: str, postgres_url: str) -> Callable[..., GatewaySettings]:
     """Settings of an installation whose database is a new one on a real PostgreSQL server."""
-    name = f"gateway_{secrets.token_hex(6)}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    url = postgres_url.replace("/postgres?", f"/{name}?", 1)
+    url = fresh_on_server(postgres_url)
 
     def make(**changes: Any) -> GatewaySettings:
         return GatewaySettings.model_validate({"home": tmp_path, "redis_url": redis_url, "database_url": url} | changes)

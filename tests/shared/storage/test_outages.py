@@ -1,7 +1,6 @@
 """Outages as real databases tell them: each is recognised, and none of a caller's own mistakes is taken for one."""
 
 import os
-import secrets
 import socket
 import sqlite3
 import threading
@@ -20,6 +19,7 @@ from shared.storage import database as database_module
 from shared.storage.database import Database, migrate
 from shared.storage.outages import is_away
 from shared.storage.tables import api_keys
+from tests.fresh_database import fresh_on_server
 
 ROW = {"id": "k", "project": "p", "digest": "d", "created_at": 1}
 
@@ -101,10 +101,7 @@ def test_a_sqlite_file_that_cannot_be_opened(tmp_path: Path) -> None:
 @pytest.fixture
 def server_url(postgres_url: str) -> str:
     """A migrated database of its own on PostgreSQL."""
-    name = f"outage_{secrets.token_hex(6)}"
-    with psycopg.connect(postgres_url, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}".encode())
-    url = postgres_url.replace("/postgres?", f"/{name}?", 1)
+    url = fresh_on_server(postgres_url)
     migrate(url)
     return url
 

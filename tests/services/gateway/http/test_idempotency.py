@@ -1,7 +1,6 @@
 """Once, however often it is sent: by key, and by the official client's own retries."""
 
 import json
-import secrets
 import sys
 import threading
 import time
@@ -13,7 +12,6 @@ from typing import Any
 
 import httpx
 import httpx2
-import psycopg
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 from sqlalchemy import Connection, func, insert, select, update
@@ -26,6 +24,7 @@ from services.gateway.settings import GatewaySettings
 from shared.errors import Conflict
 from shared.storage import tables
 from shared.storage.database import Database, migrate
+from tests.fresh_database import fresh_on_server
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
 from tests.stack_processes import Processes, answers, clean_environment, free_port, wait_until
 
@@ -263,11 +262,7 @@ def test_responses_are_kept_for_a_day_and_no_longer(tmp_path: Path) -> None:
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    admin: str = request.getfixturevalue("postgres_url")
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return admin.replace("/postgres?", f"/{name}?", 1)
+    return fresh_on_server(request.getfixturevalue("postgres_url"))
 
 
 def test_two_hundred_at_once_over_two_gateways_make_one_job(
@@ -366,10 +361,7 @@ def test_a_duplicate_at_another_gateway_is_409(
     tmp_path: Path, redis_server: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On PostgreSQL, where gateways of several machines share the database."""
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    url = postgres_url.replace("/postgres?", f"/{name}?", 1)
+    url = fresh_on_server(postgres_url)
     monkeypatch.setattr(idempotency_module, "WAIT_MS", 100)
     settings: Callable[..., GatewaySettings] = GatewaySettings.model_validate
     with running_gateway(settings({"home": tmp_path, "redis_url": redis_server, "database_url": url})) as gateway:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from shared.errors import LeaseLost
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
-from shared.jobs.spec import JobSpec, Phase, Progress, State
-from shared.storage.database import Database, migrate
+from shared.jobs.spec import Phase, Progress, State
+from shared.storage.database import Database
 from tests.jobs import Jobs
 
 
@@ -46,30 +46,8 @@ class Renewals(Leases):
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    migrate(url)
-    database = Database(url)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def store(database: Database) -> Jobs:
-    return Jobs(database)
-
-
-@pytest.fixture
 def leases(database: Database) -> Renewals:
     return Renewals(database)
-
-
-@pytest.fixture
-def lease(store: Jobs, leases: Renewals) -> Lease:
-    store.create("default", JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="0" * 64))
-    lease = leases.claim("w")
-    assert lease is not None
-    return lease
 
 
 def session(

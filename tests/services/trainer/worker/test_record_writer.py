@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.rows import NewEvent
-from shared.jobs.spec import JobSpec, Progress
-from shared.storage.database import Database, migrate
+from shared.jobs.spec import Progress
+from shared.storage.database import Database
 from tests.jobs import Jobs
 
 
@@ -46,30 +45,8 @@ def away() -> OperationalError:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    migrate(url)
-    database = Database(url)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def store(database: Database) -> Jobs:
-    return Jobs(database)
-
-
-@pytest.fixture
 def leases(database: Database) -> Scripted:
     return Scripted(database)
-
-
-@pytest.fixture
-def lease(store: Jobs, leases: Scripted) -> Lease:
-    store.create("default", JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="0" * 64))
-    lease = leases.claim("w")
-    assert lease is not None
-    return lease
 
 
 @pytest.fixture
