@@ -6,21 +6,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from shared.errors import Overloaded, TunesmithError
+from shared.errors import Overloaded
 
 AT_ONCE = 2
 MOST_WAITING = 16
 LOOK_SECONDS = 0.25
 
 Check = Callable[[], None]
-"""Asked between pieces of work; raises `ClientLeft` when nobody waits for the result any more."""
+"""Asked between pieces of work; raises `ClientDisconnect` when nobody waits for the result any more."""
 T = TypeVar("T")
-
-
-class ClientLeft(TunesmithError):
-    """Nobody reads what this request is answered with."""
 
 
 class SmallPool:
@@ -36,7 +32,7 @@ class SmallPool:
 
         Raises:
             Overloaded: too many wait already.
-            ClientLeft: the request's client has gone away.
+            ClientDisconnect: the request's client has gone away.
         """
         if self._inside >= self._most:
             raise Overloaded("too many previews and estimates at once; try again in a moment", retry_after=2)
@@ -44,7 +40,7 @@ class SmallPool:
 
         def check() -> None:
             if left.is_set():
-                raise ClientLeft("the client has left")
+                raise ClientDisconnect
 
         def unless_left() -> T:
             check()

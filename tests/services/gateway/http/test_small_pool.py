@@ -86,7 +86,7 @@ def test_others_are_answered_and_too_many_are_refused(
 def test_what_nobody_waits_for_ends(slow: Slow, preview: Callable[[float], httpx.Response]) -> None:
     with pytest.raises(httpx.TimeoutException):
         preview(0.5)
-    eventually(lambda: slow.ended == ["ClientLeft"])
+    eventually(lambda: slow.ended == ["ClientDisconnect"])
     slow.go.set()
     began = time.monotonic()
     assert preview(60).status_code == 200
