@@ -124,9 +124,9 @@ class LocalArtifactStore:
         self.root.mkdir(parents=True, exist_ok=True)
         written = self.root / f".{INSTALLATION}.{secrets.token_hex(6)}"
         written.write_text(json.dumps({"installation": installation}) + "\n")
-        _fsync(written)
+        fsync(written)
         os.replace(written, self.root / INSTALLATION)
-        _fsync(self.root)
+        fsync(self.root)
 
     def file(self, file_id: str) -> Path:
         return self.root / "files" / _checked(file_id)
@@ -200,8 +200,8 @@ class LocalArtifactStore:
             FileExistsError: something is there already; artifacts are never overwritten.
         """
         for file in sorted(staged.rglob("*")):
-            _fsync(file)
-        _fsync(staged)
+            fsync(file)
+        fsync(staged)
         fresh = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         # rename(2) replaces an empty folder silently, and a full one never: it may have come since the look.
@@ -215,7 +215,7 @@ class LocalArtifactStore:
             raise
         # A name is durable once its folder is; a folder that was made here is a name too.
         for folder in dict.fromkeys([target.parent, target.parent.parent, *(made.parent for made in fresh)]):
-            _fsync(folder)
+            fsync(folder)
 
     @contextlib.contextmanager
     def placed(self, staged: Path, target: Path) -> Iterator["Placed"]:
@@ -245,7 +245,7 @@ class LocalArtifactStore:
         """
         entries = {f.name: FileEntry(sha256=sha256_of(f), size=f.stat().st_size) for f in sorted(staged.iterdir())}
         for name in entries:
-            _fsync(staged / name)
+            fsync(staged / name)
         complete = Manifest.model_validate(manifest.model_dump() | {"files": entries})
         (staged / MANIFEST).write_text(_as_written(complete), encoding="utf-8")
         self.place(staged, target)
@@ -273,21 +273,29 @@ class LocalArtifactStore:
         return manifest
 
     def discard(self, folder: Path) -> None:
-        """Put a folder into the trash, where it keeps its bytes; see `empty_trash`."""
+        """Put a folder into the trash, where it keeps its bytes; see `empty_trash`.
+
+        Raises:
+            OSError: it is gone already (another process took it), or cannot be moved.
+        """
         target = trashed(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # What is there already under this name came from the same place.
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target = target.with_name(f"{target.name}-{secrets.token_hex(4)}")
+        # The time first: with its old one it would be taken out at once.
+        os.utime(folder)
         os.rename(folder, target)
-        os.utime(target)
 
     def empty_trash(self, before: float) -> list[Path]:
         """Remove what was put into the trash before a time (seconds since the epoch). Returns what went."""
-        trash = self.root / "trash"
-        old = [entry for entry in trash.iterdir() if entry.lstat().st_mtime < before] if trash.is_dir() else []
-        for folder in old:
-            shutil.rmtree(folder, ignore_errors=True)
-        return old
+        trash, gone = self.root / "trash", []
+        for folder in list(trash.iterdir()) if trash.is_dir() else []:
+            # Another process may empty it too.
+            with contextlib.suppress(OSError):
+                if folder.lstat().st_mtime < before:
+                    shutil.rmtree(folder)
+                    gone.append(folder)
+        return gone
 
     def remove(self, folder: Path) -> None:
         """Remove an artifact folder; no error if it is gone already."""
@@ -365,7 +373,8 @@ def _checked(artifact_id: str) -> str:
     return artifact_id
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -88,9 +88,10 @@ class GarbageCollector:
         self._thread.stop()
 
     def _work(self) -> None:
-        self.collect()
+        # First: it needs no artifacts folder.
         with self._database.write() as tx:
             self._forget(tx)
+        self.collect()
 
     def _too_many(self, orphans: set[Path], folders: list[Path]) -> bool:
         total = sum(folder.parent.name != STAGING for folder in folders)
@@ -125,12 +126,15 @@ class GarbageCollector:
             for entry in parent.iterdir():
                 # A lock without its folder: its process was killed after placing what it had staged.
                 folder = entry.with_suffix("") if entry.suffix == ".lock" else entry
-                if entry.is_dir() or not folder.exists():
-                    yield folder
+                try:
+                    if entry.is_dir() or not folder.exists():
+                        yield folder
+                except OSError as error:
+                    self._log.warning("not looked at", folder=f"{kind}/{entry.name}", error=str(error))
 
     def _is_old(self, folder: Path) -> bool:
-        entry = folder if folder.exists() else staging_lock(folder)
         try:
+            entry = folder if folder.exists() else staging_lock(folder)
             return _last_touched(entry) < self._now() - self._untouched
         except FileNotFoundError:
             # Placed elsewhere, or removed by another gateway, while we looked.

@@ -16,6 +16,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
 from shared.errors import TunesmithError
+from shared.storage.artifacts import fsync
 from shared.storage.database import Database
 from shared.storage.tables import api_keys
 
@@ -92,7 +93,7 @@ def read_or_make_secret(path: Path) -> bytes:
         try:
             # Unlike a rename, a link fails if another process was faster.
             os.link(staged, path)
-            _fsync_folder(path.parent)
+            fsync(path.parent)
         except FileExistsError:
             pass
         finally:
@@ -108,13 +109,5 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: SQL must not know a key whose file a power cut takes away."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # SQL must not know a key whose file a power cut takes away.
+    fsync(path.parent)

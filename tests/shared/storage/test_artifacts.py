@@ -208,7 +208,7 @@ def test_a_torn_publication_is_invisible_or_whole(
 
     target = store.adapter("adapter-1")
     with monkeypatch.context() as patch:
-        patch.setattr(shared.storage.artifacts, "_fsync", dying(shared.storage.artifacts._fsync))
+        patch.setattr(shared.storage.artifacts, "fsync", dying(shared.storage.artifacts.fsync))
         patch.setattr(os, "rename", dying(os.rename))
         # What a killed process leaves in staging stays there.
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -225,13 +225,13 @@ def test_the_manifest_comes_last_and_everything_is_synced(
     store: LocalArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    real = shared.storage.artifacts._fsync
+    real = shared.storage.artifacts.fsync
 
     def watch(path: Path) -> None:
         synced.append(path.name)
         real(path)
 
-    monkeypatch.setattr(shared.storage.artifacts, "_fsync", watch)
+    monkeypatch.setattr(shared.storage.artifacts, "fsync", watch)
     publish(store, store.adapter("adapter-1"))
     assert set(CONTENT) <= set(synced[: synced.index(MANIFEST)])
     assert synced[-2:] == ["adapters", store.root.name]
@@ -242,7 +242,7 @@ def test_every_folder_that_is_made_for_a_checkpoint_is_durable(
 ) -> None:
     target = store.checkpoint("ftjob-1", 1, 2)
     synced: list[Path] = []
-    monkeypatch.setattr(shared.storage.artifacts, "_fsync", synced.append)
+    monkeypatch.setattr(shared.storage.artifacts, "fsync", synced.append)
     with store.staged() as staged:
         (staged / "data").write_text("x")
         store.place(staged, target)

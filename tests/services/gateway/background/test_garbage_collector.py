@@ -2,7 +2,6 @@ import errno
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,6 @@ from shared.storage.database import Database, migrate
 from shared.storage.installation_id import adopt
 from shared.storage.tables import adapters, files
 from tests.jobs import Jobs
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
-    migrate(url)
-    database = Database(url)
-    yield database
-    database.close()
 
 
 @pytest.fixture
@@ -127,6 +117,33 @@ def test_one_unreadable_folder_ends_no_collection(
 
     monkeypatch.setattr(artifacts, "discard", failing)
     assert collector(database, artifacts).collect() == [good]
+
+
+def test_an_entry_whose_kind_cannot_be_told_ends_no_collection(
+    database: Database, artifacts: LocalArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = (folder(artifacts.file(new_id("file"))) for _ in range(2))
+    is_dir = Path.is_dir
+
+    def failing(self: Path, **options: bool) -> bool:
+        if self == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return is_dir(self, **options)
+
+    monkeypatch.setattr(Path, "is_dir", failing)
+    assert collector(database, artifacts).collect() == [good]
+
+
+def test_a_folder_that_comes_again_is_kept_beside_the_first(database: Database, artifacts: LocalArtifactStore) -> None:
+    stray = artifacts.file(new_id("file"))
+    for _ in range(2):
+        folder(stray)
+        assert collector(database, artifacts).collect() == [stray]
+    assert len(list((artifacts.root / "trash").iterdir())) == 2
+    # Another gateway took it first.
+    with pytest.raises(FileNotFoundError):
+        artifacts.discard(stray)
+    assert len(list((artifacts.root / "trash").iterdir())) == 2
 
 
 def test_bases_and_caches_stay(database: Database, artifacts: LocalArtifactStore) -> None:
