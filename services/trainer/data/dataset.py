@@ -98,24 +98,17 @@ def _prepare(
     code = f"invalid_{role}_file"
     try:
         file = store.file_data(file_id)
-    except NotFound as error:
-        raise _not_here(role, file_id) from error
-    if not file.is_file():
-        raise _not_here(role, file_id)
-    try:
+        if not file.is_file():
+            raise Unavailable(
+                f"the {role} file {file_id} is not in its artifacts folder: is that this installation's, and mounted?",
+                code="file_not_here",
+            )
         actual = sha256_of(file)
         if sha256 is not None and actual != sha256:
             raise JobFailed(f"the {role} file {file_id} is not the one the job was created with", code=code)
         return tokenise(store, tokenizer, file, actual, hyper, check)
-    except InvalidRequest as error:
+    except (InvalidRequest, NotFound) as error:
         raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
-
-
-def _not_here(role: str, file_id: str) -> Unavailable:
-    return Unavailable(
-        f"the {role} file {file_id} is not in its artifacts folder: is that this installation's, and mounted?",
-        code="file_not_here",
-    )
 
 
 def tokenise(

@@ -8,7 +8,7 @@ import mmap
 import os
 from typing import Any
 
-from celery.signals import setup_logging, worker_shutting_down
+from celery.signals import celeryd_init, setup_logging, worker_shutting_down
 
 from services.trainer.settings import TrainerSettings
 from shared.file_modes import keep_files_private
@@ -31,6 +31,10 @@ _worker: Any = None
 def _setup_logging(**_: object) -> None:
     # A connected receiver keeps Celery from installing handlers of its own.
     configure_logging("trainer", settings.log_level)
+
+
+@celeryd_init.connect
+def _keep_files_private(**_: object) -> None:
     keep_files_private(settings.umask)
 
 

@@ -44,7 +44,7 @@ def is_machine_fault(error: Exception) -> bool:
             return True
         if isinstance(cause, SQLAlchemyError) and is_away(cause):
             return True
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False
 
 
