@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -167,7 +167,8 @@ class SilentSession:
     def reserve_adapter(self) -> str:
         return new_id("adapter")
 
-    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None: ...
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> Sequence[str]:
+        return ()
 
 
 class GateSession(SilentSession):

@@ -101,7 +101,7 @@ def _opened(
         bases = BaseMetadataReader(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
-        models = ModelStore(catalogue, adapters, jobs)
+        models = ModelStore(catalogue, adapters)
         heartbeats = Heartbeats(database)
         replicas = Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value())
         services = Services(

@@ -3,7 +3,7 @@
 Owns no behaviour. The worker implements `Session`; nothing here knows how a job is stored or queued.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -48,13 +48,16 @@ class Session(Protocol):
         """A fresh adapter id, recorded as this claim's before anything is written under it."""
         ...
 
-    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> Sequence[str]:
         """Make a published checkpoint and its servable adapter known, in one transaction.
 
         The resume state lies at `store.checkpoint(job_id, lease_token, step)`.
 
         Args:
             metrics: `train_loss` (mean since the last metrics event) and, with a validation file, `valid_loss`.
+
+        Returns:
+            Ids of the checkpoints' adapters that need not stay, and that nobody knows any more.
         """
         ...
 

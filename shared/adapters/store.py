@@ -98,6 +98,18 @@ class AdapterStore:
         tx.execute(update(adapters).where(adapters.c.id == adapter.id).values(state=AdapterState.DELETED))
         return adapter
 
+    def withdraw(self, tx: Connection, adapter_id: str) -> None:
+        """Make a checkpoint's adapter unknown from now on, and its name free: a step may be trained again.
+
+        Its folder is the caller's to remove.
+        """
+        values = {"state": AdapterState.DELETED, "name": None}
+        tx.execute(update(adapters).where(adapters.c.id == adapter_id).values(values))
+
+    def lock(self, tx: Connection, adapter_id: str) -> None:
+        """Nobody can begin to use an adapter, or delete it, until the transaction ends."""
+        tx.execute(select(adapters.c.id).where(adapters.c.id == adapter_id).with_for_update())
+
 
 def _reserved(adapter_id: str) -> tuple[ColumnElement[bool], ...]:
     return adapters.c.id == adapter_id, adapters.c.state == AdapterState.RESERVED

@@ -8,7 +8,7 @@ from sqlalchemy import func, select, update
 
 from shared.adapters.store import AdapterStore
 from shared.clock import Nanoseconds, seconds_of
-from shared.jobs.checkpoints import commit_checkpoint, read_checkpoints
+from shared.jobs.checkpoints import Committed, commit_checkpoint, read_checkpoints
 from shared.jobs.fencing import Lease, change_leased_job
 from shared.jobs.publication import reserve_adapter, succeed
 from shared.jobs.requeue import STATE_WITHOUT_WORKER, failure, requeue
@@ -126,8 +126,8 @@ class Leases:
         with self._database.read() as tx:
             return read_checkpoints(tx, lease.job.id)
 
-    def commit_checkpoint(self, lease: Lease, step: int, adapter_id: str, metrics: Mapping[str, Any]) -> str:
-        """Make a written checkpoint count. Returns the id of the adapter that serves its step, which may be older."""
+    def commit_checkpoint(self, lease: Lease, step: int, adapter_id: str, metrics: Mapping[str, Any]) -> Committed:
+        """Make a written checkpoint count; what serves its step may be an older adapter."""
         with self._database.write() as tx:
             return commit_checkpoint(
                 tx, lease, self._adapters, step=step, adapter_id=adapter_id, metrics=metrics, now=self._now()

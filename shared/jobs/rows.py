@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, insert, literal, sel
 from shared.adapters.state import AdapterState
 from shared.clock import seconds_of
 from shared.errors import NotFound, Unavailable
-from shared.jobs.spec import JobFault, JobSpec, Phase, Progress, State, TrainingReport
+from shared.jobs.spec import UNFINISHED, JobFault, JobSpec, Phase, Progress, State, TrainingReport
 from shared.storage.tables import adapters, checkpoints, events, jobs
 
 _STATES = frozenset(State)
@@ -145,6 +145,13 @@ def read_job(tx: Connection, job_id: str, *, lock: bool = False) -> Job:
     if row is None:
         raise NotFound(f"no fine-tuning job {job_id[:100]!r}")
     return jobs_of(tx, [row])[0]
+
+
+def job_continuing(tx: Connection, adapter_id: str) -> str | None:
+    """The id of a job that has not ended and starts from this adapter; None if there is none."""
+    starts_from = jobs.c.spec["initial_adapter"].as_string()
+    query = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED), starts_from == adapter_id)
+    return tx.execute(query.limit(1)).scalar()
 
 
 def select_jobs() -> Select[Any]:

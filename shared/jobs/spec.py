@@ -85,6 +85,9 @@ class RequestedAction(StrEnum):
     CANCEL = "cancel"
 
 
+# As many as OpenAI keeps.
+DEFAULT_KEEP_CHECKPOINTS = 3
+
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Scheduler = Literal["linear", "cosine", "constant"]
@@ -138,6 +141,8 @@ class JobSpec(Frozen):
 
     `training_file` and `validation_file` are file ids; `training_sha256` is the uploaded file's hash, so that a resumed
     job can tell that it trains on the same rows. `initial_adapter` is the id of the adapter to continue from.
+    `keep_checkpoints` is how many of the newest stay, beside the best: of two, the older is what training falls back to
+    when a disk cannot read the newer.
     """
 
     base: str
@@ -154,6 +159,7 @@ class JobSpec(Frozen):
     base_precision: BasePrecision = "int8"
     compute_dtype: ComputeDtype = "auto"
     initial_adapter: str | None = None
+    keep_checkpoints: int = Field(DEFAULT_KEEP_CHECKPOINTS, ge=2, le=1000)
 
 
 class Preset(Frozen):

@@ -24,7 +24,7 @@ from shared.jobs.rows import (
     select_checkpoints,
     select_jobs,
 )
-from shared.jobs.spec import UNFINISHED, JobSpec, State, may_become
+from shared.jobs.spec import JobSpec, State, may_become
 from shared.paging import Cursor, Page, keyset_page
 from shared.storage.artifacts import new_id
 from shared.storage.tables import checkpoints, events, jobs
@@ -78,12 +78,6 @@ class JobStore:
         if job.project != project:
             raise NotFound(f"no fine-tuning job {job_id[:100]!r}")
         return job
-
-    def continuing(self, tx: Connection, adapter_id: str) -> str | None:
-        """The id of a job that has not ended and starts from this adapter; None if there is none."""
-        starts_from = jobs.c.spec["initial_adapter"].as_string()
-        query = select(jobs.c.id).where(jobs.c.state.in_(UNFINISHED), starts_from == adapter_id)
-        return tx.execute(query.limit(1)).scalar()
 
     def list(
         self,

@@ -117,6 +117,7 @@ class JobRequest(Request):
     lora: LoraRequest | None = None
     base_precision: BasePrecision = "int8"
     compute_dtype: ComputeDtype = "auto"
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1000), Strict()] | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 of what is requested, however it was spelled."""

@@ -15,7 +15,7 @@ from services.gateway.files.store import StoredFile
 from services.gateway.jobs.request_schema import JobRequest
 from shared.bases.catalogue import Base, Catalogue
 from shared.errors import InvalidRequest
-from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
+from shared.jobs.spec import DEFAULT_KEEP_CHECKPOINTS, PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
 from shared.training.plan import plan_training
 
 FEW_STEPS = 100
@@ -94,6 +94,7 @@ class JobResolver:
             base_precision=request.base_precision,
             compute_dtype=request.compute_dtype,
             initial_adapter=parent.adapter if parent else None,
+            keep_checkpoints=request.keep_checkpoints or DEFAULT_KEEP_CHECKPOINTS,
         )
         return Resolved(spec, _warnings(spec, training, validation))
 

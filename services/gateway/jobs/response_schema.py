@@ -70,6 +70,7 @@ class JobJson(BaseModel):
     lora: LoraSpec
     base_precision: BasePrecision
     compute_dtype: ComputeDtype
+    keep_checkpoints: int
     initial_adapter: Annotated[str | None, Field(description="id of the adapter the job continues")]
     suffix: str | None
     started_at: int | None
@@ -164,6 +165,7 @@ def job_json(job: Job) -> JobJson:
         lora=spec.lora,
         base_precision=spec.base_precision,
         compute_dtype=spec.compute_dtype,
+        keep_checkpoints=spec.keep_checkpoints,
         initial_adapter=spec.initial_adapter,
         suffix=spec.suffix,
         started_at=job.started_at,

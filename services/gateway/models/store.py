@@ -8,7 +8,7 @@ from shared.adapters.names import may_be_adapter_name
 from shared.adapters.store import Adapter, AdapterStore
 from shared.bases.catalogue import Base, Catalogue
 from shared.errors import InvalidRequest, NotFound
-from shared.jobs.store import JobStore
+from shared.jobs.rows import job_continuing
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,9 @@ class Target:
 class ModelStore:
     """All models a project can name."""
 
-    def __init__(self, catalogue: Catalogue, adapters: AdapterStore, jobs: JobStore) -> None:
+    def __init__(self, catalogue: Catalogue, adapters: AdapterStore) -> None:
         self._catalogue = catalogue
         self._adapters = adapters
-        self._jobs = jobs
 
     @property
     def bases(self) -> tuple[Base, ...]:
@@ -75,7 +74,7 @@ class ModelStore:
             raise InvalidRequest("base models cannot be deleted", param="model", code="base_model")
         # Locked, so that no job can begin to use it between the question and the deletion.
         adapter = self._adapters.get(tx, project, name, lock=True)
-        user = self._jobs.continuing(tx, adapter.id)
+        user = job_continuing(tx, adapter.id)
         if user is not None:
             message = f"{adapter.name} is in use by {user}, which continues it and has not ended"
             raise InvalidRequest(message, param="model", code="model_in_use")

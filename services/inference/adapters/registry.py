@@ -169,7 +169,7 @@ class AdapterRegistry:
                 await asyncio.wrap_future(self._engine.load(entry.uid, checked.weights))
         except BaseException as error:
             self.failed_loads += 1
-            self._residency.failed(entry, _for_the_client(entry.id, error))
+            self._residency.failed(entry, _for_the_client(folder, error))
             if not isinstance(error, Exception):
                 raise
             _log.warning("adapter not loaded", adapter=entry.id, error=str(error))
@@ -184,11 +184,12 @@ def _unknown(adapter_id: str) -> NotFound:
     return NotFound(f"no adapter {adapter_id[:100]!r}", code="model_not_found")
 
 
-def _for_the_client(adapter_id: str, error: BaseException) -> Exception:
+def _for_the_client(folder: Path, error: BaseException) -> Exception:
     """The error that requests waiting for a load get."""
+    if isinstance(error, Exception) and not folder.is_dir():
+        # Removed while it was read: that is no damage.
+        return _unknown(folder.name)
     if isinstance(error, ArtifactCorrupt):
         # The adapter is at fault, not the server: asking again will not help.
         return InvalidRequest(f"adapter refused: {error.message}", code="adapter_corrupt")
-    if isinstance(error, NotFound):
-        return _unknown(adapter_id)
     return error if isinstance(error, Exception) else Unavailable("the server is shutting down")

@@ -330,7 +330,9 @@ def save(run: RunContext, model: PeftModel, state: TrainingState, metrics: dict[
     template = run.data.training.template
     resume_state = publish_state(run.store, run.job, run.base, template, state, run.identity)
     losses = {key: value for key, value in metrics.items() if key in ("train_loss", "valid_loss")}
-    run.session.commit_checkpoint(step=state.history.step, adapter_id=adapter_id, metrics=losses)
+    removed = run.session.commit_checkpoint(step=state.history.step, adapter_id=adapter_id, metrics=losses)
+    for gone in removed:
+        run.store.remove(run.store.adapter(gone))
     state.saved_step = state.history.step
     state.claim.resume_states.append(resume_state)
     prune(run.store, state.claim.resume_states)

@@ -5,7 +5,7 @@ Knows leases; knows nothing of torch or of what is trained.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -131,12 +131,13 @@ class LeaseSession:
     def reserve_adapter(self) -> str:
         return with_retries(lambda: self._leases.reserve_adapter(self._lease), abort=self._waiting)
 
-    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> Sequence[str]:
         # What led to the checkpoint stands before it in the log.
         self.flush()
-        with_retries(
+        committed = with_retries(
             lambda: self._leases.commit_checkpoint(self._lease, step, adapter_id, metrics), abort=self._waiting
         )
+        return committed.removed
 
     def flush(self) -> None:
         """Wait until all progress and events are written.

@@ -83,10 +83,11 @@ class RecordingSession:
         self._guard()
         return new_id("adapter")
 
-    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> None:
+    def commit_checkpoint(self, *, step: int, adapter_id: str, metrics: dict[str, float]) -> Sequence[str]:
         self._guard()
         self.on_commit(step)
         self.commits.append(Commit(step, adapter_id, metrics))
+        return ()
 
     def series(self) -> list[dict[str, Any]]:
         return [data for kind, _, data in self.events if kind == "metrics"]

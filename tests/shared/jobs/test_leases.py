@@ -194,7 +194,7 @@ def test_a_checkpoint_whose_commit_was_answered_by_nobody_is_committed_once(
     job = store.create("default", spec)
     lease = claimed(leases)
     adapter = leases.reserve_adapter(lease)
-    assert [leases.commit_checkpoint(lease, 5, adapter, {}) for _ in range(2)] == [adapter, adapter]
+    assert [leases.commit_checkpoint(lease, 5, adapter, {}).adapter for _ in range(2)] == [adapter, adapter]
     assert [checkpoint.adapter for checkpoint in store.checkpoints("default", job.id).items] == [adapter]
     told = [event.message for event in store.events("default", job.id, after=0, limit=50).items]
     assert told.count("Checkpoint saved at step 5") == 1
@@ -206,13 +206,62 @@ def test_a_step_committed_again_keeps_its_adapter(
     job = store.create("default", spec)
     lease = claimed(leases)
     first = leases.reserve_adapter(lease)
-    assert leases.commit_checkpoint(lease, 3, first, {"train_loss": 1.5}) == first
+    assert leases.commit_checkpoint(lease, 3, first, {"train_loss": 1.5}).adapter == first
     heartbeats.expire(heartbeats.read()[0])
     lease = claimed(leases)
-    assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {}) == first
+    assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {}).adapter == first
     (checkpoint,) = store.checkpoints("default", job.id).items
     assert (checkpoint.adapter, checkpoint.lease_token, checkpoint.metrics) == (first, lease.token, {"train_loss": 1.5})
     assert checkpoint.adapter_name.endswith(":ckpt-step-3")
+
+
+def steps(store: Jobs, job_id: str) -> list[int]:
+    return [checkpoint.step for checkpoint in store.checkpoints("default", job_id, limit=50).items]
+
+
+def test_the_newest_checkpoints_and_the_best_stay(
+    store: Jobs, leases: Leases, database: Database, spec: JobSpec
+) -> None:
+    job = store.create("default", spec.model_copy(update={"keep_checkpoints": 2}))
+    lease = claimed(leases)
+    removed: list[str] = []
+    reserved = {}
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.5)):
+        reserved[step] = leases.reserve_adapter(lease)
+        removed += leases.commit_checkpoint(lease, step, reserved[step], {"valid_loss": loss}).removed
+    assert steps(store, job.id) == [5, 4, 2]
+    assert removed == [reserved[1], reserved[3]]
+    with database.read() as tx:
+        published = tx.scalars(select(adapters.c.id).where(adapters.c.state == AdapterState.PUBLISHED))
+        assert set(published) == {reserved[step] for step in (2, 4, 5)}
+    # Nothing could be resumed from: what was let go is trained again, under the name it had, and can be resumed from.
+    again = leases.reserve_adapter(lease)
+    assert leases.commit_checkpoint(lease, 1, again, {"valid_loss": 3.0}).removed == ()
+    assert steps(store, job.id) == [5, 4, 2, 1]
+    assert leases.commit_checkpoint(lease, 3, leases.reserve_adapter(lease), {"valid_loss": 1.0}).removed == (again,)
+    assert steps(store, job.id) == [5, 4, 3, 2]
+
+
+def test_without_validation_the_newest_checkpoints_stay(store: Jobs, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec)
+    lease = claimed(leases)
+    for step in range(1, 7):
+        leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {"train_loss": 1.0})
+    assert steps(store, job.id) == [6, 5, 4]
+
+
+def test_a_checkpoint_that_another_job_continues_stays(store: Jobs, leases: Leases, spec: JobSpec) -> None:
+    job = store.create("default", spec.model_copy(update={"keep_checkpoints": 2}))
+    lease = claimed(leases)
+    first = leases.reserve_adapter(lease)
+    leases.commit_checkpoint(lease, 1, first, {})
+    child = store.create("default", spec.model_copy(update={"initial_adapter": first}))
+    for step in (2, 3, 4):
+        leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {})
+    assert steps(store, job.id) == [4, 3, 1]
+    store.cancel("default", child.id)
+    assert leases.commit_checkpoint(lease, 5, leases.reserve_adapter(lease), {}).removed[-1] == first
+    assert steps(store, job.id) == [5, 4]
 
 
 def _work(url: str, worker: str) -> list[str]:

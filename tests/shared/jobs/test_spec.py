@@ -103,6 +103,7 @@ def test_the_specification_as_json_is_a_contract() -> None:
         },
         "base_precision": "int8",
         "compute_dtype": "auto",
+        "keep_checkpoints": 3,
         "initial_adapter": None,
     }
     assert JobSpec.model_validate(json.loads(spec.model_dump_json())) == spec

@@ -360,8 +360,9 @@ place = store.place
 
 class Session(RecordingSession):
     def commit_checkpoint(self, *, step, adapter_id, metrics):
-        super().commit_checkpoint(step=step, adapter_id=adapter_id, metrics=metrics)
+        removed = super().commit_checkpoint(step=step, adapter_id=adapter_id, metrics=metrics)
         print(step, flush=True)
+        return removed
 
 def killed_while_saving(staged, target):
     if target.name == "step-00000004":

@@ -19,6 +19,7 @@ from services.trainer.worker import loop, retry
 from services.trainer.worker.loop import Worker
 from shared.bases.catalogue import Catalogue
 from shared.errors import TunesmithError
+from shared.jobs.checkpoints import Committed
 from shared.jobs.fencing import Lease
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
@@ -201,10 +202,10 @@ def test_requested_actions_end_the_run_and_keep_its_checkpoints(
     job = place.job(ROWS, n_epochs=50, checkpoint_steps=1)
     committed = place.leases.commit_checkpoint
 
-    def commit_then_request(*args: object, **kwargs: object) -> str:
-        adapter = committed(*args, **kwargs)  # type: ignore[arg-type]
+    def commit_then_request(*args: object, **kwargs: object) -> Committed:
+        done = committed(*args, **kwargs)  # type: ignore[arg-type]
         getattr(place.jobs, action)("default", job.id)
-        return adapter
+        return done
 
     monkeypatch.setattr(place.leases, "commit_checkpoint", commit_then_request)
     place.worker().drain_queue()
@@ -214,6 +215,16 @@ def test_requested_actions_end_the_run_and_keep_its_checkpoints(
     for checkpoint in kept:
         place.artifacts.verify(place.artifacts.adapter(checkpoint.adapter), "adapter")
     assert place.artifacts.checkpoints(job.id).exists() == (end is State.PAUSED)
+
+
+def test_only_so_many_checkpoints_stay_on_disk_as_the_job_keeps(place: Place) -> None:
+    job = place.job(ROWS, checkpoint_steps=1)
+    place.worker().drain_queue()
+    done = place.jobs.get("default", job.id)
+    kept = place.jobs.checkpoints("default", job.id, limit=50).items
+    assert [checkpoint.step for checkpoint in kept] == [6, 5, 4]
+    on_disk = {folder.name for folder in (place.artifacts.root / "adapters").iterdir()}
+    assert on_disk == {done.adapter, *(checkpoint.adapter for checkpoint in kept)}
 
 
 class FullDisk(LocalArtifactStore):
