@@ -17,6 +17,7 @@ class Settings(BaseSettings):
         artifacts: folder shared by gateway, trainer and inference; `home/artifacts` if empty.
         catalogue: TOML file with the base models; the built-in list if empty.
         internal_token: bearer token between gateway and inference.
+        reserve_bytes: so much of the artifacts' disk stays free: uploads and checkpoints beyond it are refused.
         umask: of what is written, octal; 007 for a folder that several users of one group share.
         installation: the id that the artifacts folder must carry; for inference, which cannot ask the database.
     """
@@ -30,6 +31,7 @@ class Settings(BaseSettings):
     catalogue: Path | None = None
     internal_token: SecretStr = SecretStr("")
     installation: str = ""
+    reserve_bytes: int = Field(1 << 30, ge=0)
     umask: str = Field("077", pattern=r"^[0-7]{3,4}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

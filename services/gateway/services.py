@@ -1,11 +1,12 @@
 """Everything one gateway process works with, opened and closed together."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import httpx
 from fastapi.concurrency import contextmanager_in_threadpool
+from sqlalchemy import Connection
 
 from services.gateway.background.garbage_collector import GarbageCollector
 from services.gateway.background.notifier import Notifier
@@ -97,7 +98,7 @@ def _opened(
         notifications = NotificationQueue(settings.redis_url)
         stack.callback(notifications.close)
         metrics.watch(database, notifications)
-        artifacts = LocalArtifactStore(settings.artifacts_root)
+        artifacts = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
         bases = BaseMetadataReader(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
@@ -129,11 +130,19 @@ def _opened(
         if services.keys.ensure_first(settings.key_path):
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
         reaper = Reaper(heartbeats, services.notifier.notify, silence=settings.lease_seconds)
-        collector = GarbageCollector(database, artifacts, services.idempotency.forget)
+        collector = GarbageCollector(database, artifacts, _forget(settings, services), cache_bytes=settings.cache_bytes)
         for background in (services.notifier, reaper, collector):
             background.start()
             stack.callback(background.stop)
         yield services
+
+
+def _forget(settings: GatewaySettings, services: Services) -> list[Callable[[Connection], object]]:
+    """What drops rows that have been kept long enough."""
+    days = settings.keep_events_days
+    if days is None:
+        return [services.idempotency.forget]
+    return [services.idempotency.forget, lambda tx: services.jobs.forget_events(tx, after_seconds=days * 86400)]
 
 
 def inference_client(read_timeout: float) -> httpx.AsyncClient:

@@ -21,6 +21,8 @@ class GatewaySettings(Settings):
         key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
             one database need the same.
         inference_timeout: seconds without a byte from inference before a request is aborted.
+        cache_bytes: of tokenised data that stay on disk; the least recently used goes first.
+        keep_events_days: events of jobs that ended longer ago are dropped, their metric series with them; empty: never.
         lease_seconds: a worker that has not renewed its lease for so long loses its job to another; it renews each 5 s.
     """
 
@@ -33,6 +35,8 @@ class GatewaySettings(Settings):
     key_file: Path | None = None
     key_secret: SecretStr = SecretStr("")
     inference_timeout: float = Field(300, gt=0)
+    cache_bytes: int = Field(10 << 30, ge=0)
+    keep_events_days: int | None = Field(None, ge=1)
     lease_seconds: float = Field(15, gt=0)
 
     @field_validator("inference_urls", mode="before")

@@ -47,7 +47,7 @@ def main() -> int:
     try:
         catalogue = load_catalogue(settings.catalogue)
         bases = catalogue.bases if name == "auto" else (catalogue.get(name),)
-        print(prepare_first(bases, LocalArtifactStore(settings.artifacts_root)).id)
+        print(prepare_first(bases, LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)).id)
     except TunesmithError as error:
         print(error.message, file=sys.stderr)
         return 1

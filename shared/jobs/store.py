@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from shared.clock import Nanoseconds, seconds_of
 from shared.errors import InvalidRequest, NotFound
@@ -124,6 +124,20 @@ class JobStore:
             query = query.where(events.c.number < before)
         page = keyset_page(tx, query, (events.c.number,), limit=limit, descending=after is None)
         return page.map(lambda row: Event(*row))
+
+    def forget_events(self, tx: Connection, *, after_seconds: float, most: int = 20) -> int:
+        """Drop the events of some jobs that ended that long ago, and with them their metric series.
+
+        Args:
+            most: jobs, so that the transaction is short.
+
+        Returns:
+            How many events went.
+        """
+        before = seconds_of(self._now()) - after_seconds
+        old = select(jobs.c.id).join(events, events.c.job == jobs.c.id).where(jobs.c.finished_at < before)
+        ids = list(tx.scalars(old.distinct().limit(most)))
+        return tx.execute(delete(events).where(events.c.job.in_(ids))).rowcount
 
     def checkpoints(
         self, tx: Connection, project: str, job_id: str, *, after: str | None = None, limit: int = 10

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -93,7 +94,7 @@ class LocalArtifactStore:
     bases/<base>/                           prepared base models
     jobs/<job>/<token>/step-00000120/       private resume state
     adapters/<adapter>/                     servable LoRA adapters
-    cache/<name>/                           tokenised data by content hash; may be deleted at any time
+    cache/<file's sha256>/<name>/           tokenised data by content hash; may be deleted at any time
     staging/<random>/                       half-written; nobody reads here
     staging/<random>.lock                   locked by the process that writes the folder
     trash/<kind>-<name>                     what nobody knows of, kept for a while before it is removed
@@ -101,8 +102,25 @@ class LocalArtifactStore:
     ```
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
         self.root = root.absolute()
+        self._reserve_bytes = reserve_bytes
+
+    def require_space(self) -> None:
+        """Make sure that the disk keeps its reserve; the trash goes before anything is refused.
+
+        Raises:
+            OSError: ENOSPC.
+        """
+        if not self._reserve_bytes or self._free_bytes() >= self._reserve_bytes:
+            return
+        self.empty_trash(before=math.inf)
+        if (free := self._free_bytes()) < self._reserve_bytes:
+            message = f"{free >> 20} MiB are free, and {self._reserve_bytes >> 20} MiB are kept free"
+            raise OSError(errno.ENOSPC, message, str(self.root))
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(next(folder for folder in (self.root, *self.root.parents) if folder.exists())).free
 
     def installation(self) -> str | None:
         """The id of the installation that the folder belongs to; None if it is not marked.
@@ -148,22 +166,28 @@ class LocalArtifactStore:
     def checkpoint(self, job_id: str, lease_token: int, step: int) -> Path:
         return self.checkpoints(job_id) / str(int(lease_token)) / f"step-{step:08d}"
 
-    def cache(self, name: str) -> Path:
-        """A folder for recomputable data under a hex digest.
+    def cached(self, sha256: str) -> Path:
+        """The folder of all that was computed from an uploaded file, by its hash, and can be computed again.
 
         Raises:
-            ValueError: `name` is not a hex digest.
+            ValueError: it is no hex digest.
         """
-        if not re.fullmatch(r"[0-9a-f]{16,64}", name):
-            raise ValueError("cache names are hex digests")
-        return self.root / "cache" / name
+        return self.root / "cache" / _digest(sha256)
+
+    def cache(self, sha256: str, name: str) -> Path:
+        """One folder of those, under a hex digest. Raises as `cached`."""
+        return self.cached(sha256) / _digest(name)
 
     @contextlib.contextmanager
     def staged(self) -> Iterator[Path]:
         """A fresh folder to write into; what was not placed or published is removed at the end.
 
         A lock is held on it meanwhile, so that nobody takes it for abandoned however long it is written to.
+
+        Raises:
+            OSError: see `require_space`.
         """
+        self.require_space()
         folder = self.root / "staging" / secrets.token_hex(12)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = staging_lock(folder)
@@ -365,6 +389,12 @@ def _hash_of(fields: dict[str, Any]) -> str:
     It keeps nobody from writing another manifest: who can write in the folder is trusted.
     """
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _digest(name: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{16,64}", name):
+        raise ValueError("cache names are hex digests")
+    return name
 
 
 def _checked(artifact_id: str) -> str:

@@ -22,11 +22,13 @@ import httpx
 from tunesmith.connection import Connection
 from tunesmith.local_stack.guard import Guard
 from tunesmith.local_stack.home import Home, record_supervisor
+from tunesmith.local_stack.log_rotation import rotate
 from tunesmith.local_stack.log_tail import log_tail
 from tunesmith.local_stack.plan import Plan
 from tunesmith.local_stack.processes import Child, ChildSpec, Supervisor
 
 TICK_SECONDS = 0.1
+ROTATE_EVERY_SECONDS = 60.0
 
 
 class StartFailed(Exception):
@@ -100,8 +102,12 @@ class StackProcess:
             time.sleep(TICK_SECONDS)
 
     def _keep(self) -> None:
+        rotated = time.monotonic()
         while not self._stopping:
             self._supervisor.tick()
+            if time.monotonic() - rotated > ROTATE_EVERY_SECONDS:
+                rotate(self._home.logs)
+                rotated = time.monotonic()
             time.sleep(TICK_SECONDS)
 
     def _rewrite_connection(self, pids: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ Idempotent; runs in every gateway.
 
 A folder goes if no row in SQL refers to it and nothing in it was written for an hour: a folder is always written before
 its row. A reserved adapter belongs to the worker that holds the lease it was reserved under, a staged folder to the
-process that holds its lock. Prepared bases and caches stay.
+process that holds its lock. Prepared bases stay; tokenised data is `services.gateway.background.cached_tokens`'.
 
 What SQL says is over (a deleted adapter, an ended job's private state) is removed. What SQL knows nothing of may be
 somebody else's: it goes into the trash for a week, and stays where it is if that is most of what there is. An artifacts
@@ -12,11 +12,12 @@ folder that belongs to another installation is not touched at all.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection, and_, or_, select
 
+from services.gateway.background.cached_tokens import collect_cached_tokens
 from services.gateway.background.periodic import Periodic
 from shared.adapters.state import AdapterState
 from shared.jobs.spec import LEASED, UNFINISHED
@@ -29,6 +30,7 @@ from shared.storage.tables import adapters, files, jobs
 UNTOUCHED_SECONDS = 3600.0
 COLLECT_EVERY_SECONDS = 600.0
 TRASH_SECONDS = 7 * 86400.0
+DEFAULT_CACHE_BYTES = 10 << 30
 # So many folders that SQL knows nothing of are a mistake, not garbage: a share of all, from a number on.
 MOST_ORPHANS = 0.5
 FEW_FOLDERS = 20
@@ -39,7 +41,8 @@ class GarbageCollector:
     """Collects the garbage of one artifacts folder.
 
     Args:
-        forget: drops rows that have been kept long enough, in a transaction of its own.
+        forget: each drops rows that have been kept long enough, in a transaction of its own.
+        cache_bytes: of tokenised data that may stay.
         untouched: seconds since anything in a folder was last written before it may go.
         now: seconds since the epoch, as file times are.
     """
@@ -48,14 +51,16 @@ class GarbageCollector:
         self,
         database: Database,
         store: LocalArtifactStore,
-        forget: Callable[[Connection], object] = lambda _: None,
+        forget: Sequence[Callable[[Connection], object]] = (),
         *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
         untouched: float = UNTOUCHED_SECONDS,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._store = store
         self._forget = forget
+        self._cache_bytes = cache_bytes
         self._untouched = untouched
         self._now = now
         self._thread = Periodic("garbage collector", self._work, COLLECT_EVERY_SECONDS)
@@ -74,6 +79,10 @@ class GarbageCollector:
         if self._too_many(orphans, folders):
             unwanted = [folder for folder in unwanted if folder not in orphans]
         gone = [folder for folder in unwanted if self._remove(folder, orphan=folder in orphans)]
+        untouched_since = self._now() - self._untouched
+        gone += collect_cached_tokens(
+            self._database, self._store, most_bytes=self._cache_bytes, untouched_since=untouched_since
+        )
         for folder in gone:
             self._log.info(
                 "garbage collected", folder=f"{folder.parent.name}/{folder.name}", to_trash=folder in orphans
@@ -89,8 +98,9 @@ class GarbageCollector:
 
     def _work(self) -> None:
         # First: it needs no artifacts folder.
-        with self._database.write() as tx:
-            self._forget(tx)
+        for forget in self._forget:
+            with self._database.write() as tx:
+                forget(tx)
         self.collect()
 
     def _too_many(self, orphans: set[Path], folders: list[Path]) -> bool:

@@ -123,15 +123,18 @@ class FileStore:
         for file_id in sorted(set(file_ids)):
             self.get(tx, project, file_id, lock=True)
 
-    def delete(self, tx: Connection, project: str, file_id: str) -> None:
+    def delete(self, tx: Connection, project: str, file_id: str) -> str | None:
         """Remove a file's row; the bytes are the caller's to remove once this is committed.
+
+        Returns:
+            The hash of bytes that no file has any more: what was computed from them goes too.
 
         Raises:
             NotFound: no such file.
             InvalidRequest: a job that has not ended needs it.
         """
         # Locked, so that no job can begin to use it between the question and the deletion.
-        self.lock(tx, project, [file_id])
+        sha256 = self.get(tx, project, file_id, lock=True).sha256
         users = select(jobs.c.id).where(
             or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id), jobs.c.state.in_(UNFINISHED)
         )
@@ -139,3 +142,5 @@ class FileStore:
         if user is not None:
             raise InvalidRequest(f"{file_id} is in use by {user}, which has not ended", code="file_in_use")
         tx.execute(delete(files).where(files.c.id == file_id))
+        same = select(files.c.id).where(files.c.sha256 == sha256)
+        return sha256 if tx.execute(same.limit(1)).first() is None else None

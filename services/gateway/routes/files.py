@@ -65,15 +65,20 @@ async def create_file(
     try:
         async with contextmanager_in_threadpool(receiving(artifacts, content_type, limit)) as upload:
             async for chunk in request.stream():
-                await run_in_threadpool(upload.feed, chunk)
+                await run_in_threadpool(_take, artifacts, upload, chunk)
             return await run_in_threadpool(_keep, upload, database, artifacts, idempotency, files, project, attempts)
     except ClientDisconnect:
         # The client has left: this is for the access log.
         raise InvalidRequest("the upload was broken off") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("the disk is full; nothing was stored", code="storage_full") from error
+            raise Unavailable(f"the disk is full, nothing was stored: {error.strerror}", code="storage_full") from error
         raise
+
+
+def _take(artifacts: LocalArtifactStore, upload: DatasetUpload, chunk: bytes) -> None:
+    artifacts.require_space()
+    upload.feed(chunk)
 
 
 def _keep(
@@ -136,9 +141,11 @@ def delete_file(
 ) -> Response:
     """Delete a file that no unfinished job needs."""
     with database.write() as tx:
-        files.delete(tx, project, file_id)
+        gone = files.delete(tx, project, file_id)
     # The row went first: what a crash leaves behind is a folder that no row refers to.
     artifacts.remove(artifacts.file(file_id))
+    if gone is not None:
+        artifacts.remove(artifacts.cached(gone))
     return json_response(FileDeletedJson(id=file_id))
 
 

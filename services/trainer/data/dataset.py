@@ -6,6 +6,7 @@ Owns what is tokenised and what is dropped. Needs the tokenizer only; no model i
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from collections.abc import Iterator
@@ -130,9 +131,12 @@ def tokenise(
         hyper.train_on_prompt,
     ]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    folder = store.cache(key)
+    folder = store.cache(sha256, key)
     cached = _load(folder, key, template.id)
     if cached is not None:
+        # The least recently used go first when the cache is too large.
+        with contextlib.suppress(OSError):
+            os.utime(folder)
         return cached
     with store.staged() as staged:
         _write(staged, read_examples(file), tokenizer, template, hyper, check)

@@ -23,7 +23,7 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faul
     """A worker on this process's device. Fixes torch's thread count: resumed jobs should compute as before."""
     quiet_libraries()
     torch.set_num_threads(settings.torch_threads)
-    store = LocalArtifactStore(settings.artifacts_root)
+    store = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
     device = choose_device()
     database = Database(settings.sql_url)
 

@@ -1,5 +1,6 @@
 """A folder is trusted only while its manifest verifies, and appears whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -288,7 +289,9 @@ def test_no_client_text_becomes_a_path(store: LocalArtifactStore, name: str) -> 
         with pytest.raises(NotFound):
             where(name)
     with pytest.raises(ValueError):
-        store.cache(name)
+        store.cached(name)
+    with pytest.raises(ValueError):
+        store.cache("0" * 64, name)
 
 
 def test_ids_are_random_and_lie_below_the_root(store: LocalArtifactStore) -> None:
@@ -296,7 +299,22 @@ def test_ids_are_random_and_lie_below_the_root(store: LocalArtifactStore) -> Non
     assert len(ids) == 100
     assert all(store.adapter(each).parent == store.root / "adapters" for each in ids)
     assert store.checkpoint("ftjob-1", 3, 120) == store.root / "jobs" / "ftjob-1" / "3" / "step-00000120"
-    assert store.cache("0" * 64) == store.root / "cache" / ("0" * 64)
+    assert store.cache("0" * 64, "1" * 64) == store.root / "cache" / ("0" * 64) / ("1" * 64)
+
+
+def test_the_trash_goes_before_anything_is_refused(store: LocalArtifactStore) -> None:
+    folder = store.adapter(new_id("adapter"))
+    folder.mkdir(parents=True)
+    store.discard(folder)
+    free = shutil.disk_usage(store.root).free
+    LocalArtifactStore(store.root, free // 2).require_space()
+    assert list((store.root / "trash").iterdir())
+    full = LocalArtifactStore(store.root, free * 2)
+    with pytest.raises(OSError, match="are kept free") as refused, full.staged():
+        pass
+    assert refused.value.errno == errno.ENOSPC
+    assert not list((store.root / "trash").iterdir())
+    assert not (store.root / "staging").exists()
 
 
 def test_a_placed_folder_goes_again_unless_it_is_kept(store: LocalArtifactStore) -> None:

@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from shared.errors import TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault, JobSpec
+from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id, trashed
 from shared.storage.database import Database, migrate
 from shared.storage.installation_id import adopt
@@ -146,10 +148,59 @@ def test_a_folder_that_comes_again_is_kept_beside_the_first(database: Database, 
     assert len(list((artifacts.root / "trash").iterdir())) == 2
 
 
-def test_bases_and_caches_stay(database: Database, artifacts: LocalArtifactStore) -> None:
-    kept = [folder(artifacts.base("tiny")), folder(artifacts.cache("ab" * 16))]
+def test_bases_stay(database: Database, artifacts: LocalArtifactStore) -> None:
+    kept = folder(artifacts.base("tiny"))
     assert collector(database, artifacts).collect() == []
-    assert all(path.exists() for path in kept)
+    assert kept.exists()
+
+
+def with_file(database: Database, sha256: str) -> str:
+    file_id = new_id("file")
+    row = {"id": file_id, "project": "p", "created_ns": 1, "filename": "f", "purpose": "fine-tune", "bytes": 1}
+    with database.write() as tx:
+        tx.execute(insert(files).values(row | {"sha256": sha256, "dataset": {}}))
+    return file_id
+
+
+def test_cached_tokens_stay_with_their_file(database: Database, artifacts: LocalArtifactStore) -> None:
+    with_file(database, "a" * 64)
+    kept, gone = (folder(artifacts.cache(sha256, "0" * 64)) for sha256 in ("a" * 64, "b" * 64))
+    assert collector(database, artifacts, later=3500).collect() == []
+    assert collector(database, artifacts).collect() == [gone]
+    assert kept.exists()
+    assert not gone.parent.exists()
+
+
+def test_the_least_recently_used_tokens_go_first_and_never_those_of_a_job(
+    database: Database, artifacts: LocalArtifactStore
+) -> None:
+    hashes = [digit * 64 for digit in "abcd"]
+    used, *_ = (with_file(database, sha256) for sha256 in hashes)
+    Jobs(database).create("p", JobSpec(base="tiny", base_revision="r", training_file=used, training_sha256=hashes[0]))
+    cached = [folder(artifacts.cache(sha256, "0" * 64)) for sha256 in hashes]
+    for age, path in zip((400, 300, 100, 200), cached, strict=True):
+        (path / "rows").write_bytes(bytes(1 << 20))
+        os.utime(path, (time.time() - age,) * 2)
+    with database.read() as tx:
+        adopt(tx, artifacts)
+    small = GarbageCollector(database, artifacts, cache_bytes=5 << 19)
+    assert small.collect() == [cached[1], cached[3]]
+    assert small.collect() == []
+
+
+def test_the_events_of_jobs_that_ended_long_ago_can_be_dropped(database: Database) -> None:
+    ended = claimed_and_failed(database)
+    running = claimed(database).job.id
+    store = JobStore(now=lambda: time.time_ns() + 86400 * 10**9)
+    jobs = Jobs(database)
+    with database.write() as tx:
+        assert store.forget_events(tx, after_seconds=2 * 86400) == 0
+    had = len(jobs.events("default", ended, limit=50).items)
+    with database.write() as tx:
+        assert store.forget_events(tx, after_seconds=86400 - 60) == had > 0
+    assert jobs.events("default", ended).items == []
+    assert jobs.get("default", ended).fault is not None
+    assert jobs.events("default", running).items
 
 
 def test_a_file_stays_with_its_row(database: Database, artifacts: LocalArtifactStore) -> None:

@@ -345,3 +345,25 @@ def test_no_bytes_do_more_than_be_refused(tmp_path: Path, pieces: list[bytes]) -
 def test_a_wrong_type_is_no_dataset(gateway: Gateway) -> None:
     wrong: list[Any] = ["text", 1, None, []]
     assert gateway.upload(b"\n".join(json.dumps(item).encode() for item in wrong)).status_code == 400
+
+
+def test_below_the_reserve_an_upload_is_refused_and_what_is_there_works(
+    settings: Settings,
+) -> None:
+    with running_gateway(settings(reserve_bytes=1 << 60)) as gateway:
+        refused = gateway.upload([{"prompt": "a", "completion": "b"}])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_full")
+        assert "are kept free" in refused.json()["error"]["message"]
+        assert gateway.http.get("/v1/files").status_code == 200
+
+
+def test_the_tokens_of_a_file_go_with_the_last_file_of_those_bytes(gateway: Gateway) -> None:
+    first, second = (gateway.upload([{"prompt": "a", "completion": "b"}], name).json()["id"] for name in ("a", "b"))
+    with gateway.services.database.read() as tx:
+        sha256 = gateway.services.files.get(tx, "default", first).sha256
+    cached = gateway.services.artifacts.cache(sha256, "0" * 64)
+    cached.mkdir(parents=True)
+    assert gateway.http.delete(f"/v1/files/{first}").status_code == 200
+    assert cached.is_dir()
+    assert gateway.http.delete(f"/v1/files/{second}").status_code == 200
+    assert not cached.parent.exists()
