@@ -1,6 +1,8 @@
 # The gateway: HTTP, SQL and notifications through Redis. No torch.
 FROM python:3.11-slim
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+# pg_dump and pg_restore, for backups.
+RUN apt-get update && apt-get install -y --no-install-recommends postgresql-client && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 # Dependencies first: code changes do not install them again.
 COPY pyproject.toml constraints.txt README.md ./

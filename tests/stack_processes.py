@@ -217,9 +217,13 @@ def running_postgres() -> Iterator[Postgres]:
         with open(Path(tempfile.gettempdir()) / f"pgserver-{os.geteuid()}.lock", "w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             server = pgserver.get_server(data, cleanup_mode="stop")
+        postgres = Postgres(server.get_uri(), Path(pgserver.__file__).parent / "pginstall" / "bin", data)
         try:
-            yield Postgres(server.get_uri(), Path(pgserver.__file__).parent / "pginstall" / "bin", data)
+            yield postgres
         finally:
             server.cleanup()
+            # It stops the server that it has started, and not one that a test has started again.
+            with suppress(subprocess.CalledProcessError):
+                postgres.stop()
             # At the interpreter's end it would make its lock's folder anew.
             atexit.unregister(server._cleanup)

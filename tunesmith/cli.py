@@ -15,7 +15,7 @@ app = typer.Typer(
     epilog="The stack is found through .tunesmith/connection.json, or TUNESMITH_URL and TUNESMITH_API_KEY.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(stack.up, stack.down, stack.status, stack.doctor, stack.adopt),
+    *(stack.up, stack.down, stack.status, stack.doctor, stack.adopt, stack.backup, stack.restore),
     *(files.upload, before.preview, before.estimate, jobs.train, jobs.wait, talk.generate, talk.chat),
 )
 for command in COMMANDS:

@@ -51,6 +51,9 @@ def main() -> int:
     except TunesmithError as error:
         print(error.message, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{settings.artifacts_root}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,8 @@ from shared.frozen import Frozen
 
 MANIFEST = "manifest.json"
 INSTALLATION = "installation.json"
+# So long a removal waits for a backup's snapshot, and that for removals.
+HOLD_SECONDS = 60.0
 # The one file of an upload's folder, and the two of an adapter's beside the manifest (peft's names).
 DATA = "data"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -98,6 +101,7 @@ class LocalArtifactStore:
     staging/<random>/                       half-written; nobody reads here
     staging/<random>.lock                   locked by the process that writes the folder
     trash/<kind>-<name>                     what nobody knows of, kept for a while before it is removed
+    removals.lock                           locked by whoever removes something, and by a backup that wants it to stay
     installation.json                       whose folder this is: the id that its database carries too
     ```
     """
@@ -296,12 +300,37 @@ class LocalArtifactStore:
                 raise ArtifactCorrupt(f"{folder.name}/{name}: the bytes differ from the manifest")
         return manifest
 
+    @contextlib.contextmanager
+    def removals_held(self) -> Iterator[None]:
+        """Nobody removes anything but trash and staged folders meanwhile; who wants to waits for a minute at most.
+
+        Raises:
+            TunesmithError: others have been removing for a minute.
+        """
+        with self._removals(fcntl.LOCK_EX) as held:
+            if not held:
+                raise TunesmithError(f"others are removing from {self.root}: try again", code="backup")
+            yield
+
+    @contextlib.contextmanager
+    def _removals(self, kind: int) -> Iterator[bool]:
+        """Take the lock of removals, alone or with others. Yields whether it could be had."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "removals.lock").open("a") as lock:
+            yield _locked(lock.fileno(), kind, HOLD_SECONDS)
+
     def discard(self, folder: Path) -> None:
         """Put a folder into the trash, where it keeps its bytes; see `empty_trash`.
 
         Raises:
-            OSError: it is gone already (another process took it), or cannot be moved.
+            OSError: it is gone already (another process took it), is held, or cannot be moved.
         """
+        with self._removals(fcntl.LOCK_SH) as allowed:
+            if not allowed:
+                raise OSError(errno.EBUSY, "a backup holds it", str(folder))
+            self._discard(folder)
+
+    def _discard(self, folder: Path) -> None:
         target = trashed(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -322,10 +351,33 @@ class LocalArtifactStore:
         return gone
 
     def remove(self, folder: Path) -> None:
-        """Remove an artifact folder; no error if it is gone already."""
-        # The manifest goes first: a half-removed folder must not verify.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        """Remove an artifact folder; no error if it is gone already.
+
+        One that a backup holds for too long stays, and is garbage.
+        """
+        if not folder.exists():
+            return
+        with self._removals(fcntl.LOCK_SH) as allowed:
+            if allowed:
+                # The manifest goes first: a half-removed folder must not verify.
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(descriptor: int, kind: int, seconds: float) -> bool:
+    """Whether flock(2) was had within so many seconds; some network mounts have no locks, and there it is."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 def trashed(folder: Path) -> Path:

@@ -131,7 +131,7 @@ def check_schema(url: str) -> None:
         engine = create_engine(target, connect_args=connect_arguments(target))
         try:
             with engine.connect() as connection:
-                found = _revision(connection)
+                found = schema_revision(connection)
         except SQLAlchemyError as error:
             raise Unavailable(f"the database does not answer: {error}") from error
         finally:
@@ -145,7 +145,19 @@ def check_revision(tx: Connection) -> None:
     Raises:
         TunesmithError: the schema is of another revision.
     """
-    _require(_revision(tx))
+    _require(schema_revision(tx))
+
+
+def require_known(revision: str) -> None:
+    """Make sure that this version can migrate a schema of a revision.
+
+    Raises:
+        TunesmithError: a newer version made it.
+    """
+    if revision not in _revisions()[1]:
+        raise TunesmithError(
+            f"the schema is {revision}, which this version does not know: use the newer one", code="schema"
+        )
 
 
 def _require(found: str | None) -> None:
@@ -167,7 +179,8 @@ def _revisions() -> tuple[str | None, frozenset[str]]:
     return scripts.get_current_head(), frozenset(script.revision for script in scripts.walk_revisions())
 
 
-def _revision(connection: Connection) -> str | None:
+def schema_revision(connection: Connection) -> str | None:
+    """The revision of a database's schema; None if it has none."""
     return MigrationContext.configure(connection).get_current_revision()
 
 

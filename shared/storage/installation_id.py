@@ -27,7 +27,7 @@ def require_own_folder(tx: Connection, store: LocalArtifactStore) -> None:
         TunesmithError: it belongs to another installation, or may; the message says what to do.
         OSError: it cannot be read, or not be marked.
     """
-    own, marked = _own_id(tx), store.installation()
+    own, marked = own_id(tx), store.installation()
     if marked == own:
         return
     if marked is not None:
@@ -62,7 +62,7 @@ def require_own_folder_at(url: str, store: LocalArtifactStore) -> None:
 
 def adopt(tx: Connection, store: LocalArtifactStore) -> str:
     """Make the artifacts folder this database's, whatever it says. Returns the installation's id."""
-    own = _own_id(tx)
+    own = own_id(tx)
     store.mark_installation(own)
     return own
 
@@ -71,7 +71,8 @@ def _refused(message: str) -> TunesmithError:
     return TunesmithError(message, code="installation")
 
 
-def _own_id(tx: Connection) -> str:
+def own_id(tx: Connection) -> str:
+    """The id of this database's installation."""
     own: str = tx.execute(select(installation.c.id)).scalar_one()
     return own
 

@@ -136,6 +136,8 @@ def running_stack(home: Path, leases: Mapping[str, str] = SHORT_LEASES, disk: Pa
     environ = clean_environment() | {
         "TUNESMITH_CATALOGUE": str(catalogue),
         "TUNESMITH_ARTIFACTS": str(disk or home / "artifacts"),
+        # A disk that a test fills is smaller than the reserve, and is to be filled to its last byte.
+        **({"TUNESMITH_RESERVE_BYTES": "0"} if disk else {}),
         "TUNESMITH_WORKER_NAME": "worker-1",
         "TUNESMITH_THREADS": "1",
         "TUNESMITH_INFERENCE_THREADS": "1",

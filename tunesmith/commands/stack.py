@@ -1,6 +1,7 @@
-"""`up`, `down`, `status`, `doctor`, `adopt`: the stack on this machine."""
+"""`up`, `down`, `status`, `doctor`, `adopt`, `backup`, `restore`: the stack on this machine."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -97,6 +98,38 @@ def adopt(home: HomeOption = DEFAULT_HOME) -> None:
 
     try:
         print(stack.adopt(home))
+    except stack.StackError as error:
+        fail(str(error))
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    home: HomeOption = DEFAULT_HOME,
+    without_keys: Annotated[bool, typer.Option("--without-keys", help="Leave out API keys and their secret.")] = False,
+) -> None:
+    """Write datasets, adapters, jobs and keys to one file, which only you can read. The stack may go on meanwhile."""
+    from tunesmith.local_stack import stack
+    from tunesmith.output import fail
+
+    try:
+        print(stack.backup(home, file, keys=not without_keys))
+    except stack.StackError as error:
+        fail(str(error))
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `tunesmith backup` has written.")],
+    home: HomeOption = DEFAULT_HOME,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of the installation backed up: its jobs go on here.")
+    ] = False,
+) -> None:
+    """Make an installation in an empty home of a backup: a new one, whose unfinished jobs are paused."""
+    from tunesmith.local_stack import stack
+    from tunesmith.output import fail
+
+    try:
+        print(stack.restore(home, file, replace=replace))
     except stack.StackError as error:
         fail(str(error))
 

@@ -112,16 +112,43 @@ def adopt(home: Path, environ: Mapping[str, str] = os.environ) -> str:
     Raises:
         StackError: it could not be.
     """
+    return _run_beside(Home(home), environ, "shared.adopt")
+
+
+def backup(home: Path, file: Path, *, keys: bool = True, environ: Mapping[str, str] = os.environ) -> str:
+    """Write all that this installation cannot make again to a file; it may go on meanwhile. Returns what was done.
+
+    Raises:
+        StackError: it could not be.
+    """
+    without = () if keys else ("--without-keys",)
+    return _run_beside(Home(home), environ, "services.gateway.backup", "take", str(file.absolute()), *without)
+
+
+def restore(home: Path, file: Path, *, replace: bool = False, environ: Mapping[str, str] = os.environ) -> str:
+    """Make an installation in an empty home of a backup. Returns what was done, as a sentence.
+
+    Raises:
+        StackError: it could not be.
+    """
     place = Home(home)
+    if place.is_running():
+        raise StackError("a stack runs there: restore into another home")
+    options = ("--replace",) if replace else ()
+    return _run_beside(place, environ, "services.gateway.backup", "restore", str(file.absolute()), *options)
+
+
+def _run_beside(place: Home, environ: Mapping[str, str], module: str, *arguments: str) -> str:
+    """Run a module of the services with the stack's settings. Returns what it printed."""
     try:
         check_checkout()
     except CannotPlan as error:
         raise StackError(str(error)) from error
     env = {**environ, **environment(place, environ)}
-    done = subprocess.run(python("shared.adopt"), env=env, cwd=CHECKOUT, capture_output=True, text=True)
+    done = subprocess.run(python(module, *arguments), env=env, cwd=CHECKOUT, capture_output=True, text=True)
     if done.returncode != 0:
         raise StackError(done.stderr.strip())
-    return done.stdout.strip()
+    return "\n".join(part for part in (done.stderr.strip(), done.stdout.strip()) if part)
 
 
 def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, str], say: Say) -> Connection:
