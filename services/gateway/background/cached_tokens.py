@@ -33,10 +33,12 @@ def collect_cached_tokens(
         spare = total > most_bytes if sha256 in existing else touched < untouched_since
         if spare and sha256 not in used:
             store.remove(folder)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
             gone.append(folder)
             total -= size
+    for folder in (store.root / "cache").glob("*"):
+        # One that still holds something is not removed, and what is written anew is made with its parents.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     return gone
 
 

@@ -29,6 +29,7 @@ from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.outages import is_away
 
 
 class DeviceLost(Exception):
@@ -113,6 +114,12 @@ class Worker:
             seconds = pause_seconds(self._faults.add(), self._retry_seconds)
             self._log.error("out of service: no job is claimed", error=_told(error), seconds=seconds)
             self._pause(seconds)
+            return None
+        except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
+            # The gateway sends its notification again while jobs wait.
+            self._log.warning("no job is claimed: the database does not answer", error=str(error))
             return None
 
     def _run(self, lease: Lease) -> None:
