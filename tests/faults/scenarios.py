@@ -59,12 +59,12 @@ def train(world: World) -> None:
 
 
 def cancel_while_training(world: World) -> None:
-    _plan_wishes(world, "cancel")
+    _plan_actions(world, "cancel")
     world.work(lambda step: world.send("cancel") if step == 1 else None)
 
 
 def pause_and_resume(world: World) -> None:
-    _plan_wishes(world, "pause", "resume")
+    _plan_actions(world, "pause", "resume")
     world.work(lambda step: world.send("pause") if step == 1 else None)
     world.send("resume")
     world.work()
@@ -96,10 +96,10 @@ def collect(world: World) -> None:
         world.collect()
 
 
-def _plan_wishes(world: World, *actions: str) -> None:
+def _plan_actions(world: World, *actions: str) -> None:
     job_id = world.answer("create")
     for action in actions:
-        world.plan(action, partial(Parts.wish, action=action, job_id=job_id))
+        world.plan(action, partial(Parts.request, action=action, job_id=job_id))
 
 
 SCENARIOS = (

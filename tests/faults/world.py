@@ -145,7 +145,7 @@ class Parts:
         )
         return str(json.loads(bytes(answer.body))["id"])
 
-    def wish(self, action: str, job_id: str) -> str:
+    def request(self, action: str, job_id: str) -> str:
         with self.database.write() as tx:
             return str(getattr(self.jobs, action)(tx, PROJECT, job_id).state)
 
