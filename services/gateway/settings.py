@@ -8,6 +8,8 @@ from pydantic_settings import NoDecode
 
 from shared.settings import Settings
 
+DEFAULT_CACHE_BYTES = 10 << 30
+
 
 class GatewaySettings(Settings):
     """Read from `TUNESMITH_*`.
@@ -35,7 +37,7 @@ class GatewaySettings(Settings):
     key_file: Path | None = None
     key_secret: SecretStr = SecretStr("")
     inference_timeout: float = Field(300, gt=0)
-    cache_bytes: int = Field(10 << 30, ge=0)
+    cache_bytes: int = Field(DEFAULT_CACHE_BYTES, ge=0)
     keep_events_days: int | None = Field(None, ge=1)
     lease_seconds: float = Field(15, gt=0)
 

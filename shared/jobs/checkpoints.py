@@ -87,7 +87,7 @@ def commit_checkpoint(
     return Committed(adapter_id, _let_go(tx, lease, adapters, step))
 
 
-def beyond(known: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
+def _beyond(known: Sequence[Checkpoint], keep: int) -> list[Checkpoint]:
     """Those that need not stay: not among the `keep` newest, nor the one of the lowest validation loss.
 
     Args:
@@ -103,7 +103,7 @@ def _let_go(tx: Connection, lease: Lease, adapters: AdapterStore, step: int) -> 
     # Those of later steps could not be resumed from: training has come past them once, and will again.
     known = [checkpoint for checkpoint in read_checkpoints(tx, lease.job.id) if checkpoint.step <= step]
     gone = []
-    for checkpoint in beyond(known, lease.job.spec.keep_checkpoints):
+    for checkpoint in _beyond(known, lease.job.spec.keep_checkpoints):
         # Locked, so that no job can begin to continue it between the question and the deletion.
         adapters.lock(tx, checkpoint.adapter)
         if job_continuing(tx, checkpoint.adapter) is None:

@@ -315,9 +315,18 @@ class LocalArtifactStore:
     @contextlib.contextmanager
     def _removals(self, kind: int) -> Iterator[bool]:
         """Take the lock of removals, alone or with others. Yields whether it could be had."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "removals.lock").open("a") as lock:
-            yield _locked(lock.fileno(), kind, HOLD_SECONDS)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((self.root / "removals.lock").open("a"))
+            except OSError:
+                # A full disk must not keep anybody from making room on it.
+                if kind == fcntl.LOCK_EX:
+                    raise
+                held = True
+            else:
+                held = _locked(lock.fileno(), kind, HOLD_SECONDS)
+            yield held
 
     def discard(self, folder: Path) -> None:
         """Put a folder into the trash, where it keeps its bytes; see `empty_trash`.

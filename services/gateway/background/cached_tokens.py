@@ -36,9 +36,10 @@ def collect_cached_tokens(
             gone.append(folder)
             total -= size
     for folder in (store.root / "cache").glob("*"):
-        # One that still holds something is not removed, and what is written anew is made with its parents.
+        # One that still holds something is not removed; one just made is about to hold something.
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            if folder.lstat().st_mtime < untouched_since:
+                folder.rmdir()
     return gone
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, and_, or_, select
 
 from services.gateway.background.cached_tokens import collect_cached_tokens
 from services.gateway.background.periodic import Periodic
+from services.gateway.settings import DEFAULT_CACHE_BYTES
 from shared.adapters.state import AdapterState
 from shared.jobs.spec import LEASED, UNFINISHED
 from shared.logs import get_logger
@@ -30,7 +31,6 @@ from shared.storage.tables import adapters, files, jobs
 UNTOUCHED_SECONDS = 3600.0
 COLLECT_EVERY_SECONDS = 600.0
 TRASH_SECONDS = 7 * 86400.0
-DEFAULT_CACHE_BYTES = 10 << 30
 # So many folders that SQL knows nothing of are a mistake, not garbage: a share of all, from a number on.
 MOST_ORPHANS = 0.5
 FEW_FOLDERS = 20

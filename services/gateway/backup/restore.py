@@ -1,7 +1,7 @@
 """Make a new installation of a backup, or put one in the place of what was backed up.
 
 The order (all is unpacked and checked, then folders, then keys, then the database) is what lets a restore that broke
-off be repeated: until the database is there, nothing counts.
+off be repeated. Until all is done the folder is marked as nobody's: no gateway or worker starts on half of it.
 """
 
 import os
@@ -24,6 +24,8 @@ from shared.storage.database import Database, migrate, require_known
 from shared.storage.installation_id import adopt
 from shared.storage.tables import installation, jobs
 
+NOT_FINISHED = "restore-not-finished"
+
 
 def restore_backup(settings: GatewaySettings, path: Path, *, replace: bool) -> Description:
     """Restore into an empty database and an artifacts folder that belongs to nobody.
@@ -41,13 +43,14 @@ def restore_backup(settings: GatewaySettings, path: Path, *, replace: bool) -> D
         SQLAlchemyError: the database does not answer.
     """
     store = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
-    if store.installation() is not None:
+    if store.installation() not in (None, NOT_FINISHED):
         raise TunesmithError(f"{store.root} belongs to an installation already: restore into another", code="restore")
     require_empty(settings.sql_url)
     with store.staged() as staged:
         description = unpack(path, staged)
         require_known(description.schema_revision)
         _check_kind(description, settings)
+        store.mark_installation(NOT_FINISHED)
         _place_folders(store, staged / ARTIFACTS)
         _place_keys(settings, staged)
         load(staged / DATABASE, settings.sql_url)
@@ -86,6 +89,11 @@ def _place_folders(store: LocalArtifactStore, unpacked: Path) -> None:
 
 
 def _place_keys(settings: GatewaySettings, staged: Path) -> None:
+    given = settings.key_secret.get_secret_value()
+    if given and (staged / KEY_SECRET).exists() and (staged / KEY_SECRET).read_text().strip() != given:
+        raise TunesmithError(
+            "TUNESMITH_KEY_SECRET differs from the backup's: its API keys would be invalid", code="restore"
+        )
     places = {KEY_SECRET: settings.key_secret_path, FIRST_KEY: settings.key_path, CATALOGUE: settings.home / CATALOGUE}
     for name, target in places.items():
         if not (staged / name).exists():

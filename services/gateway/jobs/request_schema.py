@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from shared.frozen import Frozen
-from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, LoraSpec
+from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
 
 MAX_METADATA_PAIRS = 16
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]
@@ -73,6 +73,7 @@ _multiplier = Annotated[
     AutoMeansUnset(),
     Field(description="OpenAI's: times the preset's learning rate; not together with learning_rate"),
 ]
+KeepCheckpoints: Any = _as_requested(JobSpec.model_fields["keep_checkpoints"], auto=False)[0]
 LoraRequest: Any = _part("LoraRequest", LoraSpec, "LoRA's shape; what is left out comes from the preset.")
 HyperparametersRequest: Any = _part(
     "HyperparametersRequest",
@@ -117,7 +118,7 @@ class JobRequest(Request):
     lora: LoraRequest | None = None
     base_precision: BasePrecision = "int8"
     compute_dtype: ComputeDtype = "auto"
-    keep_checkpoints: Annotated[int, Field(ge=2, le=1000), Strict()] | None = None
+    keep_checkpoints: KeepCheckpoints = None
 
     def fingerprint(self) -> str:
         """SHA-256 of what is requested, however it was spelled."""

@@ -302,6 +302,20 @@ def test_ids_are_random_and_lie_below_the_root(store: LocalArtifactStore) -> Non
     assert store.cache("0" * 64, "1" * 64) == store.root / "cache" / ("0" * 64) / ("1" * 64)
 
 
+def test_a_folder_is_removed_where_no_lock_can_be_made(
+    store: LocalArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.adapter(new_id("adapter"))
+    folder.mkdir(parents=True)
+
+    def full(self: Path, mode: str = "r", *args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    store.remove(folder)
+    assert not folder.exists()
+
+
 def test_the_trash_goes_before_anything_is_refused(store: LocalArtifactStore) -> None:
     folder = store.adapter(new_id("adapter"))
     folder.mkdir(parents=True)

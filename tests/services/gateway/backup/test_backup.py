@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from services.gateway.backup.restore import restore_backup
+from services.gateway.backup.restore import NOT_FINISHED, restore_backup
 from services.gateway.backup.take import take_backup
 from services.gateway.settings import GatewaySettings
 from shared.adapters.state import AdapterState
@@ -266,10 +266,20 @@ def test_what_is_in_the_way_is_never_overwritten(place: Place, origin: Gateway) 
     own_key.key_path.write_text("ts-another-key-of-twenty-characters\n")
     with pytest.raises(TunesmithError, match="differs from the backup's"):
         restore_backup(own_key, backup, replace=False)
-    # Nothing counted yet: once it is out of the way, the restore can be repeated.
+    # Nothing counts yet, and nothing starts on it: once it is out of the way, the restore can be repeated.
+    assert LocalArtifactStore(own_key.artifacts_root).installation() == NOT_FINISHED
     own_key.key_path.unlink()
     restore_backup(own_key, backup, replace=False)
     check(own_key)
+
+
+def test_another_secret_of_the_environment_is_refused(place: Place, origin: Gateway) -> None:
+    backup = place.root / "b.tar"
+    take_backup(origin.settings, backup, keys=True)
+    with pytest.raises(TunesmithError, match="TUNESMITH_KEY_SECRET differs"):
+        restore_backup(place.settings("other", key_secret="x" * 40), backup, replace=False)
+    own = origin.settings.key_secret_path.read_text().strip()
+    restore_backup(place.settings("same", key_secret=own), backup, replace=False)
 
 
 def test_a_backup_that_is_not_whole_is_refused_and_leaves_nothing(place: Place, origin: Gateway) -> None:
