@@ -38,7 +38,7 @@ from schemathesis.specs.openapi.checks import (
 
 from benchmarks.fuzz_chains import Chains
 from services.openapi import DOCUMENTS, rendered
-from shared.storage.artifacts import read_manifest
+from shared.storage.manifests import read_manifest
 from tests.cluster import TOKEN, Cluster, tiny_stack
 from tests.services.inference.adapters_on_disk import write_adapter
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from shared.bases.base_model import LoadedBase, load_base, prepare_base
 from shared.bases.catalogue import load_catalogue
-from shared.storage.artifacts import LocalArtifactStore, Manifest, new_id
+from shared.storage.artifacts import LocalArtifactStore, new_id
+from shared.storage.manifests import Manifest
 
 RANK, ALPHA, TARGETS = 8, 32, ("q_proj", "v_proj")
 _SUBJECTS = [

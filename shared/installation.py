@@ -9,8 +9,9 @@ from collections.abc import Callable
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.settings import Settings
-from shared.storage.artifacts import LocalArtifactStore, is_published
+from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
+from shared.storage.manifests import is_published
 
 
 def catalogue(settings: Settings) -> str:

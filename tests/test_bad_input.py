@@ -18,8 +18,8 @@ import psutil
 import pytest
 from sqlalchemy import func, insert, select
 
-from shared.storage.artifacts import read_manifest
 from shared.storage.database import Database
+from shared.storage.manifests import read_manifest
 from shared.storage.tables import adapters, metadata
 from tests.cluster import TOKEN, Cluster
 from tests.services.gateway.job_cases import BAD, placed

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.bases.base_model import prepare_base
 from shared.bases.catalogue import Base, Catalogue
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

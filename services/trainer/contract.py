@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from shared.jobs.spec import JobSpec, Phase, Progress, TrainingReport
-from shared.storage.artifacts import Manifest
+from shared.storage.manifests import Manifest
 
 Level = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics"]

@@ -22,7 +22,8 @@ from shared.datasets.tokens import Tokenizer
 from shared.errors import ArtifactCorrupt, NotFound, Unavailable
 from shared.jobs.spec import BasePrecision
 from shared.processor import this_processor
-from shared.storage.artifacts import LocalArtifactStore, Manifest, sha256_of
+from shared.storage.artifacts import LocalArtifactStore, sha256_of
+from shared.storage.manifests import Manifest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

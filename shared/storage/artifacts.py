@@ -1,4 +1,4 @@
-"""HOP 2: the folder that gateway, trainer and inference share, and the manifest that makes a folder trustworthy.
+"""HOP 2: the folder that gateway, trainer and inference share.
 
 Owns names on disk, atomic publication and verification. Does not know SQL (which folders are wanted) nor torch (what is
 in them). Nothing a client wrote ever becomes a path: ids are made here and matched by a full regex.
@@ -17,14 +17,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, ValidationError
+from typing import Literal
 
 from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
-from shared.frozen import Frozen
+from shared.storage.manifests import MANIFEST, FileEntry, Kind, Manifest, as_written, read_manifest
 
-MANIFEST = "manifest.json"
 INSTALLATION = "installation.json"
 # So long a removal waits for a backup's snapshot, and that for removals.
 HOLD_SECONDS = 60.0
@@ -32,51 +29,13 @@ HOLD_SECONDS = 60.0
 DATA = "data"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# The manifest's own hash, a field beside the manifest's.
-HASH_FIELD = "sha256"
 ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
 _ID = re.compile(ID_PATTERN)
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-
-Kind = Literal["base", "checkpoint", "adapter"]
-FileName = Annotated[str, Field(pattern=f"^{_FILE_NAME.pattern}$")]
 
 
 def new_id(prefix: Literal["file", "ftjob", "adapter"]) -> str:
     """A random id of 96 bits, safe as a folder name."""
     return f"{prefix}-{secrets.token_hex(12)}"
-
-
-class FileEntry(Frozen):
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-
-
-class Manifest(Frozen):
-    """What is in an artifact folder and what it belongs to. Written last; a folder without it does not exist.
-
-    Attributes:
-        id: the adapter's, base's or job's id.
-        base: catalogue id of the base model, with its revision and the hash of its weights.
-        precision: what the base was held in while training (`int8`, …).
-        template: prompt format the adapter was trained with (`shared.datasets.templates`), and must be served with.
-        data_sha256: hash of the uploaded training file.
-        versions: library name → version of everything that shaped the bytes.
-    """
-
-    format: Literal[1] = 1
-    kind: Kind
-    id: str
-    job: str | None = None
-    step: int | None = None
-    base: str
-    base_revision: str
-    base_sha256: str
-    precision: str | None = None
-    template: str | None = None
-    data_sha256: str | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-    files: dict[FileName, FileEntry]
 
 
 class Placed:
@@ -275,7 +234,7 @@ class LocalArtifactStore:
         for name in entries:
             fsync(staged / name)
         complete = Manifest.model_validate(manifest.model_dump() | {"files": entries})
-        (staged / MANIFEST).write_text(_as_written(complete), encoding="utf-8")
+        (staged / MANIFEST).write_text(as_written(complete), encoding="utf-8")
         self.place(staged, target)
         return complete
 
@@ -399,57 +358,10 @@ def staging_lock(folder: Path) -> Path:
     return folder.with_suffix(".lock")
 
 
-def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """Read and validate a folder's manifest without hashing its files.
-
-    Raises:
-        NotFound: there is no such folder.
-        ArtifactCorrupt: the manifest is missing, malformed, damaged or of another kind.
-    """
-    path = folder / MANIFEST
-    if not folder.is_dir() or folder.is_symlink():
-        raise NotFound(f"no artifact {folder.name}")
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 20:
-        raise ArtifactCorrupt(f"{folder.name}: no manifest")
-    try:
-        fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict) or fields.pop(HASH_FIELD, None) != _hash_of(fields):
-            raise ValueError(f"its {HASH_FIELD} is not that of its fields")
-        manifest = Manifest.model_validate(fields)
-    except (ValueError, RecursionError, ValidationError) as error:
-        raise ArtifactCorrupt(f"{folder.name}: unreadable manifest: {error}") from error
-    if manifest.kind != kind:
-        raise ArtifactCorrupt(f"{folder.name}: a {manifest.kind}, not a {kind}")
-    return manifest
-
-
-def is_published(folder: Path, kind: Kind) -> bool:
-    """Whether a folder has a manifest that can be read; its files are not hashed."""
-    try:
-        read_manifest(folder, kind)
-    except (NotFound, ArtifactCorrupt, OSError):
-        return False
-    return True
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, lower-case hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _as_written(manifest: Manifest) -> str:
-    """A manifest as it is written."""
-    fields = manifest.model_dump(mode="json", exclude_none=True)
-    return json.dumps(fields | {HASH_FIELD: _hash_of(fields)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _hash_of(fields: dict[str, Any]) -> str:
-    """SHA-256 of the fields as JSON in one form, so that a damaged disk cannot change what a folder belongs to.
-
-    It keeps nobody from writing another manifest: who can write in the folder is trusted.
-    """
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _digest(name: str) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ArtifactCorrupt, NotFound
-from shared.storage.artifacts import LocalArtifactStore, read_manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import read_manifest
 from shared.training.memory import ModelShape, model_shape
 
 MAX_HEADER_BYTES = 100 << 20

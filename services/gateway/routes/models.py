@@ -17,8 +17,9 @@ from services.gateway.routes.dependencies import (
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
 from shared.adapters.store import Adapter
 from shared.bases.catalogue import Base
-from shared.storage.artifacts import LocalArtifactStore, is_published
+from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
+from shared.storage.manifests import is_published
 
 router = APIRouter(route_class=AuthenticatedRoute, tags=["models"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY])
 

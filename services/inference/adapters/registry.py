@@ -18,7 +18,8 @@ from services.inference.engine.interface import AdapterWeights, Engine
 from shared.datasets.templates import Template
 from shared.errors import ArtifactCorrupt, InvalidRequest, NotFound, Unavailable
 from shared.logs import get_logger
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 
 # What has been read and waits for room takes memory outside the budget.
 LOADS_AT_ONCE = 4

@@ -14,7 +14,8 @@ from services.trainer.contract import JobRun
 from services.trainer.model.bases import TrainableBase
 from shared.bases.base_model import library_versions
 from shared.bases.catalogue import Base
-from shared.storage.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Manifest
+from shared.storage.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shared.storage.manifests import Manifest
 
 # What readers (peft of any version, vLLM) expect to find even where it is the default.
 _ALWAYS = (

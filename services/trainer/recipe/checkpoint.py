@@ -24,7 +24,8 @@ from services.trainer.recipe.rng import RandomState
 from services.trainer.recipe.state import TrainingState
 from shared.bases.base_model import library_versions
 from shared.errors import ArtifactCorrupt, JobFailed, NotFound
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 
 TENSORS = "state.safetensors"
 VALUES = "state.json"

@@ -51,7 +51,8 @@ from services.trainer.recipe.state import ClaimState, TrainingState
 from services.trainer.recipe.step import MAX_SKIPPED_STEPS, StepResult, make_optimizer, take_step
 from shared.errors import JobFailed
 from shared.jobs.spec import Phase
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 
 # Failures after which the warm base may hold half an adapter or other weights: the next job loads it afresh.
 SPOILS_THE_BASE = frozenset({"out_of_memory", "base_changed"})

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from shared.storage.artifacts import LocalArtifactStore, Manifest, new_id
+from shared.storage.artifacts import LocalArtifactStore, new_id
+from shared.storage.manifests import Manifest
 
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """All linear layers of a Llama."""

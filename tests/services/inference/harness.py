@@ -19,7 +19,8 @@ from services.inference.engine.runner import ModelRunner
 from services.inference.engine.transformers_runner import TransformersRunner
 from shared.bases.base_model import LoadedBase, load_base
 from shared.bases.catalogue import Base
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 from tests.services.inference.adapters_on_disk import Oracle, write_adapter
 
 

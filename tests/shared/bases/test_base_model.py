@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from shared.bases.base_model import compute_dtype, load_base, memory_megabytes, prepare_base
 from shared.bases.catalogue import Base
 from shared.errors import ArtifactCorrupt, NotFound, TunesmithError
-from shared.storage.artifacts import LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Manifest
 from tests.tiny import prepared_tiny, tiny_catalogue, write_tiny_model
 
 CPU = torch.device("cpu")

@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 
 import shared.storage.artifacts
 from shared.errors import ArtifactCorrupt, NotFound
-from shared.storage.artifacts import (
-    HASH_FIELD,
-    MANIFEST,
-    LocalArtifactStore,
-    Manifest,
-    new_id,
-    read_manifest,
-    sha256_of,
-)
+from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
+from shared.storage.manifests import HASH_FIELD, MANIFEST, Manifest, read_manifest
 
 CONTENT = {"a.bin": bytes(range(200)), "b.json": b'{"x": 1}', "empty": b""}
 

@@ -24,9 +24,10 @@ from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobSpec, State
 from shared.storage import artifacts as artifacts_module
-from shared.storage.artifacts import LocalArtifactStore, Manifest, new_id, sha256_of
+from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.storage.database import Database, migrate
 from shared.storage.installation_id import own_id
+from shared.storage.manifests import Manifest
 from shared.storage.tables import adapters, files, jobs
 from tests.fresh_database import fresh_on_server
 from tests.jobs import Jobs

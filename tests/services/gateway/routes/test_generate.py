@@ -16,7 +16,7 @@ from services.gateway.inference.project_tags import ProjectTags
 from services.gateway.settings import GatewaySettings
 from shared.inference_api.headers import MODEL_NAME, PROJECT_TAG, PROJECT_TAG_PATTERN
 from shared.jobs.spec import TrainingReport
-from shared.storage.artifacts import Manifest
+from shared.storage.manifests import Manifest
 from shared.storage.tables import api_keys
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.services.gateway.inference_stand_in import StandIn, standing_in

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shared.inference_api.administration import PROTECT_RECENT_SECONDS_OLD
-from shared.storage.artifacts import MANIFEST, new_id
+from shared.storage.artifacts import new_id
+from shared.storage.manifests import MANIFEST
 from tests.services.inference.adapters_on_disk import publish
 from tests.services.inference.harness import Tiny
 from tests.services.inference.server import Server, running

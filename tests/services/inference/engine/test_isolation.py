@@ -24,7 +24,8 @@ from services.inference.prompts import RawIds
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.errors import InvalidRequest, NotFound, Overloaded
-from shared.storage.artifacts import Manifest, new_id
+from shared.storage.artifacts import new_id
+from shared.storage.manifests import Manifest
 from tests.services.inference.adapters_on_disk import EVERYTHING, greedy, publish
 from tests.services.inference.harness import Tiny
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from services.trainer.contract import Finished, Stopped
 from shared.errors import JobFailed
 from shared.jobs.spec import JobSpec, LoraSpec
-from shared.storage.artifacts import Kind, LocalArtifactStore, Manifest
+from shared.storage.artifacts import LocalArtifactStore
+from shared.storage.manifests import Kind, Manifest
 from tests.services.trainer.harness import RecordingSession, TinyJob, instruction_rows, weights_of
 
 pytestmark = pytest.mark.slow
