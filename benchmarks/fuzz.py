@@ -180,6 +180,13 @@ def call(url: str, bearer: dict[str, str]) -> dict[str, Any]:
     return {"base_url": url, "headers": bearer | {"Accept": "application/json"}, "timeout": 60}
 
 
+def endpoint(stack: Cluster, document: str) -> tuple[str, dict[str, str]]:
+    """The URL of a document's operations, and the header that authorises them."""
+    private = document == "inference.json"
+    url = stack.inference_url if private else stack.url
+    return url, {"Authorization": f"Bearer {TOKEN if private else stack.key}"}
+
+
 class Fuzz:
     """One run against one stack; `report` is what the results file holds."""
 
@@ -221,7 +228,7 @@ class Fuzz:
                 begin,
                 self._steer_chained,
                 partial(self._judge_chained, name),
-                call(*self._endpoint(name)),
+                call(*endpoint(self._stack, name)),
             )
             chains.run(partial(self._has_sent, self.sent + share * requests), share * seconds, self._seed)
 
@@ -240,14 +247,8 @@ class Fuzz:
     def sent(self) -> int:
         return sum(sum(counts.values()) for counts in self.statuses.values())
 
-    def _endpoint(self, document: str) -> tuple[str, dict[str, str]]:
-        """The URL of a document's operations, and the header that authorises them."""
-        private = document == "inference.json"
-        url = self._stack.inference_url if private else self._stack.url
-        return url, {"Authorization": f"Bearer {TOKEN if private else self._stack.key}"}
-
     def _operation(self, document: str, operation: Any, mode: GenerationMode, examples: int) -> None:
-        url, bearer = self._endpoint(document)
+        url, bearer = endpoint(self._stack, document)
         label = f"{document.removesuffix('.json')} {operation.label}"
 
         @seed(self._seed)

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import schemathesis
 from fastapi import FastAPI
 from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import FailureGroup
 
-from benchmarks.fuzz import Fuzz
+from benchmarks.fuzz import CHECKS, Fuzz, call, document, endpoint
 from benchmarks.fuzz_chains import Chains
 from tests.cluster import Cluster
 from tests.services.gateway.conftest import served
@@ -31,6 +32,27 @@ def test_no_request_of_the_documents_breaks_their_word(tiny_stack: Cluster) -> N
     assert report["requests"] > 100
     assert report["share_2xx"] >= 0.2
     assert "Traceback" not in tiny_stack.processes.tails(1 << 24)
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+STREAMED = [
+    ("/v1/chat/completions", {"model": "tiny", "messages": MESSAGES, "stream": True, "max_tokens": 3}),
+    ("/v1/completions", {"model": "tiny", "prompt": "Hi", "stream": True, "max_tokens": 3}),
+    ("/generate", {"inputs": "Hi", "stream": True, "parameters": {"max_new_tokens": 3}}),
+]
+
+
+@pytest.mark.parametrize("service", ["gateway.json", "inference.json"])
+@pytest.mark.parametrize(("path", "body"), STREAMED, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_event_of_a_stream_is_as_documented(
+    tiny_stack: Cluster, service: str, path: str, body: dict[str, Any]
+) -> None:
+    """Requests at random stream now and then only."""
+    operation = document(service)[path]["POST"]
+    case = operation.Case(body=body, media_type="application/json")
+    answer = case.call(**call(*endpoint(tiny_stack, service)))
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(answer, checks=CHECKS)
 
 
 def test_chains_find_what_outlives_its_deletion() -> None:

@@ -36,12 +36,18 @@ def encode_event(data: str, id: str = "") -> bytes:
     return f"{first}data: {data}\n\n".encode()
 
 
-def documented_events(event: type[BaseModel]) -> dict[str, dict[str, Any]]:
+def documented_events(event: type[BaseModel], *, ended_by_done: bool = False) -> dict[str, dict[str, Any]]:
     """`content` of a response in an API document: a stream of events whose data is JSON of this shape.
+
+    Args:
+        ended_by_done: whether the last event's data is `DONE`.
 
     `itemSchema` is OpenAPI 3.2's word; FastAPI writes it so too. A `schema` here would be that of the stream as a text.
     """
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _inlined(event)}
+    data: dict[str, Any] = {"contentMediaType": "application/json", "contentSchema": _inlined(event)}
+    if ended_by_done:
+        data = {"anyOf": [{"const": DONE}, data]}
+    data = {"type": "string"} | data
     item = {"type": "object", "properties": {"data": data, "id": {"type": "string"}}, "required": ["data"]}
     return {MEDIA_TYPE: {"itemSchema": item}}
 

@@ -11,8 +11,11 @@ from shared.inference_api.tgi import GenerateJson, GenerateListJson, TokenEventJ
 Responses = dict[int | str, dict[str, Any]]
 
 
-def _answers(description: str, whole: type[BaseModel], event: type[BaseModel]) -> Responses:
-    return {200: {"description": description, "model": whole, "content": documented_events(event)}}
+def _answers(
+    description: str, whole: type[BaseModel], event: type[BaseModel], *, ended_by_done: bool = False
+) -> Responses:
+    content = documented_events(event, ended_by_done=ended_by_done)
+    return {200: {"description": description, "model": whole, "content": content}}
 
 
 TGI_ANSWERS = _answers(
@@ -30,7 +33,11 @@ CHAT_ANSWERS = _answers(
     "A chat completion; with `stream` server-sent events of its chunks, ended by `[DONE]`.",
     ChatCompletionJson,
     ChatCompletionChunkJson,
+    ended_by_done=True,
 )
 COMPLETION_ANSWERS = _answers(
-    "A completion; with `stream` server-sent events of its chunks, ended by `[DONE]`.", CompletionJson, CompletionJson
+    "A completion; with `stream` server-sent events of its chunks, ended by `[DONE]`.",
+    CompletionJson,
+    CompletionJson,
+    ended_by_done=True,
 )
