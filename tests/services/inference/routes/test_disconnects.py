@@ -65,6 +65,7 @@ def test_a_client_that_leaves_frees_its_row(narrow: Server, adapters: list[str],
         body = {"model": adapters[0], "prompt": "a", "max_tokens": 240, "ignore_eos": True}
     else:
         body = {"inputs": "a", "parameters": LONG | {"adapter_id": adapters[0]}}
+    narrow.wait_until_idle()
     before = engine.stats().tokens
     for _ in range(3):
         running_one = connect(narrow, path, body)
@@ -108,6 +109,8 @@ def test_the_row_is_free_one_step_after_its_client_has_left(
         return decode(*arguments)
 
     monkeypatch.setattr(engine._runner, "decode", one_by_one)
+    # An answer is sent before its last token is counted.
+    narrow.wait_until_idle()
     before = engine.stats().tokens
     leaving = connect(narrow, *bodies(adapters[0])[kind])
     # The prompt gives the first token; then three steps.
