@@ -4,7 +4,8 @@ Owns where their weights lie and what multiplies them: unquantised ones become s
 dequantised into a buffer that all layers share, so that a quantised base stays as small as it is. Knows no LoRA.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -22,14 +23,15 @@ class Buffer:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._flat = torch.empty(0, device=device)
-        self._user: object = None
+        # Weak: users hold the buffer, and a base in a circle would stay beside the next one.
+        self._user: Callable[[], object] = lambda: None
 
     def take(self, user: object, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """A [rows, columns] matrix, valid until the next call, and whether it still holds what this user wrote."""
-        unchanged = self._user is user and self._flat.dtype == dtype
+        unchanged = self._user() is user and self._flat.dtype == dtype
         if self._flat.dtype != dtype or self._flat.numel() < rows * columns:
             self._flat = torch.empty(rows * columns, dtype=dtype, device=self._flat.device)
-        self._user = user
+        self._user = weakref.ref(user)
         return self._flat[: rows * columns].view(rows, columns), unchanged
 
 

@@ -79,7 +79,9 @@ def saved_activation_bytes(model: Any, packed: Packed, precision: Precision) -> 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not the tensor itself: a function's own output would hold the graph that holds it, for ever, and the graph the
+        # model (torch's documentation of saved_tensors_hooks).
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
         loss = loss_sum(model, packed)
