@@ -323,13 +323,16 @@ class LocalArtifactStore:
 
         One that a backup holds for too long stays, and is garbage.
         """
-        if not folder.exists():
+        # A collector may have taken it for an orphan just now, between its row's removal and this.
+        in_trash = trashed(folder)
+        if not (folder.exists() or in_trash.exists()):
             return
         with self._removals(fcntl.LOCK_SH) as allowed:
             if allowed:
-                # The manifest goes first: a half-removed folder must not verify.
-                (folder / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                for place in (folder, in_trash):
+                    # The manifest goes first: a half-removed folder must not verify.
+                    (place / MANIFEST).unlink(missing_ok=True)
+                    shutil.rmtree(place, ignore_errors=True)
 
 
 def _locked(descriptor: int, kind: int, seconds: float) -> bool:

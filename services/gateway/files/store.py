@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -112,16 +111,6 @@ class FileStore:
         cursor = Cursor(after, select(*keys).where(files.c.id == after, files.c.project == project)) if after else None
         page = keyset_page(tx, query, keys, limit=limit, after=cursor, descending=order == "desc")
         return page.map(lambda row: StoredFile(*row))
-
-    def lock(self, tx: Connection, project: str, file_ids: Sequence[str]) -> None:
-        """Make sure that files exist and stay until the transaction ends.
-
-        Raises:
-            NotFound: one is gone.
-        """
-        # In one order, so that two transactions never wait for one another.
-        for file_id in sorted(set(file_ids)):
-            self.get(tx, project, file_id, lock=True)
 
     def delete(self, tx: Connection, project: str, file_id: str) -> str | None:
         """Remove a file's row; the bytes are the caller's to remove once this is committed.

@@ -35,10 +35,14 @@ class JobSources:
         """Make sure that what a job needs still exists, and stays until the transaction ends.
 
         Raises:
-            NotFound: a file is gone.
-            InvalidRequest: the adapter to continue is gone.
+            InvalidRequest: a file, or the adapter to continue, is gone; the field that names it is named.
         """
-        self._files.lock(tx, project, [file for file in (spec.training_file, spec.validation_file) if file])
+        named = {spec.training_file: "training_file"}
+        if spec.validation_file is not None:
+            named.setdefault(spec.validation_file, "validation_file")
+        # In one order, so that two transactions never wait for one another.
+        for file_id in sorted(named):
+            self._file(tx, project, file_id, named[file_id], lock=True)
         if spec.initial_adapter is None:
             return
         try:
@@ -55,8 +59,8 @@ class JobSources:
             raise InvalidRequest(error.message, param="model", code="model_not_found") from None
         return Parent(adapter.id, adapter.base, self._jobs.get(tx, project, adapter.job).spec.lora)
 
-    def _file(self, tx: Connection, project: str, file_id: str, param: str) -> StoredFile:
+    def _file(self, tx: Connection, project: str, file_id: str, param: str, *, lock: bool = False) -> StoredFile:
         try:
-            return self._files.get(tx, project, file_id)
+            return self._files.get(tx, project, file_id, lock=lock)
         except NotFound as error:
             raise InvalidRequest(error.message, param=param, code="file_not_found") from None

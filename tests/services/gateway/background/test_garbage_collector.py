@@ -148,6 +148,15 @@ def test_a_folder_that_comes_again_is_kept_beside_the_first(database: Database, 
     assert len(list((artifacts.root / "trash").iterdir())) == 2
 
 
+def test_what_a_user_deletes_does_not_stay_in_the_trash(database: Database, artifacts: LocalArtifactStore) -> None:
+    deleted = artifacts.file(new_id("file"))
+    folder(deleted)
+    # Between the row's removal and the folder's.
+    assert collector(database, artifacts).collect() == [deleted]
+    artifacts.remove(deleted)
+    assert list((artifacts.root / "trash").iterdir()) == []
+
+
 def test_bases_stay(database: Database, artifacts: LocalArtifactStore) -> None:
     kept = folder(artifacts.base("tiny"))
     assert collector(database, artifacts).collect() == []

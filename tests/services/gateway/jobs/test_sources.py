@@ -54,3 +54,16 @@ def test_an_adapter_that_an_unfinished_job_continues_stays(gateway: Gateway) -> 
     with gateway.jobs.database.write() as tx, pytest.raises(InvalidRequest) as refused:
         sources.lock(tx, "default", spec)
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_a_file_that_was_deleted_meanwhile_is_named_by_its_field(gateway: Gateway, param: str) -> None:
+    files = {"training_file": gateway.uploaded(ROWS), "validation_file": gateway.uploaded(ROWS)}
+    job = gateway.http.post(PATH, json=files | {"model": "smollm2-135m-instruct"}).json()
+    gateway.http.post(f"{PATH}/{job['id']}/cancel")
+    spec = gateway.jobs.get("default", job["id"]).spec
+    gateway.http.delete(f"/v1/files/{files[param]}")
+    sources = JobSources(FileStore(), JobStore(), AdapterStore())
+    with gateway.jobs.database.write() as tx, pytest.raises(InvalidRequest) as refused:
+        sources.lock(tx, "default", spec)
+    assert (refused.value.code, refused.value.param) == ("file_not_found", param)
