@@ -44,12 +44,17 @@ class Heartbeats:
     def expire(self, seen: Heartbeat) -> bool:
         """Take a job from a worker that shows no life, unless it has shown some since `seen`; see `requeue`.
 
+        A lease that was never renewed is not counted against the job: its worker may not know that it has it, since the
+        answer to its claim was lost.
+
         Returns:
             Whether the job was taken.
         """
         held = [jobs.c.id == seen.job_id, jobs.c.lease_token == seen.token, jobs.c.renewals == seen.renewals]
+        begun = seen.renewals > 0
+        reason = "was lost" if begun else "did not begin; the answer to its claim may have been lost"
         with self._database.write() as tx:
-            return requeue(tx, seen.job_id, held, "was lost", self._now())
+            return requeue(tx, seen.job_id, held, reason, self._now(), counted=begun)
 
     def queued(self) -> int:
         """How many jobs wait for a worker."""

@@ -73,6 +73,8 @@ class LeaseSession:
         self._log = get_logger("session")
 
     def __enter__(self) -> Self:
+        # Before anything that may kill this process: a lease that was never renewed counts as not begun.
+        self._renew()
         self._thread.start()
         self._records.start()
         return self
@@ -160,14 +162,18 @@ class LeaseSession:
             if self._stall.stalled():
                 self._give_up()
                 return
-            try:
-                self._requested = self._leases.renew(self._lease)
-            except LeaseLost:
-                self._lost = True
+            self._renew()
+            if self._lost:
                 return
-            except SQLAlchemyError as error:
-                # The database may be away for less time than the reaper waits.
-                self._log.warning("lease not renewed", error=str(error))
+
+    def _renew(self) -> None:
+        try:
+            self._requested = self._leases.renew(self._lease)
+        except LeaseLost:
+            self._lost = True
+        except SQLAlchemyError as error:
+            # The database may be away for less time than the reaper waits.
+            self._log.warning("lease not renewed", error=str(error))
 
     def _preparing(self) -> bool:
         """Whether a base may be on its way here: that reports no steps, and is not waited for without end."""

@@ -42,6 +42,13 @@ def claimed(leases: Leases, worker: str = "w") -> Lease:
     return lease
 
 
+def begun(leases: Leases) -> Lease:
+    """Claimed by a worker that knows of it."""
+    lease = claimed(leases)
+    leases.renew(lease)
+    return lease
+
+
 def test_the_oldest_is_claimed_first_and_only_once(store: Jobs, leases: Leases, spec: JobSpec) -> None:
     ids = [store.create("default", spec).id for _ in range(3)]
     assert [claimed(leases).job.id for _ in ids] == ids
@@ -129,13 +136,13 @@ def test_three_failures_end_the_job_and_progress_forgives(
 ) -> None:
     job = store.create("default", spec)
     for step in range(1, 6):
-        lease = claimed(leases)
+        lease = begun(leases)
         leases.commit_checkpoint(lease, step, leases.reserve_adapter(lease), {})
         heartbeats.expire(heartbeats.read()[0])
     assert store.get("default", job.id).worker_failures == 1
     for _ in range(MAX_ATTEMPTS - 1):
         # The same step again is no progress.
-        lease = claimed(leases)
+        lease = begun(leases)
         leases.commit_checkpoint(lease, 5, leases.reserve_adapter(lease), {})
         heartbeats.expire(heartbeats.read()[0])
     failed = store.get("default", job.id)

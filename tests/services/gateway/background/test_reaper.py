@@ -54,6 +54,7 @@ class Scene:
     def claimed(self) -> Lease:
         lease = self.leases.claim("worker-1")
         assert lease is not None
+        self.leases.renew(lease)
         return lease
 
     def state(self, lease: Lease) -> State:
@@ -115,6 +116,18 @@ def test_a_reaper_that_starts_gives_everybody_its_full_time(scene: Scene) -> Non
     scene.clock.now += 1_000_000
     scene.reaper.tick()
     assert scene.state(lease) is State.RUNNING
+
+
+def test_a_claim_whose_answer_was_lost_is_not_counted(scene: Scene) -> None:
+    job = scene.store.create("default", SPEC)
+    for _ in range(MAX_ATTEMPTS):
+        # The worker never learns of it.
+        assert scene.leases.claim("worker-1") is not None
+        scene.pass_time(20)
+    now = scene.store.get("default", job.id)
+    assert (now.state, now.worker_failures, now.attempt) == (State.QUEUED, 0, MAX_ATTEMPTS)
+    told = [event.message for event in scene.store.events("default", job.id, after=0, limit=50).items]
+    assert told.count("Worker worker-1 did not begin; the answer to its claim may have been lost") == MAX_ATTEMPTS
 
 
 def test_two_reapers_take_a_job_once(scene: Scene) -> None:
