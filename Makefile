@@ -24,7 +24,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos faults fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -71,6 +71,9 @@ test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the ne
 
 chaos: .venv/ready ## the kill matrix: every fault, alone and repeated, at random moments
 	$(BIN)/pytest tests/chaos --chaos-rounds 3
+
+faults: .venv/ready ## every fault at every durable step, and every pair of operations at once
+	$(BIN)/python -m benchmarks.faults
 
 fuzz: .venv/ready ## some 6,000 schemathesis requests over both OpenAPI documents
 	$(BIN)/python -m benchmarks.fuzz

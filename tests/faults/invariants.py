@@ -1,7 +1,9 @@
-"""What must hold once an installation has recovered, whatever had happened to it. Each broken promise is a sentence."""
+"""What must hold once an installation has recovered, whatever had happened to it."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from sqlalchemy import Connection, select
@@ -18,6 +20,26 @@ ENDED = "The job has successfully completed"
 BLAME = ("could not go on", "hung")
 
 
+class Kind(StrEnum):
+    """Of what a broken promise is a case."""
+
+    LOST = "lost"
+    DOUBLED = "doubled"
+    STUCK = "stuck"
+    NOT_BIT_EXACT = "not_bit_exact"
+    BLAMED = "blamed"
+    # Not cleared away: nothing that anybody was promised, and there for ever.
+    LEFT_BEHIND = "left_behind"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A broken promise, and what shows it."""
+
+    kind: Kind
+    what: str
+
+
 def broken_promises(
     database: Database,
     store: LocalArtifactStore,
@@ -25,7 +47,7 @@ def broken_promises(
     ends: Mapping[str, frozenset[State]],
     reference: str | None,
     worker_died: bool,
-) -> Iterator[str]:
+) -> Iterator[Broken]:
     """Look at everything.
 
     Args:
@@ -44,27 +66,29 @@ def broken_promises(
         yield from _of_log(job, logs[job.id], counts[job.id], worker_died=worker_died)
         if reference is not None and job.adapter in published:
             yield from _of_bytes(store.adapter(str(job.adapter)), reference)
-    yield from (f"the acknowledged job {job_id} is gone" for job_id in ends.keys() - {job.id for job in found})
+    for job_id in ends.keys() - {job.id for job in found}:
+        yield Broken(Kind.LOST, f"the acknowledged job {job_id} is gone")
     for file_id, sha256 in file_rows.items():
         data = store.file_data(file_id)
         if not data.is_file() or sha256_of(data) != sha256:
-            yield f"the file {file_id} has a row and not its bytes"
+            yield Broken(Kind.LOST, f"the file {file_id} has a row and not its bytes")
     for adapter in published:
         try:
             store.verify(store.adapter(adapter), "adapter")
         except (NotFound, ArtifactCorrupt) as error:
-            yield f"a published adapter does not verify: {error.message}"
+            yield Broken(Kind.LOST, f"a published adapter does not verify: {error.message}")
     unfinished = {job.id for job in found if not job.state.final}
     yield from _of_folders(store, set(file_rows), published, unfinished, set(file_rows.values()))
 
 
-def _of_job(job: Job, ends: frozenset[State] | None) -> Iterator[str]:
+def _of_job(job: Job, ends: frozenset[State] | None) -> Iterator[Broken]:
     if ends is None:
-        yield f"the job {job.id} was acknowledged to nobody"
+        yield Broken(Kind.DOUBLED, f"the job {job.id} was acknowledged to nobody")
     elif job.state not in ends:
-        yield f"the job is {job.state.value}, not {' or '.join(sorted(ends))}"
+        kind = Kind.LOST if job.state.final else Kind.STUCK
+        yield Broken(kind, f"the job is {job.state.value}, not {' or '.join(sorted(ends))}")
     if job.fault is not None:
-        yield f"the job failed for what was healed: {job.fault.code}: {job.fault.message}"
+        yield Broken(Kind.LOST, f"the job failed for what was healed: {job.fault.code}: {job.fault.message}")
 
 
 def _messages(tx: Connection, job_id: str) -> list[tuple[int, str, str]]:
@@ -73,38 +97,42 @@ def _messages(tx: Connection, job_id: str) -> list[tuple[int, str, str]]:
     return [(row.number, row.message, str(row.data)) for row in rows]
 
 
-def _of_log(job: Job, log: list[tuple[int, str, str]], count: int, *, worker_died: bool) -> Iterator[str]:
+def _of_log(job: Job, log: list[tuple[int, str, str]], count: int, *, worker_died: bool) -> Iterator[Broken]:
     if [number for number, _, _ in log] != list(range(1, count + 1)):
-        yield f"the events have gaps: {[number for number, _, _ in log]} of {count}"
-    if (job.state is State.SUCCEEDED) != ([message for _, message, _ in log].count(ENDED) == 1):
-        yield f"the job is {job.state.value} and its end is told {[m for _, m, _ in log].count(ENDED)} times"
+        yield Broken(Kind.LOST, f"the events have gaps: {[number for number, _, _ in log]} of {count}")
+    told = [message for _, message, _ in log].count(ENDED)
+    if told != (job.state is State.SUCCEEDED):
+        kind = Kind.DOUBLED if told > 1 else Kind.LOST
+        yield Broken(kind, f"the job is {job.state.value} and its end is told {told} times")
     claim: Counter[tuple[str, str]] = Counter()
     for _, message, data in log:
         if message.startswith("Started"):
             claim.clear()
         claim[message, data] += 1
         if claim[message, data] > 1:
-            yield f"told twice: {message} {data}"
+            yield Broken(Kind.DOUBLED, f"told twice: {message} {data}")
         if any(word in message for word in BLAME) or ("was lost" in message and not worker_died):
-            yield f"a worker is blamed: {message}"
+            yield Broken(Kind.BLAMED, message)
 
 
-def _of_bytes(folder: Path, reference: str) -> Iterator[str]:
+def _of_bytes(folder: Path, reference: str) -> Iterator[Broken]:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file() or sha256_of(weights) != reference:
-        yield f"the adapter {folder.name} is not that of an uninterrupted run"
+        yield Broken(Kind.NOT_BIT_EXACT, f"the adapter {folder.name} is not that of an uninterrupted run")
 
 
 def _of_folders(
     store: LocalArtifactStore, file_ids: set[str], published: set[str], unfinished: set[str], hashes: set[str]
-) -> Iterator[str]:
+) -> Iterator[Broken]:
     for kind, names in (("files", file_ids), ("adapters", published), ("staging", set()), ("trash", set())):
         folder = store.root / kind
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if there != names:
-            yield f"{kind}: too much {sorted(there - names)}, missing {sorted(names - there)}"
+        if there - names:
+            yield Broken(Kind.LEFT_BEHIND, f"{kind}: {sorted(there - names)}")
+        if names - there:
+            yield Broken(Kind.LOST, f"{kind}: {sorted(names - there)}")
     for kind, most in (("jobs", unfinished), ("cache", hashes)):
         folder = store.root / kind
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if there - most:
-            yield f"{kind}: too much {sorted(there - most)}"
+            yield Broken(Kind.LEFT_BEHIND, f"{kind}: {sorted(there - most)}")

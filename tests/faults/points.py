@@ -38,10 +38,11 @@ class Died(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong at the n-th step, counted from 0."""
+    """What goes wrong at the n-th step, counted from 0; `step` is what kind of step that is."""
 
     at: int
     kind: str
+    step: str
 
 
 class Steps:
@@ -71,6 +72,7 @@ class Steps:
             number = len(self.names)
             self.names.append(f"{what} {where}".strip())
             if self._fault is not None and number == self._fault.at:
+                assert what == self._fault.step, f"step {number} is {what}, not {self._fault.step} as counted"
                 self._strike(self._fault.kind, what)
             elif self._broken is not None and _is_of(what, self._broken):
                 self._calls_left -= 1
@@ -89,7 +91,8 @@ class Steps:
 
     def faults(self) -> list[Fault]:
         """Every fault of every step that was counted."""
-        return [Fault(at, kind) for at, name in enumerate(self.names) for kind in _faults_of(name.split()[0])]
+        words = [name.split()[0] for name in self.names]
+        return [Fault(at, kind, word) for at, word in enumerate(words) for kind in _faults_of(word)]
 
     # ------------------------------------------------------------------ the calls
 

@@ -4,10 +4,11 @@ import traceback
 from contextlib import suppress
 
 import pytest
+from structlog.testing import capture_logs
 
 from shared.jobs.spec import State
 from shared.storage.artifacts import ADAPTER_WEIGHTS, sha256_of
-from tests.faults.invariants import broken_promises
+from tests.faults.invariants import Broken, Kind, broken_promises
 from tests.faults.points import Died, Fault, Steps
 from tests.faults.scenarios import SCENARIOS, Scenario
 from tests.faults.world import Ground, World, quick
@@ -30,9 +31,10 @@ class Runs:
             world.parts.close()
         return steps.names, steps.faults()
 
-    def run(self, scenario: Scenario, fault: Fault | None) -> list[str]:
+    def run(self, scenario: Scenario, fault: Fault | None) -> list[Broken]:
         """Let a fault strike. Returns the promises that are broken afterwards."""
-        with pytest.MonkeyPatch.context() as patch:
+        # Tracebacks, printed in colour, take longer than everything else.
+        with pytest.MonkeyPatch.context() as patch, capture_logs():
             quick(patch)
             world = self._ground.world(scenario.prepare, fault)
             try:
@@ -42,14 +44,15 @@ class Runs:
                 return [*self._unanswered(world), *self._broken(world, scenario, steps)]
             except Exception:
                 # Nothing may need more than this to recover.
-                return [f"it does not come back: {traceback.format_exc()[-1500:]}"]
+                return [Broken(Kind.STUCK, f"it does not come back: {traceback.format_exc()[-1500:]}")]
             finally:
                 world.parts.close()
 
-    def _unanswered(self, world: World) -> list[str]:
-        return [f"{call.name} is not answered though all is well again" for call in world.calls if not call.answered]
+    def _unanswered(self, world: World) -> list[Broken]:
+        names = [call.name for call in world.calls if not call.answered]
+        return [Broken(Kind.STUCK, f"{name} is not answered though all is well again") for name in names]
 
-    def _broken(self, world: World, scenario: Scenario, steps: Steps) -> list[str]:
+    def _broken(self, world: World, scenario: Scenario, steps: Steps) -> list[Broken]:
         ends = {call.answer: scenario.ends for call in world.calls if call.name == "create"}
         parts = world.parts
         broken = broken_promises(

@@ -5,11 +5,12 @@ Clients behave as OpenAI's do: what was not answered they send again, under the 
 """
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ class InOrder(record_writer.RecordWriter):
 
     def put(self, *events: Any, **kwargs: Any) -> None:
         super().put(*events, **kwargs)
-        while self._busy and not self._failed and self._thread.is_alive():
-            time.sleep(0.0002)
+        with self._changed:
+            while self._busy and not self._failed and self._thread.is_alive():
+                self._changed.wait(0.005)
         if self.steps is not None and self.steps.dead:
             raise Died
 
@@ -107,8 +109,8 @@ class Call:
 class Parts:
     """What one process works with, made anew after every crash."""
 
-    def __init__(self, root: Path, catalogue: Catalogue) -> None:
-        self.database = Database(f"sqlite:///{root / 'tunesmith.db'}")
+    def __init__(self, root: Path, catalogue: Catalogue, url: str | None = None) -> None:
+        self.database = Database(url or f"sqlite:///{root / 'tunesmith.db'}")
         self.store = LocalArtifactStore(root / "artifacts")
         self.files, self.jobs, self.adapters = FileStore(), JobStore(), AdapterStore()
         self.idempotency = IdempotencyStore()
@@ -197,7 +199,7 @@ class World:
     def send(self, name: str) -> None:
         """Make a planned request, once, unless one before it was not answered: then it waits for that."""
         for call in self.calls:
-            if call.name == name:
+            if call.name == name and not call.answered:
                 self._send(call)
             if not call.answered:
                 return
@@ -287,21 +289,38 @@ class Ground:
         with database.read() as tx:
             adopt(tx, store)
         database.close()
+        self._prepared: dict[Callable[[World], None], tuple[Path, list[Call]]] = {}
         self._catalogue = Catalogue((base,))
         self._bases = WarmBases(self._catalogue, LocalArtifactStore(self._root / "artifacts"), torch.device("cpu"))
 
     def world(self, prepare: Callable[[World], None], fault: Fault | None = None) -> World:
         """A fresh world in which `prepare` has happened, about to meet a fault."""
-        for folder in (self._root, self._removed):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        shutil.copyfile(self._template / "tunesmith.db", self._root / "tunesmith.db")
-        shutil.copytree(self._template / "artifacts", self._root / "artifacts")
-        world = World(self._root, self._catalogue, self._bases, Steps(_disk(self._root, self._removed)))
-        prepare(world)
+        if prepare not in self._prepared:
+            self._prepared[prepare] = self._after(prepare)
+        folder, calls = self._prepared[prepare]
+        world = self._copy_of(folder)
+        world.calls = [replace(call) for call in calls]
         world.steps = Steps(_disk(self._root, self._removed), fault)
         InOrder.steps = world.steps
         return world
+
+    def _after(self, prepare: Callable[[World], None]) -> tuple[Path, list[Call]]:
+        world = self._copy_of(self._template)
+        prepare(world)
+        world.parts.close()
+        folder = self._template.with_name(f"prepared-{len(self._prepared)}")
+        shutil.copytree(self._root, folder)
+        return folder, world.calls
+
+    def _copy_of(self, folder: Path) -> World:
+        for place in (self._root, self._removed):
+            shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder, self._root)
+        self._removed.mkdir()
+        # Each time the same steps: what was warm after the last run depends on how that ended.
+        self._bases.discard()
+        InOrder.steps = None
+        return World(self._root, self._catalogue, self._bases, Steps(_disk(self._root, self._removed)))
 
 
 def _disk(root: Path, removed: Path) -> Disk:
@@ -309,10 +328,32 @@ def _disk(root: Path, removed: Path) -> Disk:
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:
-    """Waits that say nothing here are left out, and a worker's records are written in order."""
+    """Waits that say nothing here are left out; a worker's records are written in order, and folders listed in one."""
+    patch.setattr(os, "listdir", lambda path=".", list_folder=os.listdir: sorted(list_folder(path)))
+    patch.setattr(os, "scandir", lambda path=".", scan=os.scandir: _Entries(scan(path)))
     patch.setattr(lease_session, "RecordWriter", InOrder)
     patch.setattr(loop, "LeaseSession", Renewing)
     patch.setattr(lease_session, "END_SECONDS", 0.0)
     patch.setattr(record_writer, "PROGRESS_SECONDS", 0.0)
     patch.setattr(record_writer, "RETRY_EVERY_SECONDS", 0.0)
     patch.setattr(retry, "RETRY_EVERY_SECONDS", 0.0)
+
+
+class _Entries:
+    """What os.scandir returns, by name."""
+
+    def __init__(self, found: Any) -> None:
+        with found:
+            self._entries = iter(sorted(found, key=lambda entry: str(entry.name)))
+
+    def __enter__(self) -> Iterator[Any]:
+        return self._entries
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._entries
+
+    def __next__(self) -> Any:
+        return next(self._entries)
