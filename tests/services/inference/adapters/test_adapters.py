@@ -1,5 +1,6 @@
 """Residency over HTTP: loads, evictions, pins, refusals, and who finishes on what."""
 
+import gc
 import json
 import random
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from shared.inference_api.administration import PROTECT_RECENT_SECONDS_OLD
@@ -243,3 +245,17 @@ def test_an_adapter_above_the_limits_is_refused(tiny: Tiny) -> None:
     with running(tiny, adapter_bytes=20_000, max_rank=32) as server:
         for adapter, status in [(large, 422), (small, 200), (large, 422)]:
             assert server.http.put(f"/adapters/{adapter}").status_code == status
+
+
+def test_adapters_that_come_and_go_leave_no_tensor_behind(tiny: Tiny, adapters: list[str]) -> None:
+    with running(tiny, adapter_slots=2) as server:
+        left = []
+        for _ in range(4):
+            for adapter in adapters:
+                assert server.ids(inputs=PROMPT, parameters={"adapter_id": adapter, "max_new_tokens": 3})
+                assert server.http.delete(f"/adapters/{adapter}").json()["unloaded"] is True
+            server.wait_until_idle()
+            gc.collect()
+            left.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        # In the first round kernels are chosen and buffers made.
+        assert left[1:] == left[1:2] * 3
