@@ -4,14 +4,14 @@ import sys
 
 from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
-from shared.settings import Settings
+from shared.settings import Settings, read_settings
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database, check_schema
 from shared.storage.installation_id import adopt
 
 
 def main() -> int:
-    settings = Settings()
+    settings = read_settings(Settings)
     keep_files_private(settings.umask)
     store = LocalArtifactStore(settings.artifacts_root)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
-from shared.settings import Settings
+from shared.settings import Settings, read_settings
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
 from shared.storage.manifests import is_published
@@ -49,7 +49,7 @@ CHECKS: dict[str, Callable[[Settings], str]] = {"catalogue": catalogue, "schema"
 
 def main() -> int:
     try:
-        print(CHECKS[sys.argv[1]](Settings()))
+        print(CHECKS[sys.argv[1]](read_settings(Settings)))
     except Exception as error:
         print(f"{getattr(error, 'message', error)}", file=sys.stderr)
         return 1

@@ -1,9 +1,11 @@
-"""The settings that all processes share. Owns names and defaults; built by each process's entry, never at import."""
+"""The settings that processes share. Owns names and defaults; built by each process's entry, never at import."""
 
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -42,3 +44,52 @@ class Settings(BaseSettings):
     @property
     def artifacts_root(self) -> Path:
         return (self.artifacts or self.home / "artifacts").absolute()
+
+
+Chosen = TypeVar("Chosen", bound=Settings)
+
+
+def read_settings(kind: type[Chosen]) -> Chosen:
+    """The settings of this process's environment.
+
+    Raises:
+        SystemExit: one is wrong, or two contradict each other; with a sentence for each.
+    """
+    try:
+        return kind()
+    except ValidationError as error:
+        sys.exit("\n".join(f"settings: {_sentence(fault)}" for fault in error.errors()))
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return message
+    name = str(fault["loc"][0])
+    return f"{name if name.isupper() else f'TUNESMITH_{name.upper()}'}: {message}, not {fault['input']!r}"
+
+
+# A worker that the database keeps waiting once must not lose its job.
+RENEWALS_IN_A_LEASE = 3
+
+
+class LeaseSettings(Settings):
+    """What gateways and workers must agree on; each reads both, so that either notices what contradicts the other.
+
+    Attributes:
+        lease_seconds: a worker that has not renewed its lease for so long loses its job to another (the gateway's).
+        renew_seconds: how often a worker renews the lease on its job (the worker's).
+    """
+
+    lease_seconds: float = Field(15, gt=0)
+    renew_seconds: float = Field(5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _healthy_workers_keep_their_jobs(self) -> Self:
+        if self.lease_seconds < RENEWALS_IN_A_LEASE * self.renew_seconds:
+            raise ValueError(
+                f"TUNESMITH_LEASE_SECONDS ({self.lease_seconds:g}) is less than {RENEWALS_IN_A_LEASE} times "
+                f"TUNESMITH_RENEW_SECONDS ({self.renew_seconds:g}): healthy workers would lose their jobs; set both "
+                "for the gateway and for every worker"
+            )
+        return self

@@ -12,6 +12,7 @@ from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError, Unavailable
 from shared.file_modes import keep_files_private
 from shared.logs import configure_logging
+from shared.settings import read_settings
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
 from shared.storage.installation_id import require_own_folder_at
@@ -21,7 +22,7 @@ SCHEMA_CHECK_SECONDS = 5.0
 
 
 def main() -> None:
-    settings = GatewaySettings()
+    settings = read_settings(GatewaySettings)
     configure_logging("gateway", settings.log_level)
     keep_files_private(settings.umask)
     try:

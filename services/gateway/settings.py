@@ -6,12 +6,12 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import Settings
+from shared.settings import LeaseSettings
 
 DEFAULT_CACHE_BYTES = 10 << 30
 
 
-class GatewaySettings(Settings):
+class GatewaySettings(LeaseSettings):
     """Read from `TUNESMITH_*`.
 
     Attributes:
@@ -25,7 +25,6 @@ class GatewaySettings(Settings):
         inference_timeout: seconds without a byte from inference before a request is aborted.
         cache_bytes: of tokenised data that stay on disk; the least recently used goes first.
         keep_events_days: events of jobs that ended longer ago are dropped, their metric series with them; empty: never.
-        lease_seconds: a worker that has not renewed its lease for so long loses its job to another; it renews each 5 s.
     """
 
     host: str = "127.0.0.1"
@@ -39,7 +38,6 @@ class GatewaySettings(Settings):
     inference_timeout: float = Field(300, gt=0)
     cache_bytes: int = Field(DEFAULT_CACHE_BYTES, ge=0)
     keep_events_days: int | None = Field(None, ge=1)
-    lease_seconds: float = Field(15, gt=0)
 
     @field_validator("inference_urls", mode="before")
     @classmethod

@@ -7,7 +7,6 @@ import sys
 from types import FrameType
 
 import uvicorn
-from pydantic import ValidationError
 
 from services.inference.app import create_app
 from services.inference.serving import Serving
@@ -18,16 +17,13 @@ from shared.file_modes import keep_files_private
 from shared.gpu_memory import grow_segments
 from shared.logs import configure_logging, get_logger
 from shared.openmp import spin_briefly
+from shared.settings import read_settings
 from shared.storage.artifacts import LocalArtifactStore
 
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status."""
-    try:
-        settings = InferenceSettings()
-    except ValidationError as error:
-        print(f"settings: {error}", file=sys.stderr)
-        return 2
+    settings = read_settings(InferenceSettings)
     spin_briefly(os.environ)
     grow_segments(os.environ)
     configure_logging("inference", settings.log_level)

@@ -5,10 +5,10 @@ import socket
 
 from pydantic import Field
 
-from shared.settings import Settings
+from shared.settings import LeaseSettings
 
 
-class TrainerSettings(Settings):
+class TrainerSettings(LeaseSettings):
     """Settings of one worker.
 
     Attributes:
@@ -16,7 +16,6 @@ class TrainerSettings(Settings):
         threads: torch threads; fixed, because a resumed job computes the same bits only with the same number. 0 takes
             every core.
         nice: the worker's niceness (0 to 19): on shared cores, serving goes before training.
-        renew_seconds: how often the worker renews the lease on its job; the reaper waits 15 s.
         strict_resume: fail a job that was begun on a machine that computes otherwise (cores, instruction set, device),
             instead of going on with it and saying so.
     """
@@ -24,7 +23,6 @@ class TrainerSettings(Settings):
     worker_name: str = Field(default_factory=socket.gethostname)
     threads: int = Field(0, ge=0, le=1024)
     nice: int = Field(10, ge=0, le=19)
-    renew_seconds: float = Field(5.0, gt=0, le=10)
     strict_resume: bool = False
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from shared.bases.catalogue import Base, load_catalogue
 from shared.errors import NotFound, TunesmithError
 from shared.file_modes import keep_files_private
-from shared.settings import Settings
+from shared.settings import Settings, read_settings
 from shared.storage.artifacts import LocalArtifactStore
 
 
@@ -41,7 +41,7 @@ def _prepare(base: Base, store: LocalArtifactStore) -> None:
 
 
 def main() -> int:
-    settings = Settings()
+    settings = read_settings(Settings)
     keep_files_private(settings.umask)
     name = sys.argv[1] if len(sys.argv) == 2 else "auto"
     try:

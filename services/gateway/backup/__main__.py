@@ -11,6 +11,7 @@ from services.gateway.backup.take import take_backup
 from services.gateway.settings import GatewaySettings
 from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
+from shared.settings import read_settings
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
     restore.add_argument("file", type=Path)
     restore.add_argument("--replace", action="store_true")
     chosen = parser.parse_args()
-    settings = GatewaySettings()
+    settings = read_settings(GatewaySettings)
     keep_files_private(settings.umask)
     try:
         if chosen.command == "take":

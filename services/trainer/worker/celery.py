@@ -16,8 +16,9 @@ from shared.gpu_memory import grow_segments
 from shared.jobs.notification import NOTIFY, celery_app
 from shared.logs import configure_logging
 from shared.openmp import spin_briefly
+from shared.settings import read_settings
 
-settings = TrainerSettings()
+settings = read_settings(TrainerSettings)
 app = celery_app(settings.redis_url)
 
 # One byte each of memory that forked children share with their parent. The first is set on shutdown and read between
