@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.http.body_backpressure import CloseOnUnreadBody
@@ -31,7 +32,9 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
             app.state.services = services
             yield
 
-    app = FastAPI(
+    # FastAPI's own page loads its script from a CDN: of no use without the internet, and people paste keys there.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="Tunesmith gateway",
         version=version("tunesmith"),
         lifespan=lifespan,

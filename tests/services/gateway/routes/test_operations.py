@@ -1,6 +1,7 @@
 """Health, metrics, and what goes on while a part is away."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,3 +191,14 @@ def test_inference_urls_are_a_comma_separated_list(url: str, monkeypatch: pytest
     monkeypatch.setenv("TUNESMITH_INFERENCE_URLS", url)
     expected = {"": (), "a,b": ("a", "b")}.get(url, ("http://one:1", "http://two:2"))
     assert GatewaySettings().inference_urls == expected
+
+
+def test_the_documentations_page_needs_no_other_host(gateway: Gateway) -> None:
+    page = gateway.http.get("/docs")
+    assert page.status_code == 200
+    places = re.findall(r"""(?:src|href)=["']([^"']+)["']|url: ["']([^"']+)["']""", page.text)
+    found = [place or url for place, url in places]
+    assert len(found) >= 4
+    for place in found:
+        assert gateway.http.get(place).status_code == 200, place
+        assert place.startswith("/"), place
