@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -26,6 +26,11 @@ from shared.logs import get_logger
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PLAIN = re.compile(r"[A-Za-z0-9_\-\[\]]+")
+# Pydantic's names for the branches of a union.
+_BRANCH = re.compile(r"str|int|float|bool|(constrained|function)-.*|(list|dict)\[.*")
+# FastAPI's words for a body that is neither JSON nor wrong JSON.
+_READABLE = {"There was an error parsing the body": "the body cannot be read as JSON; is a number in it far too long?"}
 _TGI_TYPES = {400: "validation", 404: "validation", 413: "validation", 422: "validation", 429: "overloaded"}
 _TGI_TYPES |= {401: "authentication", 503: "unavailable"}
 
@@ -61,16 +66,31 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
 
     The offending value is not echoed: it may be NaN, a lone surrogate or a secret.
     """
-    first = error.errors()[0]
+    first = _furthest(error.errors())
     location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    # A union of models puts its own names into the path; fields are what the client wrote.
-    field = ".".join(part for part in location if re.fullmatch(r"[A-Za-z0-9_\-\[\]]+", part)) or None
+    # A union puts its branches into the path; fields are what the client wrote.
+    fields = [part for part in location if _PLAIN.fullmatch(part) and not _BRANCH.fullmatch(part)]
+    field = ".".join(fields) or None
     if first["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
+        if not _PLAIN.fullmatch(location[-1]):
+            within = f" in '{field}'" if field else ""
+            return InvalidRequest(f"unknown field {location[-1][:60]!r}{within}", param=field, code="unknown_field")
         return InvalidRequest(f"unknown field '{field}'", param=field, code="unknown_field")
     message = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{field}: {message}" if field else message, param=field)
+
+
+def _furthest(errors: Sequence[Any]) -> Any:
+    """The first error; of a union's, that of the branch that fits furthest into what was sent."""
+    first = errors[0]
+    above = first["loc"][:-1]
+    if not _BRANCH.fullmatch(str(first["loc"][-1])):
+        return first
+    of_union = [error for error in errors if error["loc"][: len(above)] == above]
+    # What is of another type altogether fits least.
+    return max(of_union, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -89,12 +109,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        problem: TunesmithError
         phrase = HTTPStatus(error.status_code).phrase.lower()
         if error.status_code == 400:
             # A body that is no JSON at all; its status follows the dialect like that of any other bad body.
-            return error_response(InvalidRequest(error.detail, code="bad_request"), request.scope["path"])
+            problem = InvalidRequest(_READABLE.get(error.detail, error.detail), code="bad_request")
+            return error_response(problem, request.scope["path"])
         if error.status_code == 404:
-            problem: TunesmithError = NotFound(f"no such path: {request.method} {request.scope['path'][:200]}")
+            problem = NotFound(f"no such path: {request.method} {request.scope['path'][:200]}")
         else:
             problem = InvalidRequest(phrase, code=phrase.replace(" ", "_"))
         body = error_body(problem, request.scope["path"])

@@ -166,7 +166,10 @@ class Leases:
                 raise lease.lost()
             target = STATE_WITHOUT_WORKER[State(state)]
             values = {"state": target} | ({"finished_at": seconds_of(self._now())} if target.final else {})
-            change_leased_job(tx, lease, values, [NewEvent(message)], self._now())
+            reports = [NewEvent(message)]
+            if target.final:
+                reports.append(NewEvent(f"The job is {target.value}, as requested"))
+            change_leased_job(tx, lease, values, reports, self._now())
         return target
 
     def requeue(self, lease: Lease, reason: str) -> None:

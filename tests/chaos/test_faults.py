@@ -41,7 +41,9 @@ def test_cancel_pause_and_resume(stack: Stack) -> None:
     assert deployment.steps(running)
     for checkpoint in deployment.openai.fine_tuning.jobs.checkpoints.list(running).data[:2]:
         assert deployment.generate(checkpoint.fine_tuned_model_checkpoint).status_code == 200
-    assert deployment.messages(running)[-1].startswith("Stopped on worker worker-1: the checkpoint of step ")
+    *_, stopped, ended = deployment.messages(running)
+    assert stopped.startswith("Stopped on worker worker-1: the checkpoint of step ")
+    assert ended == "The job is cancelled, as requested"
     # The checkpoints to resume from are gone once nobody wants it to go on.
     deployment.wait(lambda: not deployment.artifacts.checkpoints(running).exists(), "private state to go")
 

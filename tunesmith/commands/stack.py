@@ -11,7 +11,12 @@ from tunesmith.commands.options import DEFAULT_BASE, DEFAULT_HOME, AsJson, HomeO
 
 def up(
     home: HomeOption = DEFAULT_HOME,
-    port: Annotated[int, typer.Option(help="Port of the gateway on 127.0.0.1; 0 for a free one.")] = 8000,
+    port: Annotated[
+        int,
+        typer.Option(
+            help="Port of the gateway on 127.0.0.1; 0 for a free one.", envvar="TUNESMITH_PORT", min=0, max=65535
+        ),
+    ] = 8000,
     base: Annotated[str, typer.Option(help="Model to serve: an id of the catalogue, or 'auto'.")] = DEFAULT_BASE,
     json: AsJson = False,
 ) -> None:

@@ -22,20 +22,29 @@ class BackpressureProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     Attributes:
         head_piece, body_piece: most bytes received at once while a head, or a body, is expected.
+        chunked_piece: while a body comes in chunks. Each chunk takes time whatever is in it, and others wait: of one
+            byte each, 256 KiB of them held up every other request for a second.
     """
 
     head_piece: ClassVar[int] = 16 << 10
     body_piece: ClassVar[int] = 256 << 10
+    chunked_piece: ClassVar[int] = 8 << 10
 
     _buffer = bytearray()
     # The request whose body was held back when it began.
     _held: RequestResponseCycle | None = None
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        size = self.body_piece if self.conn.their_state is h11.SEND_BODY else self.head_piece
+        size = self._piece()
         if len(self._buffer) != size:
             self._buffer = bytearray(size)
         return self._buffer
+
+    def _piece(self) -> int:
+        if self.conn.their_state is not h11.SEND_BODY:
+            return self.head_piece
+        chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        return self.chunked_piece if chunked else self.body_piece
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))

@@ -59,7 +59,12 @@ def read_adapter(
         fan_in, fan_out = modules[path]
         a = _checked(tensors, path, "A", (rank, fan_in))
         b = _checked(tensors, path, "B", (fan_out, rank))
-        pairs[path] = (a.to(dtype), (b.float() * scaling).to(dtype))
+        scaled = (b.float() * scaling).to(dtype)
+        if not torch.isfinite(scaled).all():
+            raise refuse(
+                f"{path}.lora_B overflows {str(dtype).removeprefix('torch.')} once it is scaled by {scaling:g}"
+            )
+        pairs[path] = (a.to(dtype), scaled)
     return LoraWeights(rank=rank, pairs=pairs)
 
 
@@ -85,8 +90,14 @@ def _rank_and_scaling(config: dict[str, Any], max_rank: int) -> tuple[int, float
         raise refuse("r must be a positive integer")
     if rank > max_rank:
         raise refuse(f"rank {rank} exceeds this server's limit of {max_rank}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise refuse("lora_alpha must be a number")
+    try:
+        alpha = float(alpha)
+    except OverflowError:
+        alpha = math.inf
+    if not math.isfinite(alpha):
+        raise refuse("lora_alpha must be a finite number")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -95,9 +106,14 @@ def _targets(config: dict[str, Any], modules: Mapping[str, tuple[int, int]]) -> 
     names = config.get("target_modules")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise refuse("target_modules must be a list of module names")
-    targets = set()
+    ends: dict[str, list[str]] = {}
+    for path in modules:
+        parts = path.split(".")
+        for start in range(len(parts)):
+            ends.setdefault(".".join(parts[start:]), []).append(path)
+    targets: set[str] = set()
     for name in names:
-        hits = [path for path in modules if path == name or path.endswith("." + name)]
+        hits = ends.get(name)
         if not hits:
             raise refuse(f"target module {name[:100]!r} is no linear layer of this base's decoder")
         targets.update(hits)

@@ -24,6 +24,8 @@ class Outer(BaseModel):
     model_config = ConfigDict(extra="forbid")
     text: str
     inner: Inner | None = None
+    parts: Annotated[str, Field(max_length=9)] | list[Inner] | None = None
+    stop: Annotated[str, Field(max_length=9)] | Annotated[list[str], Field(max_length=2)] | None = None
 
 
 ERRORS: dict[str, Exception] = {
@@ -117,6 +119,11 @@ def test_details_and_retry_after(app: FastAPI) -> None:
         (b'{"text": "a", "inner": {"number": NaN}}', "inner.number"),
         (b'{"text": "a", "inner": {"number": 0, "deep": 1}}', "inner.deep"),
         (b"[" * 100_000, "body"),
+        (b'{"text": "a", "text ": 1}', "unknown field 'text '"),
+        (b'{"text": "a", "inner": {"number": 0, "b\xc3\xa4d": 1}}', "in 'inner'"),
+        (b'{"text": "a", "parts": [{"number": 0, "deep": 1}]}', "parts.0.deep"),
+        (b'{"text": "a", "stop": ["b", "c", "d"]}', "stop: List should have at most 2"),
+        (b'{"text": "a", "inner": {"number": ' + b"9" * 5000 + b"}}", "cannot be read as JSON"),
     ],
 )
 def test_bad_bodies_name_the_field_and_never_echo(app: FastAPI, body: bytes, words: str) -> None:
@@ -125,6 +132,7 @@ def test_bad_bodies_name_the_field_and_never_echo(app: FastAPI, body: bytes, wor
         assert 400 <= answer.status_code <= status
         assert "detail" not in answer.json()
         assert words in answer.text
+        assert "constrained" not in answer.text
 
 
 def test_unknown_paths_and_methods(app: FastAPI) -> None:

@@ -1,6 +1,8 @@
 """What the server receives, byte for byte, of a body that it has not asked for."""
 
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import ClassVar
@@ -103,3 +105,29 @@ def test_requests_follow_one_another_on_one_connection_read_or_not(gateway: Gate
             assert http.request("GET", "/health/live", content=b"x" * 40_000).status_code == 200
     assert len(sockets) == 1
     assert gateway.upload(ROWS).is_success
+
+
+def test_a_body_of_tiny_chunks_holds_up_no_other_request(gateway: Gateway, received: list[int]) -> None:
+    """Each chunk takes time whatever is in it: few of them are taken at once, and others are served in between."""
+    chunks = 60_000
+    host, port = gateway.url.removeprefix("http://").split(":")
+    key = gateway.http.headers["authorization"]
+    head = (
+        f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    others: list[float] = []
+    with socket.create_connection((host, int(port))) as client, httpx.Client(base_url=gateway.url) as other:
+        client.sendall(head.encode())
+        started = time.monotonic()
+        sending = threading.Thread(target=client.sendall, args=(b"1\r\na\r\n" * chunks + b"0\r\n\r\n",))
+        sending.start()
+        answer = threading.Thread(target=client.recv, args=(1,))
+        answer.start()
+        while answer.is_alive():
+            asked = time.monotonic()
+            assert other.get("/health/live").status_code == 200
+            others.append(time.monotonic() - asked)
+        took = time.monotonic() - started
+        sending.join()
+    assert max(size for size in received) <= Counting.head_piece
+    assert max(others) < took / 4, (max(others), took)

@@ -85,6 +85,9 @@ def test_a_good_adapter_is_read_with_its_scaling(folder: Path, modules: dict[str
         ({"r": True}, "positive"),
         ({"lora_alpha": "much"}, "lora_alpha"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "finite"),
+        ({"lora_alpha": 1e308}, "overflows float32"),
+        ({"target_modules": [f"layer-{n}" for n in range(100_000)]}, "layer-0"),
     ],
 )
 def test_configurations_that_are_refused(
@@ -105,9 +108,9 @@ def put(key: str, value: torch.Tensor) -> Change:
     return lambda tensors: tensors.update({key: value})
 
 
-def poison(value: float) -> Change:
+def poison(value: float, key: str = KEY) -> Change:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[KEY].view(-1)[3] = value
+        tensors[key].view(-1)[3] = value
 
     return change
 
@@ -124,6 +127,7 @@ def poison(value: float) -> Change:
         (put(KEY, torch.zeros(8, 32, dtype=torch.int32)), "dtype"),
         (poison(float("nan")), "NaN"),
         (poison(float("inf")), "NaN"),
+        (poison(3e38, KEY.replace("lora_A", "lora_B")), "overflows float32"),
     ],
 )
 def test_tensors_that_are_refused(
