@@ -1,8 +1,10 @@
 """`python -m shared.installation CHECK`: one look at what an installation needs, as one line; exit 1 if it is not so.
 
-CHECK is `catalogue`, `schema` or `torch`; `tunesmith doctor` asks each in a process of its own.
+CHECK is `catalogue`, `schema` or `torch`, which `tunesmith doctor` asks each in a process of its own, or `worker`: what
+a worker needs to claim jobs, for the health check of its container.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,6 +13,7 @@ from shared.errors import TunesmithError
 from shared.settings import Settings, read_settings
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import check_schema
+from shared.storage.installation_id import require_own_folder_at
 from shared.storage.manifests import is_published
 
 
@@ -44,7 +47,21 @@ def torch(settings: Settings) -> str:
     return f"{torch.__version__} on {device}; bitsandbytes {bitsandbytes.__version__}"
 
 
-CHECKS: dict[str, Callable[[Settings], str]] = {"catalogue": catalogue, "schema": schema, "torch": torch}
+def worker(settings: Settings) -> str:
+    check_schema(settings.sql_url)
+    store = LocalArtifactStore(settings.artifacts_root)
+    require_own_folder_at(settings.sql_url, store)
+    if not os.access(store.root, os.W_OK):
+        raise TunesmithError(f"{store.root} cannot be written")
+    return "database and artifacts folder answer"
+
+
+CHECKS: dict[str, Callable[[Settings], str]] = {
+    "catalogue": catalogue,
+    "schema": schema,
+    "torch": torch,
+    "worker": worker,
+}
 
 
 def main() -> int:
