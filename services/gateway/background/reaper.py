@@ -51,11 +51,12 @@ class Reaper:
     def tick(self) -> None:
         """One look: take what is silent."""
         seen, self._first_seen = self._first_seen, {}
-        late = self._clock() - self._last_look > LATE_SECONDS
-        self._last_look = self._clock()
+        last_look, self._last_look = self._last_look, self._clock()
         # If this fails nothing has been seen: while the database is away no worker can renew its lease in it.
         beats = self._heartbeats.read()
         now = self._clock()
+        # This look counts too: what kept it waiting, such as a pool that had to connect again, kept workers waiting.
+        late = now - last_look > LATE_SECONDS
         # A heartbeat seen for the first time starts its own clock: a restart or a late look takes no time from it.
         first_seen = {beat: now if late else seen.get(beat, now) for beat in beats}
         silent = [beat for beat, since in first_seen.items() if now - since >= self._silence]

@@ -130,6 +130,27 @@ def test_a_claim_whose_answer_was_lost_is_not_counted(scene: Scene) -> None:
     assert told.count("Worker worker-1 did not begin; the answer to its claim may have been lost") == MAX_ATTEMPTS
 
 
+def test_a_look_that_takes_long_says_nothing_about_workers(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that swallows answers keeps workers from renewing, and the first look after it comes through late."""
+    scene.store.create("default", SPEC)
+    lease = scene.claimed()
+    scene.pass_time(2)
+    read = scene.heartbeats.read
+
+    def slow() -> list[Heartbeat]:
+        found = read()
+        scene.clock.now += 2 * LEASE_SECONDS
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.heartbeats, "read", slow)
+        scene.pass_time(1)
+    scene.pass_time(LEASE_SECONDS - 1)
+    assert scene.state(lease) is State.RUNNING
+    scene.pass_time(3)
+    assert scene.state(lease) is State.QUEUED
+
+
 def test_two_reapers_take_a_job_once(scene: Scene) -> None:
     scene.store.create("default", SPEC)
     lease = scene.claimed()
