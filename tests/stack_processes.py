@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import httpx
 import psycopg
@@ -183,9 +183,9 @@ class Postgres:
     def socket_folder(self) -> str:
         return self.uri.partition("?host=")[2]
 
-    def stop(self) -> None:
-        """Take the server away, breaking off every connection."""
-        self._control("-m", "fast", "stop")
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Take the server away, breaking off every connection; at once, it has to recover when it starts again."""
+        self._control("-m", mode, "stop")
 
     def start(self) -> None:
         """Bring it back where it was."""
@@ -201,8 +201,8 @@ class Postgres:
 
 
 @contextmanager
-def running_postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server that is stopped at the end."""
+def running_postgres(place: Path | None = None) -> Iterator[Postgres]:
+    """A PostgreSQL server that is stopped at the end; its data lie in `place` if one is named."""
     # Not in pytest's folders: a socket's path has 107 bytes at most, and a user that is not root must reach it.
     with (
         tempfile.TemporaryDirectory(prefix="tunesmith-pg-", ignore_cleanup_errors=True) as folder,
@@ -212,7 +212,7 @@ def running_postgres() -> Iterator[Postgres]:
         environment.setenv("XDG_RUNTIME_DIR", folder)
         import pgserver
 
-        data = Path(folder) / "data"
+        data = (place or Path(folder)) / "data"
         # One at a time: as root, a start may make the user that the server runs as; two at once disagreed on its id.
         with open(Path(tempfile.gettempdir()) / f"pgserver-{os.geteuid()}.lock", "w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)

@@ -161,7 +161,7 @@ def tails(folder: Path, characters: int = 3000) -> str:
 def small_disk(megabytes: int) -> Iterator[Path | None]:
     """A file system of its own that can be filled; None where this user may not mount one."""
     folder = Path(tempfile.mkdtemp(prefix="tunesmith-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=700", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=711", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True).returncode == 0
     except FileNotFoundError:
