@@ -7,13 +7,15 @@ from typing import ClassVar
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+
+from services.gateway.http.unreadable_head import UnreadableHeadProtocol
 
 # A smaller body is on its way already: reading it costs less than a new connection.
 SMALL_BODY_BYTES = 64 << 10
 
 
-class BackpressureProtocol(H11Protocol, asyncio.BufferedProtocol):
+class BackpressureProtocol(UnreadableHeadProtocol, asyncio.BufferedProtocol):
     """uvicorn's HTTP/1.1, which receives a body only once the application asks for it.
 
     uvicorn alone has up to 320 KiB of an upload in memory before the application can refuse it: asyncio receives 256

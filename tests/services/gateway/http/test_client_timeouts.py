@@ -1,8 +1,10 @@
 """Clients that never finish: they are let go, and nobody else notices."""
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -26,6 +28,32 @@ def connected(gateway: Gateway) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), timeout=20)
     connection.settimeout(20)
     return connection
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000, b"431", b"too long"),
+        (b"GET /" + b"a" * 200_000, b"431", b"too long"),
+        (b"what is this\r\n\r\n", b"400", b"no HTTP request"),
+    ],
+)
+def test_a_head_that_cannot_be_read_is_refused_in_json(
+    gateway: Gateway, head: bytes, status: bytes, words: bytes
+) -> None:
+    with connected(gateway) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(head)
+        answer = b""
+        with suppress(ConnectionError):
+            while piece := connection.recv(4096):
+                answer += piece
+    top, _, body = answer.partition(b"\r\n\r\n")
+    assert top.startswith(b"HTTP/1.1 " + status)
+    assert b"x-request-id: req-" in top.lower()
+    error = json.loads(body)["error"]
+    assert words.decode() in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
 
 
 def trickled(connection: socket.socket, piece: bytes) -> bytes:
