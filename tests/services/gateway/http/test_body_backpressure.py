@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import ClassVar
@@ -115,19 +114,17 @@ def test_a_body_of_tiny_chunks_holds_up_no_other_request(gateway: Gateway, recei
     head = (
         f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
-    others: list[float] = []
+    others = 0
     with socket.create_connection((host, int(port))) as client, httpx.Client(base_url=gateway.url) as other:
         client.sendall(head.encode())
-        started = time.monotonic()
         sending = threading.Thread(target=client.sendall, args=(b"1\r\na\r\n" * chunks + b"0\r\n\r\n",))
         sending.start()
         answer = threading.Thread(target=client.recv, args=(1,))
         answer.start()
         while answer.is_alive():
-            asked = time.monotonic()
             assert other.get("/health/live").status_code == 200
-            others.append(time.monotonic() - asked)
-        took = time.monotonic() - started
+            others += 1
         sending.join()
-    assert max(size for size in received) <= Counting.head_piece
-    assert max(others) < took / 4, (max(others), took)
+    assert max(received) <= Counting.head_piece
+    # In pieces of 256 KiB it would be two or three.
+    assert others > 10
