@@ -51,7 +51,9 @@ def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    structlog.configure(logger_factory=LogToStdout)
+    # With tracebacks as they are: in colour, with every variable, one takes seconds.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
 
 
 class LogToStdout:

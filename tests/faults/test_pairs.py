@@ -13,7 +13,7 @@ from tests.fresh_database import fresh_on_server
 
 pytestmark = pytest.mark.slow
 # Prime to the number of operations: in the end each is with each other's neighbours.
-EVERY = 11
+EVERY = 41
 SHARE = list(itertools.product(STATES, OPERATIONS, OPERATIONS))[::EVERY]
 
 

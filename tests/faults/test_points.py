@@ -12,7 +12,7 @@ from tests.faults.world import Ground
 
 pytestmark = pytest.mark.slow
 # Runs of one scenario.
-MOST = 16
+MOST = 8
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ class UnreadableHeadProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         # h11 knows what is too long; uvicorn asks for this while it handles that error.
-        status = HTTPStatus(getattr(sys.exc_info()[1], "error_status_hint", HTTPStatus.BAD_REQUEST))
-        too_long = status is HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        hint = getattr(sys.exc_info()[1], "error_status_hint", HTTPStatus.BAD_REQUEST)
+        too_long = hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        # h11 says 501 of some that are the client's fault all the same.
+        status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE if too_long else HTTPStatus.BAD_REQUEST
         message = (
             "the request's line and headers are too long" if too_long else "this is no HTTP request that can be read"
         )

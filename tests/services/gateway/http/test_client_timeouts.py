@@ -36,6 +36,7 @@ def connected(gateway: Gateway) -> socket.socket:
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000, b"431", b"too long"),
         (b"GET /" + b"a" * 200_000, b"431", b"too long"),
         (b"what is this\r\n\r\n", b"400", b"no HTTP request"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: what\r\n\r\n", b"400", b"no HTTP request"),
     ],
 )
 def test_a_head_that_cannot_be_read_is_refused_in_json(
