@@ -52,7 +52,7 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # With tracebacks as they are: in colour, with every variable, one takes seconds.
-    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
 
 
