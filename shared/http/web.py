@@ -68,25 +68,34 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
     """
     first = _furthest(error.errors())
     location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    # A union puts its branches into the path; fields are what the client wrote.
-    fields = [part for part in location if _PLAIN.fullmatch(part) and not _BRANCH.fullmatch(part)]
-    field = ".".join(fields) or None
     if first["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        if not _PLAIN.fullmatch(location[-1]):
-            within = f" in '{field}'" if field else ""
-            return InvalidRequest(f"unknown field {location[-1][:60]!r}{within}", param=field, code="unknown_field")
-        return InvalidRequest(f"unknown field '{field}'", param=field, code="unknown_field")
+        return _unknown_field(_fields(location[:-1]), location[-1])
+    field = ".".join(_fields(location)) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{field}: {message}" if field else message, param=field)
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    """Of a location what the client wrote: a union puts the names of its branches between."""
+    return [part for part in location if _PLAIN.fullmatch(part) and not _BRANCH.fullmatch(part)]
+
+
+def _unknown_field(within: list[str], name: str) -> InvalidRequest:
+    if _PLAIN.fullmatch(name):
+        field = ".".join([*within, name])
+        return InvalidRequest(f"unknown field '{field}'", param=field, code="unknown_field")
+    where = ".".join(within) or None
+    place = f" in '{where}'" if where else ""
+    return InvalidRequest(f"unknown field {name[:60]!r}{place}", param=where, code="unknown_field")
 
 
 def _furthest(errors: Sequence[Any]) -> Any:
     """The first error; of a union's, that of the branch that fits furthest into what was sent."""
     first = errors[0]
     above = first["loc"][:-1]
-    if not _BRANCH.fullmatch(str(first["loc"][-1])):
+    if first["type"] == "extra_forbidden" or not _BRANCH.fullmatch(str(first["loc"][-1])):
         return first
     of_union = [error for error in errors if error["loc"][: len(above)] == above]
     # What is of another type altogether fits least.

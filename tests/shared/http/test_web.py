@@ -120,6 +120,8 @@ def test_details_and_retry_after(app: FastAPI) -> None:
         (b'{"text": "a", "inner": {"number": 0, "deep": 1}}', "inner.deep"),
         (b"[" * 100_000, "body"),
         (b'{"text": "a", "text ": 1}', "unknown field 'text '"),
+        (b'{"text": "a", "str": 1, "int": 2}', "unknown field 'str'"),
+        (b'{"text": "a", "inner": {"number": 0, "int": 1}}', "unknown field 'inner.int'"),
         (b'{"text": "a", "inner": {"number": 0, "b\xc3\xa4d": 1}}', "in 'inner'"),
         (b'{"text": "a", "parts": [{"number": 0, "deep": 1}]}', "parts.0.deep"),
         (b'{"text": "a", "stop": ["b", "c", "d"]}', "stop: List should have at most 2"),
