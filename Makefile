@@ -69,8 +69,8 @@ test-avx2: .venv/ready ## the numeric tests with the kernels of a processor that
 test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
 	$(BIN)/pytest tests/contract
 
-chaos: .venv/ready ## the kill matrix: every fault, alone and repeated, at random moments
-	$(BIN)/pytest tests/chaos --chaos-rounds 3
+chaos: .venv/ready ## every part killed at random moments, what else befalls machines, and how soon trainings go on
+	$(BIN)/pytest tests/chaos --chaos-rounds 3 --chaos-result benchmarks/results/chaos.json
 
 faults: .venv/ready ## every fault at every durable step, and every pair of operations at once
 	$(BIN)/python -m benchmarks.faults

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import torch
 
 from shared.jobs.spec import State
@@ -133,10 +132,7 @@ def all_points(pool: Executor, names: Sequence[str], at: int | None) -> dict[str
 
 def all_pairs(pool: Executor, folder: str) -> dict[str, Any]:
     with running_postgres() as postgres:
-        for setting in (b"fsync = off", b"deadlock_timeout = '50ms'"):
-            with psycopg.connect(postgres.uri, autocommit=True) as connection:
-                connection.execute(b"ALTER SYSTEM SET " + setting)
-                connection.execute("SELECT pg_reload_conf()")
+        postgres.set(fsync="off", deadlock_timeout="50ms")
         servers = {"postgresql": postgres.uri, "sqlite": None}
         tasks = [(name, pool.submit(run_pairs, folder, servers[name], state)) for name in servers for state in STATES]
         done = [(name, *task.result()) for name, task in tasks]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
-import psycopg
 import pytest
 import structlog
 
@@ -146,10 +145,8 @@ def postgres_url() -> Iterator[str]:
     from tests.stack_processes import running_postgres
 
     with running_postgres() as postgres:
-        with psycopg.connect(postgres.uri, autocommit=True) as connection:
-            # No test pulls the plug, and every test makes a database: flushing them takes longer than the tests.
-            connection.execute("ALTER SYSTEM SET fsync = off")
-            connection.execute("SELECT pg_reload_conf()")
+        # No test pulls the plug, and every test makes a database: flushing them takes longer than the tests.
+        postgres.set(fsync="off")
         yield postgres.uri
 
 

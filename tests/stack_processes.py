@@ -179,6 +179,13 @@ class Postgres:
         assert url != self.uri
         return url.replace("//postgres:@", f"//{owner}:{password}@", 1) if owner else url
 
+    def set(self, **settings: str) -> None:
+        """Change settings of the server while it runs."""
+        with psycopg.connect(self.uri, autocommit=True) as connection:
+            for name, value in settings.items():
+                connection.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
+            connection.execute("SELECT pg_reload_conf()")
+
     @property
     def socket_folder(self) -> str:
         return self.uri.partition("?host=")[2]

@@ -1,6 +1,6 @@
 """`pytest tests/chaos` runs each fault once, together; `--chaos-rounds N` adds every fault alone, N times each.
 
-A run with rounds writes benchmarks/results/chaos.json.
+`--chaos-result FILE` writes what a run came to.
 """
 
 import json
@@ -13,7 +13,6 @@ import pytest
 
 from shared.processor import this_processor
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "chaos.json"
 WITH_ROUNDS_ONLY = ("test_matrix.py", "test_nemeses.py", "test_recovery.py")
 
 
@@ -41,6 +40,7 @@ FIGURES = pytest.StashKey[Figures]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-rounds", type=int, default=0, help="how often the kill matrix is run")
+    parser.addoption("--chaos-result", type=Path, help="where figures and failures are written, as JSON")
     parser.addoption("--chaos-seed", type=int, default=0, help="when faults strike; printed with every case")
 
 
@@ -65,13 +65,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     figures = session.config.stash.get(FIGURES, Figures())
-    if not rounds(session.config) or not figures.tests:
+    target: Path | None = session.config.getoption("--chaos-result", default=None)
+    if target is None:
         return
     result = {"cpu": this_processor().name, **asdict(figures), "recovery_seconds": None}
     if figures.recovery_seconds:
         kills = {"kills": len(figures.recovery_seconds)}
         result["recovery_seconds"] = kills | {f"p{of}": round(figures.recovery(of), 1) for of in (50, 99)}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    target.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -175,6 +175,15 @@ def small_disk(megabytes: int) -> Iterator[Path | None]:
         shutil.rmtree(folder)
 
 
+def fill(path: Path) -> None:
+    """Take what is left of a file system."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
 def newest_state(stack: Stack, job: str) -> Path:
     """The private folder that the job would be resumed from."""
     checkpoint = stack.deployment.jobs.checkpoints("default", job).items[0]

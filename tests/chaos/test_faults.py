@@ -4,13 +4,11 @@ One stack as `tunesmith up` starts it, and one job that suffers one fault after 
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
 from shared.jobs.spec import State
-from tests.chaos.stack import Stack, flipped, newest_state, running_stack, small_disk
+from tests.chaos.stack import Stack, fill, flipped, newest_state, running_stack, small_disk
 from tests.deployment import ENDLESS, LONG, SHORT
 
 pytestmark = pytest.mark.servers
@@ -126,11 +124,3 @@ def test_a_full_disk_is_told_and_survived(stack: Stack) -> None:
     assert any(line.startswith("Resumed from the checkpoint at step") for line in messages)
     deployment.check_nothing_half_written_is_visible()
     deployment.check_a_new_job_works()
-
-
-def fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            with suppress(OSError):
-                while True:
-                    file.write(bytes(size))

@@ -36,7 +36,7 @@ from shared.storage.manifests import Manifest
 from shared.storage.tables import metadata
 from tests.faults.scenarios import BODY
 from tests.faults.world import Parts
-from tests.shared.jobs.test_leases import REPORT
+from tests.jobs import REPORT
 from tests.tiny import prepared_tiny
 
 STATES = (State.QUEUED, State.RUNNING, State.PAUSED)
@@ -44,6 +44,7 @@ STATES = (State.QUEUED, State.RUNNING, State.PAUSED)
 WAIT_SECONDS = 2.0
 HANGS_SECONDS = 20.0
 REFUSALS = (InvalidRequest, NotFound, LeaseLost)
+UNEXPECTED = "unexpected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,8 @@ class Pairs:
             given = self._begin(state)
             with capture_logs():
                 outcomes = [_outcome(OPERATIONS[name], self._first, given) if name else "" for name in (first, second)]
+            # What is no answer in order is none beside another either.
+            assert not any(outcome.startswith(UNEXPECTED) for outcome in outcomes), outcomes
             self._orders[state, first, second] = self._seen(given, *outcomes)
         return self._orders[state, first, second]
 
@@ -367,7 +370,7 @@ def _outcome(operation: Operation, parts: Parts, given: Given) -> str:
     except REFUSALS as error:
         return f"{type(error).__name__} {error.code}"
     except Exception as error:
-        return f"unexpected: {type(error).__name__}: {error}"
+        return f"{UNEXPECTED}: {type(error).__name__}: {error}"
 
 
 def _swapped(seen: Seen) -> Seen:

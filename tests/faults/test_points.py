@@ -26,11 +26,11 @@ def test_every_promise_holds_after_a_fault(runs: Runs, scenario: Scenario) -> No
     names, faults = runs.faults(scenario)
     assert len(names) > 5
     found = {}
-    for fault in _share(scenario, names, faults):
+    for fault in _share(faults):
         if broken := runs.run(scenario, fault):
             found[f"{fault.kind} at {names[fault.at]} ({fault.at})"] = broken
     assert found == {}
 
 
-def _share(scenario: Scenario, names: list[str], faults: list[Fault]) -> list[Fault]:
+def _share(faults: list[Fault]) -> list[Fault]:
     return faults[:: max(1, len(faults) // MOST)]

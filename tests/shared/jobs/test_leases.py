@@ -14,26 +14,10 @@ from shared.jobs.heartbeats import Heartbeat, Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.requeue import MAX_ATTEMPTS
 from shared.jobs.rows import NewEvent
-from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, RequestedAction, State, TrainingReport
+from shared.jobs.spec import TRANSITIONS, JobFault, JobSpec, Phase, Progress, RequestedAction, State
 from shared.storage.database import Database
 from shared.storage.tables import adapters, events, jobs
-from tests.jobs import Jobs
-
-REPORT = TrainingReport(
-    trainable_params=1,
-    total_params=2,
-    trained_tokens=3,
-    total_tokens=4,
-    steps=5,
-    rows=6,
-    dropped_rows=0,
-    train_loss=1.0,
-    tokens_per_second=7,
-    peak_memory_mb=8,
-    grad_norm=9,
-    quantized_layers=0,
-    base_mb=1,
-)
+from tests.jobs import REPORT, Jobs
 
 
 def claimed(leases: Leases, worker: str = "w") -> Lease:

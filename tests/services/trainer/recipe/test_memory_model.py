@@ -53,7 +53,8 @@ def saved_bytes(root: Path, lora: LoraSpec, layers: int, tokens: int) -> int:
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        # Itself, a function's output would hold its graph for ever.
+        return tensor.detach()
 
     sample = np.arange(3, 3 + tokens), np.arange(tokens) > tokens - 3
     with lora_attached(loaded.model, lora, 1) as adapted, training_forward(adapted, dropout=True):
