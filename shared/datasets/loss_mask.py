@@ -41,8 +41,9 @@ def masked_tokens(
     ids: list[int] = []
     supervised: list[bool] = []
     for turn in turns:
-        prompt = tokenizer.encode_prompt(turn.prompt)
-        response = [*tokenizer.encode(turn.response, add_special_tokens=False), tokenizer.eos_id]
+        left = max_length - len(ids)
+        prompt = tokenizer.encode_prompt(turn.prompt, at_most=left)
+        response = [*tokenizer.encode(turn.response, add_special_tokens=False, at_most=left), tokenizer.eos_id]
         ids += prompt + response
         supervised += [train_on_prompt] * len(prompt) + [turn.supervised] * len(response)
         if len(ids) >= max_length:

@@ -12,6 +12,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from shared.datasets.templates import ChatTemplate, Prompt
 from shared.errors import ArtifactCorrupt
 
+# Of most texts and tokenizers; a first guess.
+_CHARACTERS_PER_TOKEN = 8
+_UNSETTLED_WORDS = 2
+
 
 class Tokenizer:
     """A base model's tokenizer, read from its prepared folder.
@@ -45,13 +49,54 @@ class Tokenizer:
     def vocabulary(self) -> int:
         return self.fast.get_vocab_size()
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+    def encode(self, text: str, *, add_special_tokens: bool, at_most: int | None = None) -> list[int]:
+        """The ids of a text.
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        Args:
+            at_most: only so many are wanted: of a long text no more is encoded than they need, where its rest cannot
+                change them.
+        """
+        if at_most is not None:
+            size = max(at_most, 64) * _CHARACTERS_PER_TOKEN
+            while self._splits_into_words and size < len(text):
+                first = self._first(text, size, at_most, add_special_tokens)
+                if first is not None:
+                    return first
+                size *= 2
+        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids[:at_most]
+
+    def _first(self, text: str, size: int, wanted: int, add_special_tokens: bool) -> list[int] | None:
+        """The first ids of a text by its first `size` characters; None if what comes after these may change them."""
+        encoding = self.fast.encode(text[:size], add_special_tokens=add_special_tokens)
+        if len(encoding.ids) <= wanted:
+            return None
+        words = encoding.word_ids
+        last, last_wanted = max((w for w in words if w is not None), default=0), words[wanted - 1]
+        # Words are told apart by looking at the next character. An added token that was cut in two may have become
+        # several words.
+        settled = encoding.offsets[wanted - 1][1] <= size - self._longest_added_token
+        if last_wanted is None or last_wanted > last - _UNSETTLED_WORDS or not settled:
+            return None
+        return list(encoding.ids[:wanted])
+
+    @cached_property
+    def _splits_into_words(self) -> bool:
+        # A normaliser may look further than a word. Added tokens that eat spaces do.
+        added = self.fast.get_added_tokens_decoder().values()
+        return (
+            self.fast.normalizer is None
+            and self.fast.pre_tokenizer is not None
+            and not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        )
+
+    @cached_property
+    def _longest_added_token(self) -> int:
+        return max((len(token.content) for token in self.fast.get_added_tokens_decoder().values()), default=0)
+
+    def encode_prompt(self, prompt: Prompt, *, at_most: int | None = None) -> list[int]:
         """The ids a request starts from; the very ids its training examples started with."""
-        return self.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+        return self.encode(prompt.text, add_special_tokens=prompt.add_special_tokens, at_most=at_most)
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, told without encoding it; 0 where that cannot be told."""

@@ -45,6 +45,54 @@ def test_texts_are_transformers(ours: Tokenizer, theirs: Any, ids: list[int], sk
     assert ours.decode(ids, skip_special_tokens=skip) == expected
 
 
+PIECES = st.sampled_from(
+    [
+        "the ",
+        "cat",
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "<|im_end|>",
+        "<|im_",
+        "end|>",
+        "'s",
+        "12345",
+        "é",
+        "e\u0301",
+        "🎉",
+        "a" * 90,
+    ]
+)
+
+
+@given(pieces=st.lists(PIECES, min_size=1, max_size=60), times=st.integers(1, 80), wanted=st.integers(1, 300))
+def test_the_first_ids_of_a_long_text_are_those_of_the_whole(
+    ours: Tokenizer, pieces: list[str], times: int, wanted: int
+) -> None:
+    text = "".join(pieces) * times
+    for special in (False, True):
+        whole = ours.encode(text, add_special_tokens=special)
+        assert ours.encode(text, add_special_tokens=special, at_most=wanted) == whole[:wanted]
+
+
+def test_of_a_long_text_no_more_is_encoded_than_is_wanted(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(fast, name)
+
+        def encode(self, text: str, **options: Any) -> Any:
+            sizes.append(len(text))
+            return fast.encode(text, **options)
+
+    fast = ours.fast
+    monkeypatch.setattr(ours, "fast", Counting())
+    assert len(ours.encode("some words " * 100_000, add_special_tokens=True, at_most=512)) == 512
+    assert sum(sizes) < 20_000
+
+
 def test_facts(ours: Tokenizer, theirs: Any) -> None:
     assert ours.eos_id == theirs.eos_token_id
     assert ours.stop_ids == {2, 0}
