@@ -115,7 +115,7 @@ def test_who_leaves_the_gateway_frees_the_slot(stack: Cluster, path: str) -> Non
         content = json.dumps({"inputs": "a", "parameters": LONG}).encode()
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                 f"authorization: Bearer {stack.key}\r\ncontent-length: {len(content)}\r\n\r\n".encode()
                 + content
             )

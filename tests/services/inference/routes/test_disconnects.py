@@ -43,7 +43,7 @@ def connect(server: Server, path: str, body: dict[str, Any], *, window: int = 0)
     connection.connect((host, int(port)))
     content = json.dumps(body).encode()
     connection.sendall(
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {len(content)}\r\n\r\n".encode()
         + content
     )

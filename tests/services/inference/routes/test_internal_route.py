@@ -44,12 +44,25 @@ def test_the_token_opens(guarded: Server) -> None:
     assert guarded.http.post("/generate", json=body, headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200), ("localhost", 200), ("LOCALHOST:1234", 200), ("[::1]:80", 200),
+        ("evil.example", 401), ("127.0.0.1.evil.example", 401), ("localhost.", 401), ("evil.example:8100", 401),
+    ],
+)  # fmt: skip
+def test_without_a_token_only_local_names_are_answered(server: Server, host: str, status: int) -> None:
+    assert server.http.get("/info", headers={"host": host}).status_code == status
+    assert server.http.get("/health/live", headers={"host": host}).status_code == 200
+    assert server.http.get("/info").status_code == 200
+
+
 def send(server: Server, headers: str, body: bytes) -> bytes:
     """The beginning of the answer to a raw request whose body is not sent in full."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.settimeout(30)
-        connection.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\n{headers}\r\n".encode() + body)
+        connection.sendall(f"POST /generate HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n".encode() + body)
         return connection.recv(4096)
 
 
