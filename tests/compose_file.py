@@ -16,6 +16,13 @@ from tests.stack_processes import ROOT
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<name>\w+)(?:(?P<how>:?[-?])(?P<word>[^}]*))?\})")
 
 
+def _matching(source: str) -> list[str]:
+    """What a COPY takes: a pattern may match nothing."""
+    if "[" not in source:
+        return [source]
+    return [str(path.relative_to(ROOT)) for path in ROOT.glob(source)]
+
+
 class Unset(Exception):
     """A variable that compose insists on."""
 
@@ -96,7 +103,8 @@ class Dockerfile:
 
     def copies(self) -> list[tuple[list[str], str]]:
         """(sources, target) of every COPY."""
-        return [(words[:-1], words[-1]) for words in (line.split() for line in self.all("COPY"))]
+        lines = [line.split() for line in self.all("COPY")]
+        return [([name for source in words[:-1] for name in _matching(source)], words[-1]) for words in lines]
 
     def assemble(self, folder: Path) -> None:
         """Put into `folder` what the image has in its working directory: what is copied, and nothing else."""
