@@ -1,15 +1,31 @@
-"""Whether the database and Redis answer, asked at most once a second however many requests want to know."""
+"""Whether the database, Redis and workers are well, asked at most once a second however many requests want to know."""
 
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from shared.jobs.notification import NotificationQueue
-from shared.storage.database import Database
+from shared.jobs.worker_outages import WorkerOutage, WorkerOutages
 
 FRESH_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What was found.
+
+    Attributes:
+        database, redis: whether they answered.
+        worker_outages: None if the database did not answer.
+    """
+
+    database: bool
+    redis: bool
+    worker_outages: list[WorkerOutage] | None
 
 
 class HealthCache:
@@ -20,20 +36,29 @@ class HealthCache:
     """
 
     def __init__(
-        self, database: Database, notifications: NotificationQueue, clock: Callable[[], float] = time.monotonic
+        self,
+        worker_outages: WorkerOutages,
+        notifications: NotificationQueue,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._database = database
+        self._worker_outages = worker_outages
         self._notifications = notifications
         self._clock = clock
         self._lock = asyncio.Lock()
         self._checked_at = float("-inf")
-        self._healthy = (False, False)
+        self._health = Health(False, False, None)
 
-    async def check(self) -> tuple[bool, bool]:
-        """Whether (the database, Redis) answered within the last second."""
+    async def check(self) -> Health:
+        """What was found within the last second."""
         async with self._lock:
             if self._clock() - self._checked_at >= FRESH_SECONDS:
-                database = await run_in_threadpool(self._database.alive)
-                redis = await run_in_threadpool(self._notifications.pending) is not None
-                self._healthy, self._checked_at = (database, redis), self._clock()
-            return self._healthy
+                self._health = await run_in_threadpool(self._look)
+                self._checked_at = self._clock()
+            return self._health
+
+    def _look(self) -> Health:
+        try:
+            outages = self._worker_outages.read()
+        except SQLAlchemyError:
+            outages = None
+        return Health(outages is not None, self._notifications.pending() is not None, outages)

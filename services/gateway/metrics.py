@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shared.jobs.notification import NotificationQueue
 from shared.jobs.spec import State
+from shared.jobs.worker_outages import WorkerOutages
 from shared.storage.database import Database
 from shared.storage.tables import jobs
 
@@ -48,15 +49,16 @@ class Metrics:
     def prefetched(self, outcome: str) -> None:
         self._prefetches.labels(outcome).inc()
 
-    def watch(self, database: Database, notifications: NotificationQueue) -> None:
+    def watch(self, database: Database, notifications: NotificationQueue, worker_outages: WorkerOutages) -> None:
         """Add what is known outside this process."""
-        self.registry.register(_Outside(database, notifications))
+        self.registry.register(_Outside(database, notifications, worker_outages))
 
 
 class _Outside(Collector):
-    def __init__(self, database: Database, notifications: NotificationQueue) -> None:
+    def __init__(self, database: Database, notifications: NotificationQueue, worker_outages: WorkerOutages) -> None:
         self._database = database
         self._notifications = notifications
+        self._worker_outages = worker_outages
 
     def describe(self) -> list[Metric]:
         # Registering must not ask SQL.
@@ -66,6 +68,7 @@ class _Outside(Collector):
         up = GaugeMetricFamily("tunesmith_up", "Whether a part answers", labels=("part",))
         try:
             yield self._jobs()
+            yield self._outages()
             up.add_metric(["database"], 1)
         except SQLAlchemyError:
             up.add_metric(["database"], 0)
@@ -84,4 +87,14 @@ class _Outside(Collector):
         family = GaugeMetricFamily("tunesmith_jobs", "Jobs by state", labels=("state",))
         for state, count in counts.items():
             family.add_metric([state], count)
+        return family
+
+    def _outages(self) -> Metric:
+        family = GaugeMetricFamily(
+            "tunesmith_worker_out_of_service",
+            "1 for each worker that takes no job for now, or none of a base",
+            labels=("worker", "base"),
+        )
+        for outage in self._worker_outages.read():
+            family.add_metric([outage.worker, outage.base], 1)
         return family

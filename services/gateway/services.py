@@ -12,6 +12,7 @@ from services.gateway.background.garbage_collector import GarbageCollector
 from services.gateway.background.notifier import Notifier
 from services.gateway.background.prefetcher import Prefetcher
 from services.gateway.background.reaper import Reaper
+from services.gateway.bases.hub_access import HubAccess
 from services.gateway.bases.metadata import BaseMetadataReader
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
@@ -33,6 +34,7 @@ from shared.bases.catalogue import Catalogue
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.notification import NotificationQueue
 from shared.jobs.store import JobStore
+from shared.jobs.worker_outages import WorkerOutages
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
@@ -51,6 +53,7 @@ class Services:
     files: FileStore
     jobs: JobStore
     bases: BaseMetadataReader
+    hub: HubAccess
     sources: JobSources
     resolver: JobResolver
     tokenizers: Tokenizers
@@ -97,7 +100,8 @@ def _opened(
         stack.callback(database.close)
         notifications = NotificationQueue(settings.redis_url)
         stack.callback(notifications.close)
-        metrics.watch(database, notifications)
+        worker_outages = WorkerOutages(database)
+        metrics.watch(database, notifications, worker_outages)
         artifacts = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
         bases = BaseMetadataReader(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
@@ -115,12 +119,13 @@ def _opened(
             files=files,
             jobs=jobs,
             bases=bases,
+            hub=HubAccess(catalogue, bases),
             sources=JobSources(files, jobs, adapters),
             resolver=JobResolver(catalogue, bases),
             tokenizers=Tokenizers(artifacts),
             notifications=notifications,
             notifier=Notifier(notifications, heartbeats.queued),
-            health=HealthCache(database, notifications),
+            health=HealthCache(worker_outages, notifications),
             models=models,
             replicas=replicas,
             forwarder=Forwarder(database, models, replicas, ProjectTags(secret), settings.default_base),

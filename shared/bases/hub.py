@@ -9,6 +9,8 @@ from shared.errors import TunesmithError, Unavailable
 
 PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
 PAGE = "https://huggingface.co/"
+# What asking again does not change.
+REFUSALS = frozenset({"model_gated", "model_missing", "revision_missing"})
 
 
 def commit_of(repo: str, revision: str | None) -> str:
@@ -36,6 +38,21 @@ def download(repo: str, commit: str) -> Path:
 
     with _explained(repo, commit):
         return Path(snapshot_download(repo, revision=commit, allow_patterns=list(PATTERNS)))
+
+
+def check_access(repo: str, commit: str, timeout: float) -> None:
+    """Ask the hub for a file that every model has, and fetch nothing.
+
+    Args:
+        timeout: seconds for each step of asking.
+
+    Raises:
+        Unavailable: as `download`.
+    """
+    from huggingface_hub import HfApi, hf_hub_url
+
+    with _explained(repo, commit):
+        HfApi().get_hf_file_metadata(url=hf_hub_url(repo, "config.json", revision=commit), timeout=timeout)
 
 
 @contextmanager

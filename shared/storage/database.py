@@ -1,7 +1,8 @@
 """Connections to the one source of truth: SQLite on one machine, PostgreSQL by URL. Knows no table.
 
-No call waits for ever: connecting, waiting for a lock, a statement and an open transaction have limits, and so has the
-wait for a free connection. What fails by one of them is an outage (`shared.storage.outages`).
+No call waits for ever: connecting, waiting for a lock, a statement and an open transaction have limits, and so have the
+waits for a free connection and for a server that says nothing. What fails by one of them is an outage
+(`shared.storage.outages`).
 
 SQLite's rules are here: WAL, full synchronisation, foreign keys, and writers that always open with BEGIN IMMEDIATE.
 A deferred transaction that reads before it writes fails or loses updates under several processes (measured: four
@@ -19,10 +20,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.errors import TunesmithError, Unavailable
+from shared.storage.answer_limit import limited_connection
 
 BUSY_TIMEOUT_MS = 5000
 # How long a call waits for one of this process's connections.
@@ -42,6 +44,8 @@ _SESSION_LIMITS = {
     "statement_timeout": 30_000,
     "idle_in_transaction_session_timeout": 15_000,
 }
+# Longer than any of these: a server that works on it says which one it was.
+ANSWER_SECONDS = 35.0
 
 
 class Database:
@@ -49,16 +53,17 @@ class Database:
 
     Args:
         url: SQLAlchemy URL, `sqlite:///…` or `postgresql://…` (psycopg 3 is used for the latter).
+        answer_seconds: how long PostgreSQL may say nothing.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         self.url = normalised(url)
         self.is_sqlite = self.url.startswith("sqlite")
         if self.is_sqlite:
             self._writer = _sqlite_engine(self.url, begin="BEGIN IMMEDIATE", query_only=False)
             self._reader = _sqlite_engine(self.url, begin="BEGIN", query_only=True)
         else:
-            self._writer = _postgresql_engine(self.url)
+            self._writer = _postgresql_engine(self.url, answer_seconds)
             self._reader = self._writer.execution_options(postgresql_readonly=True)
 
     @contextmanager
@@ -72,14 +77,6 @@ class Database:
         """One read-only transaction: a consistent picture that never waits for a writer."""
         with self._reader.begin() as connection:
             yield connection
-
-    def alive(self) -> bool:
-        """Whether the database answers."""
-        try:
-            with self.read() as connection:
-                return connection.execute(text("SELECT 1")).scalar() == 1
-        except SQLAlchemyError:
-            return False
 
     def close(self) -> None:
         self._writer.dispose()
@@ -195,7 +192,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _postgresql_engine(url: str) -> Engine:
+def _postgresql_engine(url: str, answer_seconds: float) -> Engine:
     engine = create_engine(
         url,
         pool_pre_ping=True,
@@ -203,6 +200,12 @@ def _postgresql_engine(url: str) -> Engine:
         json_serializer=_json,
         connect_args=connect_arguments(url),
     )
+
+    connection_class = limited_connection(answer_seconds)
+
+    @event.listens_for(engine, "do_connect")
+    def do_connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+        return connection_class.connect(*arguments, **options)
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, _: Any) -> None:

@@ -164,3 +164,14 @@ checkpoints = Table(
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("job", "step"),
 )
+
+# Workers that take no jobs for now, as they say themselves.
+worker_outages = Table(
+    "worker_outages",
+    metadata,
+    Column("worker", String(255), primary_key=True),
+    # The base whose jobs the worker passes over; empty if it takes none at all.
+    Column("base", String(64), primary_key=True),
+    # When the worker tries again, by its own clock.
+    Column("until", BigInteger, nullable=False),
+)

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.gateway.background.garbage_collector import GarbageCollector
 from services.gateway.background.notifier import Notifier
+from services.gateway.bases.hub_access import HubAccess
 from services.gateway.bases.metadata import BaseMetadataReader
 from services.gateway.files.store import FileStore
 from services.gateway.files.upload import receiving
@@ -42,6 +43,7 @@ from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.rows import Job
 from shared.jobs.store import JobStore
+from shared.jobs.worker_outages import WorkerOutages
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database, migrate
 from shared.storage.installation_id import adopt, require_own_folder
@@ -116,7 +118,9 @@ class Parts:
         self.idempotency = IdempotencyStore()
         self.models = ModelStore(catalogue, self.adapters)
         self.sources = JobSources(self.files, self.jobs, self.adapters)
-        self.resolver = JobResolver(catalogue, BaseMetadataReader(self.store))
+        metadata = BaseMetadataReader(self.store)
+        self.resolver = JobResolver(catalogue, metadata)
+        self.hub = HubAccess(catalogue, metadata)
         self.leases = Leases(self.database)
 
     def upload(self, key: str) -> str:
@@ -139,6 +143,7 @@ class Parts:
             self.idempotency,
             self.sources,
             self.resolver,
+            self.hub,
             self.jobs,
             _Silent(),
             PROJECT,
@@ -226,6 +231,7 @@ class World:
             self.parts.store,
             self.bases,
             name="w",
+            outages=WorkerOutages(self.parts.database),
             handover=lambda: False,
             renew_seconds=1e6,
             retry_seconds=0,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Query, Request
 
 from services.gateway.background.notifier import Notifier
+from services.gateway.bases.hub_access import HubAccess
 from services.gateway.bases.metadata import BaseMetadataReader
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
@@ -50,6 +51,7 @@ JobsDep = Annotated[JobStore, _part(lambda services: services.jobs)]
 MetricsDep = Annotated[Metrics, _part(lambda services: services.metrics)]
 ModelsDep = Annotated[ModelStore, _part(lambda services: services.models)]
 NotifierDep = Annotated[Notifier, _part(lambda services: services.notifier)]
+HubDep = Annotated[HubAccess, _part(lambda services: services.hub)]
 HealthDep = Annotated[HealthCache, _part(lambda services: services.health)]
 ReplicasDep = Annotated[Replicas, _part(lambda services: services.replicas)]
 ResolverDep = Annotated[JobResolver, _part(lambda services: services.resolver)]

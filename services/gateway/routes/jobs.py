@@ -28,6 +28,7 @@ from services.gateway.routes.dependencies import (
     After,
     Attempts,
     DatabaseDep,
+    HubDep,
     IdempotencyDep,
     JobId,
     JobsDep,
@@ -53,6 +54,7 @@ def create_fine_tuning_job(
     idempotency: IdempotencyDep,
     sources: SourcesDep,
     resolver: ResolverDep,
+    hub: HubDep,
     jobs: JobsDep,
     notifier: NotifierDep,
     project: Project,
@@ -69,6 +71,7 @@ def create_fine_tuning_job(
         named = sources.load(tx, project, body)
     resolved = resolver.resolve(body, named)
     spec = resolved.spec
+    hub.check(spec.base)
     with idempotency.single_flight(attempt), database.write() as tx:
         earlier = _still_true(tx, jobs, project, attempt, idempotency.begin(tx, attempt))
         if earlier is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.routes.dependencies import HealthDep, MetricsDep, ModelsDep, ReplicasDep
@@ -27,6 +27,10 @@ class ReadyJson(BaseModel):
     database: bool
     redis: bool
     inference: dict[str, bool]
+    workers_out_of_service: Annotated[
+        int | None,
+        Field(description="workers that take no job, or none of a base, for now; null if the database does not answer"),
+    ]
 
 
 @health.get("/health/live")
@@ -43,23 +47,25 @@ async def health_ready(
     models: ModelsDep,
     base: Annotated[str | None, Query(max_length=256, include_in_schema=False)] = None,
 ) -> Response:
-    """Whether the database answers; the body also says whether Redis does, and which bases are served.
+    """Whether the database answers; the body also says whether Redis and the workers are well, and what is served.
 
     With `base`, ready only while that base is served: a start waits for this.
     """
-    database, redis = await health.check()
+    found = await health.check()
     served = replicas.served()
-    ready = database and (base is None or base in served)
+    ready = found.database and (base is None or base in served)
+    outages = found.worker_outages
     state = ReadyJson(
         status="ready" if ready else "not_ready",
-        database=database,
-        redis=redis,
+        database=found.database,
+        redis=found.redis,
         inference={base.id: base.id in served for base in models.bases},
+        workers_out_of_service=None if outages is None else len({outage.worker for outage in outages}),
     )
     return JSONResponse(state.model_dump(), 200 if ready else 503)
 
 
 @router.get("/metrics", response_class=Response)
 def metrics(metrics: MetricsDep) -> Response:
-    """Prometheus text: requests of this gateway, jobs by state, notifications waiting."""
+    """Prometheus text: requests of this gateway, jobs by state, notifications waiting, workers out of service."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

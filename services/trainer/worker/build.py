@@ -14,6 +14,7 @@ from shared.bases.base_model import choose_device, compute_dtype, quiet_librarie
 from shared.bases.catalogue import load_catalogue
 from shared.jobs.leases import Leases
 from shared.jobs.spec import BasePrecision
+from shared.jobs.worker_outages import WorkerOutages
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
 from shared.storage.installation_id import require_own_folder
@@ -36,6 +37,7 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faul
         store,
         WarmBases(load_catalogue(settings.catalogue), store, device, lambda: load_catalogue(settings.catalogue)),
         name=settings.worker_name,
+        outages=WorkerOutages(database),
         handover=handover,
         faults=faults,
         check_folder=check_folder,

@@ -27,6 +27,7 @@ from shared.errors import JobFailed, LeaseLost, TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
 from shared.jobs.spec import JobFault
+from shared.jobs.worker_outages import ANY_BASE, WorkerOutages
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.outages import is_away
@@ -42,6 +43,7 @@ class Worker:
     Args:
         bases: the base model, kept warm between jobs.
         name: this worker's name in events.
+        outages: where it says that it takes no jobs.
         handover: true once this worker is to release its job and claim no more.
         retry_seconds: pause after a fault; doubled with each further one of this machine.
         faults: of this machine in a row.
@@ -60,6 +62,7 @@ class Worker:
         bases: WarmBases,
         *,
         name: str,
+        outages: WorkerOutages,
         handover: Callable[[], bool],
         renew_seconds: float = 5.0,
         retry_seconds: float = FIRST_SECONDS,
@@ -75,6 +78,7 @@ class Worker:
         self._store = store
         self._bases = bases
         self._name = name
+        self._outages = outages
         self._handover = handover
         self._renew_seconds = renew_seconds
         self._retry_seconds = retry_seconds
@@ -113,6 +117,7 @@ class Worker:
         except (TunesmithError, OSError) as error:
             seconds = pause_seconds(self._faults.add(), self._retry_seconds)
             self._log.error("out of service: no job is claimed", error=_told(error), seconds=seconds)
+            self._report(lambda: self._outages.begin(self._name, seconds))
             self._pause(seconds)
             return None
         except SQLAlchemyError as error:
@@ -142,8 +147,11 @@ class Worker:
         except Exception as error:
             self._handle_fault(lease, error)
         else:
-            self._faults.clear()
-            self._blocked.clear(base)
+            ended = [
+                of for of, was_out in ((ANY_BASE, self._faults.clear()), (base, self._blocked.clear(base))) if was_out
+            ]
+            if ended:
+                self._report(lambda: self._outages.end(self._name, ended))
 
     def _handle_fault(self, lease: Lease, error: Exception) -> None:
         """Fail the job for what is its own fault, and give it back for what is this worker's; else both are suspect."""
@@ -172,6 +180,7 @@ class Worker:
         self._log.error("base not available", base=base, code=error.code, error=error.message, seconds=seconds)
         reason = f"{_told(error)}; it passes over the jobs of {base} for {seconds:.0f} s"
         self._give_back(lambda: self._leases.hand_back(lease, reason))
+        self._report(lambda: self._outages.begin(self._name, seconds, base))
 
     def _go_out_of_service(self, lease: Lease, error: Exception) -> None:
         """This machine is at fault: no job is claimed for a while, longer each time."""
@@ -180,6 +189,7 @@ class Worker:
         reason = f"{_told(error)}; it takes no job for {seconds:.0f} s"
         # The job first: on a lost device, everything else fails.
         self._give_back(lambda: self._leases.hand_back(lease, reason))
+        self._report(lambda: self._outages.begin(self._name, seconds))
         self._discard_base()
         self._pause(seconds)
 
@@ -189,6 +199,13 @@ class Worker:
         except (LeaseLost, SQLAlchemyError) as error:
             # The reaper will find that the lease has expired.
             self._log.warning("could not give the job back", error=str(error))
+
+    def _report(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except SQLAlchemyError as error:
+            # Only watchers miss it: every outage ends by itself.
+            self._log.warning("could not say whether this worker takes jobs", error=str(error))
 
     def _discard_base(self) -> None:
         # LoRA may be half attached.

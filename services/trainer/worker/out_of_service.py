@@ -63,8 +63,11 @@ class FaultCount:
         self._memory[0] = min(self._memory[0] + 1, _MOST_COUNTED)
         return self._memory[0]
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
+        """Count from 0 again. Returns whether there were any."""
+        any_counted = self._memory[0] > 0
         self._memory[0] = 0
+        return any_counted
 
 
 class BlockedBases:
@@ -88,10 +91,10 @@ class BlockedBases:
         self._until[base] = self._clock() + seconds
         return seconds
 
-    def clear(self, base: str) -> None:
-        """The base could be had."""
-        self._faults.pop(base, None)
+    def clear(self, base: str) -> bool:
+        """The base could be had. Returns whether it was blocked since it could be had last."""
         self._until.pop(base, None)
+        return self._faults.pop(base, None) is not None
 
     def names(self) -> list[str]:
         """The bases whose jobs are passed over now."""

@@ -12,7 +12,7 @@ from huggingface_hub import errors
 
 from shared.bases.base_model import prepare_base
 from shared.bases.catalogue import Base
-from shared.bases.hub import commit_of, download
+from shared.bases.hub import check_access, commit_of, download
 from shared.errors import TunesmithError
 from shared.storage.artifacts import LocalArtifactStore
 from tests.tiny import write_tiny_model
@@ -44,7 +44,13 @@ def test_every_refusal_says_what_to_do(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", raising(error))
-    for call in (lambda: download("a/b", COMMIT), lambda: commit_of("a/b", None)):
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_hf_file_metadata", raising(error))
+    calls = (
+        lambda: download("a/b", COMMIT),
+        lambda: commit_of("a/b", None),
+        lambda: check_access("a/b", COMMIT, 1.0),
+    )
+    for call in calls:
         with pytest.raises(TunesmithError) as refused:
             call()
         assert refused.value.code == code

@@ -45,11 +45,6 @@ def test_sqlite_is_durable_and_checks_foreign_keys(database: Database) -> None:
     assert pragmas == ["wal", 2, 1]
 
 
-def test_alive(database: Database) -> None:
-    assert database.alive()
-    assert not Database("postgresql://nobody@127.0.0.1:1/none").alive()
-
-
 @pytest.mark.parametrize("url", ["postgres://u:p@h/d", "postgresql://u:p@h/d", "postgresql+psycopg://u:p@h/d"])
 def test_postgresql_urls_mean_psycopg_3(url: str) -> None:
     assert normalised(url) == "postgresql+psycopg://u:p@h/d"

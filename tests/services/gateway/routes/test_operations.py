@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.settings import GatewaySettings
 from shared.jobs.store import JobStore
+from shared.jobs.worker_outages import WorkerOutages
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.stack_processes import free_port, running_redis
 
@@ -64,10 +65,29 @@ def test_health(gateway: Gateway) -> None:
         "database": True,
         "redis": True,
         "inference": {"tinyllama-1.1b-chat": False, BASE: False},
+        "workers_out_of_service": 0,
     }
     assert gateway.http.get("/health").json() == ready.json()
     unserved = gateway.http.get("/health/ready", params={"base": BASE})
     assert (unserved.status_code, unserved.json()["status"]) == (503, "not_ready")
+
+
+def out_of_service(gateway: Gateway) -> set[tuple[str, ...]]:
+    """The (base, worker) of each worker that is."""
+    return {labels for name, labels in samples(gateway) if name == "tunesmith_worker_out_of_service"}
+
+
+def test_workers_out_of_service_are_counted_for_everybody_and_named_for_key_holders(gateway: Gateway) -> None:
+    outages = WorkerOutages(gateway.services.database)
+    outages.begin("gpu-1", 300)
+    outages.begin("gpu-2", 10, BASE)
+    outages.begin("gpu-2", 10, "other")
+    eventually(lambda: gateway.http.get("/health/ready").json()["workers_out_of_service"] == 2)
+    assert gateway.http.get("/health/ready").json()["status"] == "ready"
+    named = {("", "gpu-1"), (BASE, "gpu-2"), ("other", "gpu-2")}
+    assert out_of_service(gateway) == named
+    outages.end("gpu-2", [BASE, "other"])
+    assert out_of_service(gateway) == {("", "gpu-1")}
 
 
 def test_without_redis_a_job_is_taken_at_once_and_notified_of_later(settings: Settings, tmp_path: Path) -> None:
@@ -131,7 +151,7 @@ def test_without_a_schema_the_process_says_what_to_run(tmp_path: Path, redis_url
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip() == (
-        "the database's schema is missing, this version needs 0006: run `python -m shared.migrations`"
+        "the database's schema is missing, this version needs 0007: run `python -m shared.migrations`"
     )
 
 
@@ -153,7 +173,7 @@ def test_after_a_newer_version_has_migrated_the_process_ends_and_says_so(tmp_pat
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip().splitlines()[-1] == (
-        "the database's schema is 9999, this version needs 0006: it was migrated by a newer version: start that one"
+        "the database's schema is 9999, this version needs 0007: it was migrated by a newer version: start that one"
     )
 
 

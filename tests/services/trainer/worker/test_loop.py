@@ -25,6 +25,7 @@ from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.jobs.rows import Event, Job
 from shared.jobs.spec import Hyperparameters, JobSpec, State
+from shared.jobs.worker_outages import ANY_BASE, WorkerOutage, WorkerOutages
 from shared.storage.artifacts import LocalArtifactStore, new_id, sha256_of
 from shared.storage.database import Database, migrate
 from tests.jobs import Jobs
@@ -43,6 +44,7 @@ class Place:
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.database)
         self.leases = Leases(self.database)
+        self.outages = WorkerOutages(self.database)
         self.bases = WarmBases(self.catalogue, self.artifacts, torch.device("cpu"))
 
     def worker(
@@ -58,6 +60,7 @@ class Place:
             artifacts or self.artifacts,
             self.bases,
             name="w",
+            outages=self.outages,
             handover=handover,
             renew_seconds=0.05,
             retry_seconds=retry_seconds,
@@ -260,6 +263,7 @@ def test_a_machine_without_its_mount_takes_no_job_for_longer_each_time_and_ends_
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
+        assert place.outages.read() == [WorkerOutage("w", ANY_BASE)]
         if len(pauses) == 7:
             away.rename(files)
 
@@ -268,6 +272,7 @@ def test_a_machine_without_its_mount_takes_no_job_for_longer_each_time_and_ends_
     for job in jobs:
         done = place.jobs.get("default", job.id)
         assert (done.state, done.worker_failures) == (State.SUCCEEDED, 0)
+    assert place.outages.read() == []
     assert any("is not in its artifacts folder" in line and "for 300 s" in line for line in place.messages(jobs[0]))
 
 
@@ -284,9 +289,11 @@ def test_no_job_is_claimed_while_the_folder_is_not_this_installations(place: Pla
     assert [worker.drain_queue(), worker.drain_queue()] == [0, 0]
     assert (place.state(job), place.jobs.get("default", job.id).attempt) == (State.QUEUED, 0)
     assert pauses == [10, 20]
+    assert place.outages.read() == [WorkerOutage("w", ANY_BASE)]
     foreign = False
     assert worker.drain_queue() == 1
     assert place.state(job) is State.SUCCEEDED
+    assert place.outages.read() == []
 
 
 def test_a_base_that_this_worker_cannot_have_holds_up_no_other_job(place: Place) -> None:
@@ -301,6 +308,7 @@ def test_a_base_that_this_worker_cannot_have_holds_up_no_other_job(place: Place)
     passed_over = place.jobs.get("default", strange.id)
     assert (passed_over.state, passed_over.worker_failures) == (State.QUEUED, 0)
     assert any("has no base other" in line and "for 10 s" in line for line in place.messages(strange))
+    assert place.outages.read() == [WorkerOutage("w", "other")]
     # It is left alone for as long as that.
     assert worker.drain_queue() == 0
     now += 11
@@ -311,6 +319,22 @@ def test_a_base_that_this_worker_cannot_have_holds_up_no_other_job(place: Place)
     now += 21
     assert worker.drain_queue() == 1
     assert place.state(strange) is State.SUCCEEDED
+    assert place.outages.read() == []
+
+
+def test_a_worker_that_cannot_say_that_it_is_out_of_service_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object) -> None:
+        raise OperationalError("INSERT", None, Exception("no answer"))
+
+    job = place.job(ROWS, n_epochs=1)
+    FullDisk.failures = 1
+    worker = place.worker(artifacts=FullDisk(place.artifacts.root))
+    monkeypatch.setattr(place.outages, "begin", away)
+    monkeypatch.setattr(place.outages, "end", away)
+    assert worker.drain_queue() == 2
+    assert place.state(job) is State.SUCCEEDED
 
 
 def test_a_lost_device_gives_the_job_back_and_ends_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
