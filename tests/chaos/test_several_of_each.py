@@ -9,6 +9,7 @@ import pytest
 
 from services.gateway.inference.replicas import rendezvous
 from shared.jobs.spec import State
+from tests.chaos.conftest import rounds
 from tests.cluster import SHORT_LEASES, TOKEN, Cluster
 from tests.deployment import ENDLESS, LONG, LONGER, SHORT, Deployment
 from tests.stack_processes import Postgres, Processes, answers, running_postgres
@@ -50,6 +51,8 @@ ON_POSTGRESQL = "postgresql"
 
 @pytest.fixture(scope="module", params=["sqlite", ON_POSTGRESQL])
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    if request.param != ON_POSTGRESQL and not rounds(request.config):
+        pytest.skip("SQLite under several workers: make chaos")
     folder = tmp_path_factory.mktemp("several")
     with ExitStack() as stack, Processes(folder) as processes:
         postgres = stack.enter_context(running_postgres()) if request.param == "postgresql" else None
