@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -83,15 +83,19 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def upload(self, path: Path) -> Json:
+    def upload(self, path: Path, on_bad_rows: Literal["refuse", "skip"] = "refuse") -> Json:
         """Upload a dataset; the answer's `dataset` says what is in it.
+
+        Args:
+            on_bad_rows: whether bad rows are left out, or the file is refused for them.
 
         Raises:
             ApiError: `invalid_dataset`, with the first wrong lines in the message; or another failure.
             OSError: the file cannot be read.
         """
         with path.open("rb") as file:
-            return self._json("POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+            form = {"purpose": "fine-tune"} | ({} if on_bad_rows == "refuse" else {"on_bad_rows": on_bad_rows})
+            return self._json("POST", "/v1/files", data=form, files={"file": (path.name, file)})
 
     def files(self, limit: int = 100) -> Iterator[Json]:
         """The newest datasets, newest first."""

@@ -24,6 +24,7 @@ from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.prober import Prober
 from services.gateway.inference.project_tags import ProjectTags
 from services.gateway.inference.replicas import Replicas
+from services.gateway.jobs.length_check import LengthCheck
 from services.gateway.jobs.resolution import JobResolver
 from services.gateway.jobs.sources import JobSources
 from services.gateway.metrics import Metrics
@@ -103,7 +104,7 @@ def _opened(
         worker_outages = WorkerOutages(database)
         metrics.watch(database, notifications, worker_outages)
         artifacts = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
-        bases = BaseMetadataReader(artifacts)
+        bases, tokenizers = BaseMetadataReader(artifacts), Tokenizers(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
         secret = _secret(settings)
         models = ModelStore(catalogue, adapters)
@@ -121,8 +122,8 @@ def _opened(
             bases=bases,
             hub=HubAccess(catalogue, bases),
             sources=JobSources(files, jobs, adapters),
-            resolver=JobResolver(catalogue, bases),
-            tokenizers=Tokenizers(artifacts),
+            resolver=JobResolver(catalogue, bases, LengthCheck(artifacts, tokenizers)),
+            tokenizers=tokenizers,
             notifications=notifications,
             notifier=Notifier(notifications, heartbeats.queued),
             health=HealthCache(worker_outages, notifications),

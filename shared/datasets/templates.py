@@ -12,7 +12,16 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.datasets.examples import Chat, Completion, Example, Format, Instruction, Message
+from shared.datasets.examples import (
+    Chat,
+    Completion,
+    Example,
+    Format,
+    Instruction,
+    Message,
+    Text,
+    needs_of,
+)
 from shared.errors import InvalidRequest
 
 MAX_TEMPLATE_CHARACTERS = 100_000
@@ -79,7 +88,15 @@ class InstructionTemplate:
     def turns(self, example: Example) -> list[Turn]:
         if not isinstance(example, Instruction):
             raise _wrong_form(self.id, example)
-        return [Turn(self.instruction(example.instruction, example.input), example.output)]
+        # Earlier questions and answers stand one after another, in the same format; a system text before the first.
+        questions = [(question, "", answer) for question, answer in example.history]
+        turns: list[Turn] = []
+        for question, asked, answer in [*questions, (example.instruction, example.input, example.output)]:
+            if not turns and example.system:
+                question = f"{example.system}\n\n{question}"
+            prompt = self.instruction(question, asked)
+            turns.append(Turn(Prompt(f"\n\n{prompt.text}", False) if turns else prompt, answer))
+        return turns
 
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         middle = f"### Input:\n{input}\n\n" if input else ""
@@ -91,11 +108,13 @@ class InstructionTemplate:
 
 
 class CompletionTemplate:
-    """No format at all: the prompt as it stands, then the completion."""
+    """No format at all: the prompt as it stands, then the completion. Text has no prompt."""
 
     id = "completion-v1"
 
     def turns(self, example: Example) -> list[Turn]:
+        if isinstance(example, Text):
+            return [Turn(Prompt(""), example.text)]
         if not isinstance(example, Completion):
             raise _wrong_form(self.id, example)
         return [Turn(Prompt(example.prompt), example.completion)]
@@ -150,6 +169,10 @@ class ChatTemplate:
         """
         if not isinstance(example, Chat):
             raise _wrong_form(self.id, example)
+        if lacking := sorted(needs_of(example)):
+            raise InvalidRequest(
+                f"this base's chat template has no place for {lacking[0]}, which the rows have", code="template_error"
+            )
         messages = example.messages
         replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
         turns, done = [], ""
@@ -191,7 +214,7 @@ def template_for(form: Format, chat: ChatTemplate | None) -> Template:
     """
     if form == "instruction":
         return InstructionTemplate()
-    if form == "completion":
+    if form in ("completion", "text"):
         return CompletionTemplate()
     if chat is None:
         raise InvalidRequest("this base model has no chat template; use instruction rows", param="model")

@@ -87,10 +87,12 @@ class RequestedAction(StrEnum):
 
 # As many as OpenAI keeps.
 DEFAULT_KEEP_CHECKPOINTS = 3
+MAX_LENGTH = 32_768
 
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Scheduler = Literal["linear", "cosine", "constant"]
+Truncation = Literal["cut_end", "cut_start", "drop_row"]
 
 
 class LoraSpec(Frozen):
@@ -108,7 +110,9 @@ class Hyperparameters(Frozen):
 
     Attributes:
         batch_size: examples per optimizer step, exactly; their layout in micro-batches is not part of this.
-        max_length: tokens; longer examples are truncated at the end.
+        max_length: tokens of one example.
+        truncation: of an example that is longer the end is cut, or the start (the end of the answer is learnt then), or
+            it is dropped; text is never cut, but divided.
         max_steps: optimizer steps; ends the run before its epochs do.
         warmup_ratio: share of all steps during which the learning rate rises from 0.
         checkpoint_steps: a checkpoint every so many steps, besides one per epoch.
@@ -120,7 +124,7 @@ class Hyperparameters(Frozen):
     n_epochs: int = Field(3, ge=1, le=50)
     batch_size: int = Field(8, ge=1, le=256)
     learning_rate: float = Field(2e-4, gt=0, le=1)
-    max_length: int = Field(512, ge=8, le=32768)
+    max_length: int = Field(512, ge=8, le=MAX_LENGTH)
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     warmup_ratio: float = Field(0, ge=0, lt=1)
     scheduler: Scheduler = "linear"
@@ -134,6 +138,7 @@ class Hyperparameters(Frozen):
     metrics_steps: int = Field(5, ge=1, le=10_000)
     validation_split: float = Field(0, ge=0, le=0.5)
     early_stopping_patience: int | None = Field(None, ge=1, le=100)
+    truncation: Truncation = "cut_end"
 
 
 class JobSpec(Frozen):
@@ -213,6 +218,8 @@ class TrainingReport(Frozen):
     """What was really trained; stored on the job when it ends.
 
     Attributes:
+        dropped_rows: rows of the training file of which nothing was learnt, within `max_length`.
+        truncated_rows: rows of which a part was cut; they are among `rows`.
         trained_tokens: supervised tokens seen, over all epochs.
         tokens_per_second: real (non-pad) tokens per second of training time, evaluation and saving excluded.
         mfu: model FLOP utilisation against a measured sgemm peak; None if the peak was not measured.
@@ -231,6 +238,7 @@ class TrainingReport(Frozen):
     steps: int
     rows: int
     dropped_rows: int
+    truncated_rows: int = 0
     train_loss: float
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None

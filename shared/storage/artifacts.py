@@ -33,6 +33,11 @@ ID_PATTERN = r"(?:file|ftjob|adapter|base)-[a-z0-9][a-z0-9.-]{0,94}"
 _ID = re.compile(ID_PATTERN)
 
 
+def derived_name(sha256: str) -> str:
+    """The name of the rows derived from an uploaded file, by their hash."""
+    return f"rows-{sha256}.jsonl"
+
+
 def new_id(prefix: Literal["file", "ftjob", "adapter"]) -> str:
     """A random id of 96 bits, safe as a folder name."""
     return f"{prefix}-{secrets.token_hex(12)}"
@@ -53,6 +58,7 @@ class LocalArtifactStore:
 
     ```
     files/<file>/data                       what was uploaded
+    files/<file>/rows-<sha256>.jsonl        the rows made of it, where its own bytes are not what is learnt from
     bases/<base>/                           prepared base models
     jobs/<job>/<token>/step-00000120/       private resume state
     adapters/<adapter>/                     servable LoRA adapters
@@ -115,6 +121,10 @@ class LocalArtifactStore:
     def file_data(self, file_id: str) -> Path:
         """The bytes of an uploaded file."""
         return self.file(file_id) / DATA
+
+    def file_rows(self, file_id: str) -> Path:
+        """What a file's rows are read from: what was derived from it when it was uploaded, or else its own bytes."""
+        return next(self.file(file_id).glob(derived_name("*")), self.file_data(file_id))
 
     def base(self, base_id: str) -> Path:
         return self.root / "bases" / _checked(f"base-{base_id}")

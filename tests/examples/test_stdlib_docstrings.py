@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from examples.stdlib_docstrings import MAX_CHARACTERS, MIN_CHARACTERS, all_rows, build_dataset, normalised, write_rows
-from shared.datasets.examples import Instruction, parse_row
+from shared.datasets.examples import Instruction
+from shared.datasets.forms import parse_row
 
 
 def test_rows_are_many_documented_and_valid() -> None:

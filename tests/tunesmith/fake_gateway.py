@@ -50,6 +50,7 @@ class FakeGateway:
     def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
         self.answers = answers
         self.bodies: list[tuple[str, Json]] = []
+        self.forms: list[bytes] = []
         self.resumed: list[str | None] = []
         fake = self
 
@@ -84,6 +85,8 @@ class FakeGateway:
         body = json.loads(raw) if request.headers.get("content-type") == "application/json" and raw else {}
         route = f"{request.command} {request.path.partition('?')[0]}"
         self.bodies.append((route, body))
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            self.forms.append(raw)
         if request.headers.get("accept") == "text/event-stream":
             self.resumed.append(request.headers.get("last-event-id"))
         status, answer = error(404, "no such thing", "not_found")

@@ -147,6 +147,21 @@ def test_upload_prints_the_id_and_describes_the_data_on_stderr(gateway: FakeGate
     assert (code, json.loads(out), err) == (0, stored, "")
 
 
+def test_upload_asks_for_bad_rows_to_be_skipped_before_it_sends_the_file(gateway: FakeGateway, tmp_path: Path) -> None:
+    data = tmp_path / "rows.csv"
+    data.write_text("text\na\n")
+    dataset = {"format": "text", "rows": 1, "duplicates": 0, "warnings": ["3 bad rows were skipped (lines 2, 3, 4)"]}
+    gateway.answers["POST /v1/files"] = (200, {"id": "file-1", "filename": "rows.csv", "dataset": dataset})
+    code, _, err = run(gateway, "upload", str(data), "--on-bad-rows", "skip")
+    assert (code, "warning: 3 bad rows were skipped" in err) == (0, True)
+    (form,) = gateway.forms
+    assert form.index(b'name="on_bad_rows"\r\n\r\nskip\r\n') < form.index(b'filename="rows.csv"')
+    code, _, err = run(gateway, "upload", str(data), "--on-bad-rows", "ignore")
+    assert (code, "'refuse', 'skip'" in err) == (2, True)
+    assert run(gateway, "upload", str(data))[0] == 0
+    assert b"on_bad_rows" not in gateway.forms[-1]
+
+
 def test_upload_of_bad_rows_names_their_lines(gateway: FakeGateway, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("{}\n")

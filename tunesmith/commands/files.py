@@ -1,5 +1,6 @@
 """`upload` and `files`: datasets on the server."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,15 +10,28 @@ from tunesmith.commands import options
 from tunesmith.commands.options import AsJson
 
 group = options.group("List and delete datasets.")
+
+
+class OnBadRows(StrEnum):
+    """What becomes of a file with rows that cannot be learnt."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
 FileId = Annotated[str, typer.Argument(metavar="FILE", help="file-…")]
 
 
-def upload(file: Annotated[Path, typer.Argument(help="JSON lines or a JSON array.")], json: AsJson = False) -> None:
+def upload(
+    file: Annotated[Path, typer.Argument(help="JSON lines, a JSON array, CSV or Parquet.")],
+    on_bad_rows: Annotated[OnBadRows, typer.Option(help="Refuse the file, or leave such rows out.")] = OnBadRows.REFUSE,
+    json: AsJson = False,
+) -> None:
     """Upload a dataset; every row is checked. Prints the file's id."""
     from tunesmith.output import session, show_json
 
     with session(timeout=600) as client:
-        answer = client.upload(file)
+        answer = client.upload(file, on_bad_rows.value)
     if json:
         show_json(answer)
         return

@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
 
-from shared.datasets.examples import format_of, read_examples
-from shared.datasets.loss_mask import MaskedTokens, masked_tokens
+from shared.datasets.checker import read_examples
+from shared.datasets.examples import format_of
+from shared.datasets.loss_mask import MaskedTokens
 from shared.datasets.templates import template_for
 from shared.datasets.tokens import Tokenizer
+from shared.datasets.training_rows import training_rows
 from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters
 from shared.storage.artifacts import LocalArtifactStore
@@ -32,8 +34,9 @@ class TokenCounts:
     """What a file comes to.
 
     Attributes:
-        rows: rows with supervised tokens.
-        dropped: rows without supervised tokens within `max_length`.
+        rows: rows with supervised tokens, as they are trained on.
+        dropped: rows of the file that have none within `max_length`.
+        truncated: rows of which a part is cut.
         tokens, supervised_tokens: of all rows that are not dropped, once.
         lengths: tokens of each row that was tokenised.
     """
@@ -43,6 +46,7 @@ class TokenCounts:
     tokens: int
     supervised_tokens: int
     lengths: tuple[int, ...] = ()
+    truncated: int = 0
 
 
 class Tokenizers:
@@ -75,7 +79,7 @@ class Tokenizers:
 def tokenised_rows(
     file: Path, tokenizer: Tokenizer, hyper: Hyperparameters, check: Callable[[], None]
 ) -> Iterator[TokenisedRow]:
-    """Rows of a checked file in order, numbered from 1.
+    """Rows of a checked file in order, numbered from 1; a text that fills several has its number several times.
 
     Args:
         check: asked before each row; what it raises ends the work.
@@ -87,28 +91,38 @@ def tokenised_rows(
     for number, example in enumerate(read_examples(file), 1):
         check()
         template = template or template_for(format_of(example), tokenizer.chat)
-        turns = template.turns(example)
-        tokens = masked_tokens(tokenizer, turns, max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt)
-        yield TokenisedRow(number, template.id, tokens)
+        rows = training_rows(
+            tokenizer,
+            template,
+            example,
+            max_length=hyper.max_length,
+            train_on_prompt=hyper.train_on_prompt,
+            truncation=hyper.truncation,
+        )
+        if not rows:
+            yield TokenisedRow(number, template.id, None)
+        for tokens in rows:
+            yield TokenisedRow(number, template.id, tokens)
 
 
 def count_tokens(rows: Iterator[TokenisedRow], file_rows: int) -> TokenCounts:
     """The counts of a file of `file_rows` rows, from the first `SAMPLED_ROWS` of them."""
-    sampled = dropped = supervised = 0
+    sampled = dropped = truncated = supervised = 0
     lengths = []
-    for row in islice(rows, SAMPLED_ROWS):
-        sampled += 1
+    for row in takewhile(lambda row: row.number <= SAMPLED_ROWS, rows):
+        sampled = row.number
         if row.tokens is None:
             dropped += 1
         else:
             lengths.append(len(row.tokens.ids))
+            truncated += row.tokens.cut
             supervised += row.tokens.supervised_count
     scale = file_rows / max(1, sampled)
-    all_dropped = round(dropped * scale)
     return TokenCounts(
-        rows=file_rows - all_dropped,
-        dropped=all_dropped,
+        rows=round((len(lengths) + dropped) * scale) - round(dropped * scale),
+        dropped=round(dropped * scale),
         tokens=round(sum(lengths) * scale),
         supervised_tokens=round(supervised * scale),
         lengths=tuple(lengths),
+        truncated=round(truncated * scale),
     )

@@ -1,8 +1,8 @@
 """A file as clients see it: OpenAI's FileObject, with the dataset's report as an extra key."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from services.gateway.files.store import StoredFile
 from shared.datasets.examples import Format
@@ -16,12 +16,32 @@ class LengthBin(BaseModel):
     rows: int
 
 
+class SkippedRow(BaseModel):
+    line: Annotated[int, Field(description="1-based; of a Parquet file, the row's number")]
+    path: str
+    code: str
+    message: str
+
+
+class DerivedJson(BaseModel):
+    """Rows as JSON Lines that are kept beside the file's own bytes, and learnt from in their stead."""
+
+    made_from: Literal["json", "csv", "tsv", "parquet"]
+    how: str
+    bytes: int
+    sha256: str
+
+
 class DatasetJson(BaseModel):
     format: Format
     rows: int
     duplicates: int
     length_histogram: list[LengthBin]
     warnings: list[str]
+    skipped_rows: Annotated[int, Field(description="bad rows left out, with on_bad_rows=skip")] = 0
+    skipped: Annotated[list[SkippedRow], Field(description="the first hundred of them")] = []
+    needs: Annotated[list[str], Field(description="what a chat template must have a place for")] = []
+    derived: DerivedJson | None = None
 
 
 class FileJson(BaseModel):

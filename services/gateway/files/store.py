@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, delete, insert, or_, select
 
 from shared.clock import Nanoseconds, seconds_of
-from shared.datasets.examples import DatasetReport
+from shared.datasets.checker import DatasetReport
 from shared.errors import InvalidRequest, NotFound
 from shared.jobs.spec import UNFINISHED
 from shared.paging import Cursor, Page, keyset_page
@@ -42,10 +42,14 @@ class NewFile:
     bytes: int
     sha256: str
     report: DatasetReport
+    on_bad_rows: str = "refuse"
 
     def fingerprint(self) -> str:
         """SHA-256 of what is to be stored."""
-        return hashlib.sha256("\n".join((self.sha256, self.purpose, self.filename)).encode()).hexdigest()
+        requested = [self.sha256, self.purpose, self.filename]
+        if self.on_bad_rows != "refuse":
+            requested.append(self.on_bad_rows)
+        return hashlib.sha256("\n".join(requested).encode()).hexdigest()
 
 
 class FileStore:

@@ -7,14 +7,17 @@ import contextlib
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from services.gateway.files.conversion import Kind, check_table, table_kind
+from services.gateway.files.derived import DerivedRows
 from services.gateway.files.store import NewFile
-from shared.datasets.examples import DatasetChecker
+from shared.datasets.checker import DatasetChecker, DatasetReport
 from shared.errors import InvalidRequest, PayloadTooLarge
 from shared.storage.artifacts import DATA, LocalArtifactStore
 
@@ -25,7 +28,8 @@ MAX_PART_HEADERS = 8
 # Boundaries, part headers and fields around the file itself.
 MAX_FORM_OVERHEAD = 64 << 10
 PURPOSE = "fine-tune"
-NOT_DATASETS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z")
+ON_BAD_ROWS = ("refuse", "skip")
+NOT_DATASETS = (".arrow", ".feather", ".xls", ".xlsx", ".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z")
 
 
 @contextlib.contextmanager
@@ -35,8 +39,10 @@ def receiving(artifacts: LocalArtifactStore, content_type: str, max_bytes: int) 
     Raises:
         InvalidRequest: see `DatasetUpload`.
     """
-    with artifacts.staged() as folder, contextlib.closing(DatasetUpload(content_type, folder, max_bytes)) as upload:
-        yield upload
+    with artifacts.staged() as folder:
+        upload = DatasetUpload(content_type, folder, max_bytes, artifacts.require_space)
+        with contextlib.closing(upload):
+            yield upload
 
 
 class DatasetUpload:
@@ -45,13 +51,16 @@ class DatasetUpload:
     Args:
         content_type: the request's header.
         folder: an empty staged folder; the file is written to `folder/data`.
-        max_bytes: size of the file.
+        max_bytes: size of the file, and of the rows derived from it.
+        require_space: raises OSError if the disk is full.
 
     Raises:
         InvalidRequest: the content type is not multipart/form-data with a boundary.
     """
 
-    def __init__(self, content_type: str, folder: Path, max_bytes: int) -> None:
+    def __init__(
+        self, content_type: str, folder: Path, max_bytes: int, require_space: Callable[[], None] = lambda: None
+    ) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidRequest("send multipart/form-data with the parts 'purpose' and 'file'", code="not_multipart")
@@ -76,7 +85,10 @@ class DatasetUpload:
         self.folder = folder
         self._file = (folder / DATA).open("wb")
         self._max_bytes = max_bytes
+        self._require_space = require_space
         self._checker = DatasetChecker()
+        self._derived: DerivedRows | None = None
+        self._table: Kind | None = None
         self._sha256 = hashlib.sha256()
         self._received = self._size = self._parts = 0
         self._header_name, self._header_value = bytearray(), bytearray()
@@ -108,6 +120,8 @@ class DatasetUpload:
         Raises:
             InvalidRequest: a part is missing, the body ended early, or the purpose is not ours.
             InvalidDataset: a row is bad, or there is none.
+            PayloadTooLarge: so many rows come out of it.
+            Overloaded: see `check_table`.
         """
         self._file.close()
         if not self._complete:
@@ -117,16 +131,42 @@ class DatasetUpload:
         if "purpose" not in self._fields:
             raise InvalidRequest("the part 'purpose' is missing; send 'fine-tune'", param="purpose")
         self._check_purpose()
-        report = self._checker.finish()
-        return NewFile(self._filename, PURPOSE, self._size, self._sha256.hexdigest(), report)
+        report = self._report()
+        return NewFile(self._filename, PURPOSE, self._size, self._sha256.hexdigest(), report, self._on_bad_rows)
 
     def close(self) -> None:
         self._file.close()
+        if self._derived is not None:
+            self._derived.close()
+
+    def _report(self) -> DatasetReport:
+        how = "" if self._table is None else check_table(self._table, self.folder / DATA, self._checker)
+        report = self._checker.finish()
+        if self._derived is None:
+            return report
+        if self._table is None and not report.skipped_rows:
+            self._derived.discard()
+            return report
+        self._derived.finish()
+        left_out = "bad rows were left out" if report.skipped_rows else ""
+        derived = {
+            "made_from": self._table or "json",
+            "how": "; ".join(filter(None, [how, left_out])),
+            "bytes": self._derived.size,
+            "sha256": self._derived.sha256,
+        }
+        return replace(report, derived=derived)
+
+    @property
+    def _on_bad_rows(self) -> str:
+        return bytes(self._fields.get("on_bad_rows", b"")).decode("utf-8", "replace") or "refuse"
 
     def _on_part_begin(self) -> None:
         if self._part == "purpose":
             # Known before the file, as OpenAI's client sends it, it is checked before the file.
             self._check_purpose()
+        if self._part == "on_bad_rows":
+            self._check_on_bad_rows()
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise InvalidRequest(f"more than {MAX_PARTS} parts", code="not_multipart")
@@ -140,10 +180,12 @@ class DatasetUpload:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
-        if name not in ("file", "purpose"):
+        if name not in ("file", "purpose", "on_bad_rows"):
             shown = name if name.isprintable() and name.isascii() else "?"
             raise InvalidRequest(
-                f"unknown part '{shown[:64]}'; expected 'purpose' and 'file'", param=shown[:64], code="unknown_field"
+                f"unknown part '{shown[:64]}'; expected 'purpose', 'file' and perhaps 'on_bad_rows'",
+                param=shown[:64],
+                code="unknown_field",
             )
         if name in self._fields or (name == "file" and self._filename is not None):
             raise InvalidRequest(f"the part '{name}' comes twice", param=name)
@@ -151,13 +193,25 @@ class DatasetUpload:
             self._filename = safe_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
             if self._filename.lower().endswith(NOT_DATASETS):
                 raise InvalidRequest(
-                    f"{self._filename}: not accepted; send JSON Lines, one object per line, or one JSON array",
+                    f"{self._filename}: not accepted; send JSON Lines, one object per line, or one JSON array, CSV or "
+                    "Parquet",
                     param="file",
                     code="unsupported_file_type",
                 )
+            self._begin_rows(self._filename)
+        elif name == "on_bad_rows" and self._filename is not None:
+            # The rows are checked as they come.
+            raise InvalidRequest("send the part 'on_bad_rows' before the file", param=name)
         else:
             self._fields[name] = bytearray()
         self._part = name
+
+    def _begin_rows(self, filename: str) -> None:
+        skip = self._on_bad_rows == "skip"
+        self._table = table_kind(filename)
+        if skip or self._table is not None:
+            self._derived = DerivedRows(self.folder, self._max_bytes, self._require_space)
+            self._checker = DatasetChecker(skip_bad_rows=skip, keep=self._derived.add)
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._part == "file":
@@ -175,13 +229,18 @@ class DatasetUpload:
         self._size += len(data)
         if self._size > self._max_bytes:
             raise self._too_large()
-        self._checker.feed(data)
+        if self._table is None:
+            self._checker.feed(data)
         self._sha256.update(data)
         self._file.write(data)
 
     def _check_purpose(self) -> None:
         if bytes(self._fields["purpose"]) != PURPOSE.encode():
             raise InvalidRequest(f"only the purpose '{PURPOSE}' is supported", param="purpose", code="invalid_purpose")
+
+    def _check_on_bad_rows(self) -> None:
+        if self._on_bad_rows not in ON_BAD_ROWS:
+            raise InvalidRequest(f"'on_bad_rows' must be {' or '.join(ON_BAD_ROWS)}", param="on_bad_rows")
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"a file may have at most {self._max_bytes} bytes", param="file")

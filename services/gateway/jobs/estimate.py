@@ -29,6 +29,7 @@ class EstimateJson(BaseModel):
     base_precision: BasePrecision
     rows: int
     dropped_rows: Annotated[int, Field(description="nothing of their response is left within max_length")]
+    truncated_rows: Annotated[int, Field(description="a part of them is cut at max_length")]
     total_steps: int
     checkpoints: Annotated[int, Field(description="of the whole run, the last one included")]
     tokens: Annotated[int, Field(description="real tokens over the whole run")]
@@ -85,6 +86,7 @@ def estimate(
         base_precision=spec.base_precision,
         rows=training.rows,
         dropped_rows=training.dropped,
+        truncated_rows=training.truncated,
         total_steps=plan.total_steps,
         checkpoints=checkpoints,
         tokens=tokens,

@@ -1,7 +1,7 @@
 """From a client's request to the complete specification a worker trains by, and the advice that goes with it.
 
-Every default is filled in here, once; nothing is looked up again later. A pure function of the request, the rows that
-it names (`Sources`) and what is known of its base. Knows no HTTP and no SQL.
+Every default is filled in here, once; nothing is looked up again later. A function of the request, the rows that it
+names (`Sources`), what is known of its base and a look at its files. Knows no HTTP and no SQL.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from services.gateway.bases.metadata import BaseMetadata
 from services.gateway.files.store import StoredFile
+from services.gateway.jobs.length_check import LengthCheck
 from services.gateway.jobs.request_schema import JobRequest
 from shared.bases.catalogue import Base, Catalogue
 from shared.errors import InvalidRequest
@@ -55,11 +56,18 @@ class JobResolver:
 
     Args:
         metadata: what is known of a base that has been prepared; None for one that has not.
+        lengths: what looks at the rows' lengths; without it nothing is said of them.
     """
 
-    def __init__(self, catalogue: Catalogue, metadata: Callable[[str], BaseMetadata | None]) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        metadata: Callable[[str], BaseMetadata | None],
+        lengths: LengthCheck | None = None,
+    ) -> None:
         self._catalogue = catalogue
         self._metadata = metadata
+        self._lengths = lengths
 
     def resolve(self, request: JobRequest, sources: Sources) -> Resolved:
         """The specification of the job that is requested.
@@ -96,7 +104,13 @@ class JobResolver:
             initial_adapter=parent.adapter if parent else None,
             keep_checkpoints=request.keep_checkpoints or DEFAULT_KEEP_CHECKPOINTS,
         )
-        return Resolved(spec, _warnings(spec, training, validation))
+        return Resolved(spec, [*self._cut(spec, training, validation), *_warnings(spec, training, validation)])
+
+    def _cut(self, spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
+        metadata = self._metadata(spec.base)
+        if metadata is None or self._lengths is None:
+            return []
+        return self._lengths.warnings(spec, training, validation, metadata.context)
 
     def _check_fit(
         self,

@@ -48,7 +48,7 @@ async def estimate_fine_tuning_job(
         spec, tokenizer = resolved.spec, tokenizers.get(resolved.spec.base)
 
         def counts(file: StoredFile) -> TokenCounts:
-            rows = tokenised_rows(artifacts.file_data(file.id), tokenizer, spec.hyperparameters, check)
+            rows = tokenised_rows(artifacts.file_rows(file.id), tokenizer, spec.hyperparameters, check)
             return count_tokens(rows, file.dataset["rows"])
 
         training = counts(named.training)

@@ -71,7 +71,7 @@ async def preview_file(
         base = catalogue.get_for_job(model).id
         tokenizer = tokenizers.get(base)
         hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
-        rows = islice(tokenised_rows(artifacts.file_data(file.id), tokenizer, hyper, check), limit)
+        rows = islice(tokenised_rows(artifacts.file_rows(file.id), tokenizer, hyper, check), limit)
         return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
 
     return await pool.run(request, preview)

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.files.schemas import FileDeletedJson, FileJson, FileListJson, file_json, file_list_json
 from services.gateway.files.store import FileStore
-from services.gateway.files.upload import MAX_FORM_OVERHEAD, DatasetUpload, receiving
+from services.gateway.files.upload import MAX_FORM_OVERHEAD, ON_BAD_ROWS, DatasetUpload, receiving
 from services.gateway.http.auth import AuthenticatedRoute, StreamingRoute
 from services.gateway.http.idempotency import Attempt, IdempotencyStore, StoredResponse
 from services.gateway.routes.dependencies import (
@@ -41,6 +41,7 @@ _FORM = {
     "additionalProperties": False,
     "properties": {
         "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "on_bad_rows": {"type": "string", "enum": list(ON_BAD_ROWS), "description": "before the file; else refuse"},
         "file": {"type": "string", "contentMediaType": "application/octet-stream"},
     },
 }
@@ -58,7 +59,7 @@ async def create_file(
     project: Project,
     attempts: Attempts,
 ) -> Response:
-    """Upload a dataset: JSON Lines or one JSON array of instruction, completion or chat rows."""
+    """Upload a dataset, as JSON Lines, one JSON array, CSV or Parquet: instruction, completion, chat or text rows."""
     limit = settings.max_upload_bytes
     check_declared_length(request, limit + MAX_FORM_OVERHEAD)
     content_type = request.headers.get("content-type", "")

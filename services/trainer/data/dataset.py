@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterator
@@ -21,17 +22,20 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from numpy.typing import NDArray
 
 from services.trainer.contract import Check
-from shared.datasets.examples import Example, format_of, read_examples
-from shared.datasets.loss_mask import masked_tokens
+from shared.datasets.checker import read_examples
+from shared.datasets.examples import Example, format_of
 from shared.datasets.templates import Template, template_for
 from shared.datasets.tokens import Tokenizer
+from shared.datasets.training_rows import training_rows
 from shared.errors import InvalidRequest, JobFailed, NotFound, Unavailable
 from shared.jobs.spec import Hyperparameters, JobSpec
-from shared.storage.artifacts import LocalArtifactStore, sha256_of
+from shared.storage.artifacts import DATA, LocalArtifactStore, derived_name, sha256_of
 
 # Raised whenever the same rows would give other tokens or another file layout.
 CACHE_FORMAT = 1
 ROWS_BETWEEN_CHECKS = 64
+# Keys of rows that the first version passed over. Without a backslash before it, this is a key, and no part of a text.
+ONCE_IGNORED = re.compile(rb'(?<!\\)"(?:system|history|train|training|loss|reasoning_content|reasoning|thinking)"\s*:')
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,10 @@ def _prepare(
         actual = sha256_of(file)
         if sha256 is not None and actual != sha256:
             raise JobFailed(f"the {role} file {file_id} is not the one the job was created with", code=code)
-        return tokenise(store, tokenizer, file, actual, hyper, check)
+        rows = store.file_rows(file_id)
+        if rows != file and derived_name(sha256_of(rows)) != rows.name:
+            raise JobFailed(f"the rows that were made of the {role} file {file_id} have changed", code=code)
+        return tokenise(store, tokenizer, rows, actual, hyper, check)
     except (InvalidRequest, NotFound) as error:
         raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
 
@@ -116,6 +123,10 @@ def tokenise(
     store: LocalArtifactStore, tokenizer: Tokenizer, file: Path, sha256: str, hyper: Hyperparameters, check: Check
 ) -> Rows:
     """The tokenised rows of an uploaded file, from the cache if the same tokens were made before.
+
+    Args:
+        file: what its rows are read from.
+        sha256: of the file as it was uploaded.
 
     Raises:
         InvalidRequest: the rows do not fit any template of this base, or nothing is left to learn of any.
@@ -129,6 +140,7 @@ def tokenise(
         template.id,
         hyper.max_length,
         hyper.train_on_prompt,
+        *_differences(file, hyper),
     ]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     folder = store.cache(sha256, key)
@@ -147,6 +159,27 @@ def tokenise(
     if rows is None:
         raise Unavailable("the tokenised data cannot be read back; is the artifacts folder's disk full?", code="cache")
     return rows
+
+
+def _differences(file: Path, hyper: Hyperparameters) -> list[str]:
+    """What makes other tokens of the same bytes than the first version did, which knew none of it."""
+    found: list[str] = [] if hyper.truncation == "cut_end" else [hyper.truncation]
+    if file.name != DATA:
+        found.append(file.name)
+    if _has_keys_once_ignored(file):
+        found.append("keys")
+    return found
+
+
+def _has_keys_once_ignored(file: Path) -> bool:
+    with file.open("rb") as stream:
+        before = b""
+        while chunk := stream.read(1 << 20):
+            if ONCE_IGNORED.search(before + chunk):
+                return True
+            # A key may be cut in two.
+            before = chunk[-64:]
+    return False
 
 
 def _template(file: Path, tokenizer: Tokenizer) -> Template:
@@ -170,19 +203,24 @@ def _write(
     for index, example in enumerate(examples):
         if index % ROWS_BETWEEN_CHECKS == 0:
             check()
-        turns = template.turns(example)
-        tokens = masked_tokens(tokenizer, turns, max_length=hyper.max_length, train_on_prompt=hyper.train_on_prompt)
-        if tokens is None:
-            dropped += 1
-            continue
-        truncated += len(tokens.ids) == hyper.max_length and tokens.ids[-1] != tokenizer.eos_id
-        ids.extend(tokens.ids)
-        supervised.extend(tokens.supervised)
-        offsets.append(len(ids))
+        rows = training_rows(
+            tokenizer,
+            template,
+            example,
+            max_length=hyper.max_length,
+            train_on_prompt=hyper.train_on_prompt,
+            truncation=hyper.truncation,
+        )
+        dropped += not rows
+        for tokens in rows:
+            truncated += tokens.cut
+            ids.extend(tokens.ids)
+            supervised.extend(tokens.supervised)
+            offsets.append(len(ids))
     if not ids:
         raise InvalidRequest(
-            f"there is nothing to learn: in all {dropped} rows the response lies beyond max_length "
-            f"{hyper.max_length}; raise max_length or shorten the prompts",
+            f"there is nothing to learn: all {dropped} rows are longer than max_length {hyper.max_length}, and nothing "
+            "of their responses is left; raise max_length or shorten the prompts",
             param="file",
         )
     ends = pa.array(np.frombuffer(offsets, np.int64))

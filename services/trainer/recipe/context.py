@@ -58,11 +58,15 @@ class RunContext:
     def identity(self) -> Identity:
         """What a checkpoint must agree with to be continued."""
         spec = self.job.spec
+        hyperparameters = spec.hyperparameters.model_dump(mode="json")
+        if spec.hyperparameters.truncation == "cut_end":
+            # The versions before did nothing else, and have not written it down.
+            del hyperparameters["truncation"]
         return {
             "training data": self.data.training.key,
             "layout": self.layout.identity,
             "seed": spec.seed,
-            "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+            "hyperparameters": hyperparameters,
             "lora": spec.lora.model_dump(mode="json"),
             "initial adapter": spec.initial_adapter,
             "base weights": self.base.loaded.sha256,

@@ -29,8 +29,8 @@ def report_rows(session: Session, rows: Rows, layout: Layout) -> None:
     session.event(f"{len(rows)} rows, {tokens} tokens, {supervised} of them supervised", data=data)
     if rows.dropped or rows.truncated:
         session.event(
-            f"{rows.truncated} rows were truncated at max_length, {rows.dropped} more were dropped: nothing of their "
-            "response was left",
+            f"{rows.truncated} rows were cut at max_length, {rows.dropped} more were dropped: nothing of them was left "
+            "to learn",
             level="warn",
             data={"dropped_rows": rows.dropped, "truncated_rows": rows.truncated},
         )
@@ -158,6 +158,7 @@ def training_report(run: RunContext, state: TrainingState, counts: tuple[int, in
         steps=history.step,
         rows=len(rows),
         dropped_rows=rows.dropped,
+        truncated_rows=rows.truncated,
         train_loss=history.mean_loss,
         eval_loss_before=history.valid_loss(0),
         eval_loss_after=history.valid_loss(history.step),

@@ -59,10 +59,13 @@ def test_checkpoints_that_coincide_are_one() -> None:
 
 
 def test_a_large_file_is_taken_to_be_like_its_beginning() -> None:
-    row = TokenisedRow(1, "instruction-v1", MaskedTokens([1, 2, 3, 4], [False, False, True, True]))
-    sample = [row, TokenisedRow(2, "instruction-v1", None), row, row]
-    assert count_tokens(iter(sample), 4) == TokenCounts(3, 1, 12, 6, (4, 4, 4))
-    assert count_tokens(iter(sample), 4_000) == TokenCounts(3_000, 1_000, 12_000, 6_000, (4, 4, 4))
+    tokens = MaskedTokens([1, 2, 3, 4], [False, False, True, True], cut=True)
+    sample = [TokenisedRow(n, "instruction-v1", None if n == 2 else tokens) for n in range(1, 5)]
+    assert count_tokens(iter(sample), 4) == TokenCounts(3, 1, 12, 6, (4, 4, 4), 3)
+    assert count_tokens(iter(sample), 4_000) == TokenCounts(3_000, 1_000, 12_000, 6_000, (4, 4, 4), 3_000)
+    # A text that fills three rows is one row of the file.
+    text = [TokenisedRow(1, "completion-v1", tokens)] * 3
+    assert count_tokens(iter(text), 100).rows == 300
     assert count_tokens(iter([]), 0) == TokenCounts(0, 0, 0, 0)
 
 

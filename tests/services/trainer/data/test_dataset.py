@@ -1,3 +1,5 @@
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from services.trainer.data import dataset
 from services.trainer.data.dataset import Rows, prepare_data
 from shared.datasets.tokens import Tokenizer
 from shared.errors import JobFailed, Unavailable
+from shared.storage.artifacts import derived_name, sha256_of
 from tests.services.trainer.harness import Row, TinyJob, ignore, instruction_rows
 
 
@@ -54,7 +57,7 @@ def test_truncation_cuts_counts_and_drops_what_has_nothing_left(tiny: TinyJob) -
     rows = prepare(tiny, [kept, cut, hopeless], max_length=8)
     assert (len(rows), rows.truncated, rows.dropped) == (2, 1, 1)
     assert rows.lengths.tolist() == [3, 8]
-    with pytest.raises(JobFailed, match="in all 1 rows") as failure:
+    with pytest.raises(JobFailed, match="all 1 rows are longer than max_length 8") as failure:
         prepare(tiny, [hopeless], max_length=8)
     assert failure.value.code == "invalid_training_file"
 
@@ -66,7 +69,7 @@ def test_equal_content_is_tokenised_once(tiny: TinyJob, monkeypatch: pytest.Monk
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "masked_tokens", unexpected)
+        patch.setattr(dataset, "training_rows", unexpected)
         assert prepare(tiny, instruction_rows(5)).key == first.key
     others = [
         prepare(tiny, instruction_rows(6)).key,
@@ -126,3 +129,73 @@ def test_a_stop_is_seen_while_tokenising(tiny: TinyJob) -> None:
     with pytest.raises(StopRequested):
         prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), check)
     assert not list((tiny.store.root / "staging").iterdir())
+
+
+def test_rows_made_of_a_file_are_learnt_in_its_stead_if_they_are_whole(tiny: TinyJob) -> None:
+    own = prepare(tiny, instruction_rows(5))
+    spec = tiny.spec(instruction_rows(5))
+    rows = b'{"instruction": "a", "output": "b"}\n'
+    path = tiny.store.file("file-training") / derived_name(hashlib.sha256(rows).hexdigest())
+    path.write_bytes(rows)
+    made = prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore).training
+    assert (len(own), len(made)) == (5, 1)
+    # Both are under the hash of the file, with which they go.
+    assert all(list(tiny.store.cached(spec.training_sha256).glob(key)) for key in (own.key, made.key))
+    path.write_bytes(rows + rows)
+    with pytest.raises(JobFailed, match="rows that were made of the training file file-training have changed"):
+        prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore)
+
+
+def test_texts_become_as_many_rows_as_they_fill(tiny: TinyJob) -> None:
+    rows = prepare(tiny, [{"text": "a b c d e f g h"}, {"text": "i"}], max_length=8)
+    assert (rows.template, rows.dropped, rows.truncated) == ("completion-v1", 0, 0)
+    assert rows.lengths.tolist()[:-1] == [8] * (len(rows) - 2) + [rows.lengths[-2]]
+    assert rows.supervised.tolist() == (rows.lengths - 1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("truncation", "counts"), [("cut_end", (2, 1, 1)), ("cut_start", (3, 2, 0)), ("drop_row", (1, 0, 2))]
+)
+def test_what_is_too_long_is_cut_as_the_job_says(tiny: TinyJob, truncation: str, counts: tuple[int, int, int]) -> None:
+    letters = "a b c d e f g h i j k l m n o p"
+    whole, end, start = (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": letters},
+        {"prompt": letters, "completion": "q"},
+    )
+    rows = prepare(tiny, [whole, end, start], max_length=8, truncation=truncation)
+    assert (len(rows), rows.truncated, rows.dropped) == counts
+    ends = [int(rows[row][0][-1]) == tiny.bases.tokenizer(tiny.spec()).eos_id for row in range(len(rows))]
+    assert ends == [True, False] if truncation == "cut_end" else all(ends)
+
+
+@pytest.mark.parametrize(
+    ("more", "other"),
+    [
+        ({}, False),
+        ({"note": 'a "system": b'}, False),
+        ({"system": None}, True),
+        ({"history": []}, True),
+        ({"turns": [{"train": False}]}, True),
+    ],
+)
+def test_tokens_of_the_first_version_are_taken_only_of_rows_that_it_read_alike(
+    tiny: TinyJob, monkeypatch: pytest.MonkeyPatch, more: Row, other: bool
+) -> None:
+    """It passed over keys that are learnt from now: a job that began with it must not go on with other rows."""
+    file = tiny.store.file(tiny.put("training", [row | more for row in instruction_rows(4000)])) / "data"
+    template = Tokenizer(tiny.store.base("tiny"))
+    content = [1, sha256_of(file), hashlib.sha256(template.fast.to_str().encode()).hexdigest()]
+    content += [template.eos_id, "instruction-v1", 8, False]
+    first = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    spec = tiny.spec([row | more for row in instruction_rows(4000)], hyper={"max_length": 8, "truncation": "cut_end"})
+    asked: list[str] = []
+
+    def stop(sha256: str, name: str) -> Path:
+        asked.append(name)
+        raise StopRequested
+
+    monkeypatch.setattr(tiny.store, "cache", stop)
+    with pytest.raises(StopRequested):
+        prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore)
+    assert (asked == [first]) is not other

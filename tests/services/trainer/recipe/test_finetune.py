@@ -74,9 +74,11 @@ def test_the_configuration_names_the_base_and_holds_no_defaults(tiny: TinyJob) -
 def test_it_reports_what_was_trained(tiny: TinyJob) -> None:
     session = RecordingSession()
     hopeless = {"instruction": "too long " * 99, "output": "never"}
-    outcome = tiny.finish(tiny.spec([*instruction_rows(11), hopeless], validation=HELD_OUT), session)
+    cut = {"instruction": "long", "output": "too long " * 99}
+    rows = [*instruction_rows(10), cut, hopeless]
+    outcome = tiny.finish(tiny.spec(rows, validation=HELD_OUT), session)
     report = outcome.report
-    assert (report.rows, report.dropped_rows, report.steps) == (11, 1, 6)
+    assert (report.rows, report.truncated_rows, report.dropped_rows, report.steps) == (11, 1, 1, 6)
     assert report.trainable_params == 2 * 2 * (8 * 32 + 8 * 32) - 2 * 8 * 16
     assert report.quantized_layers == 14
     assert report.eval_loss_before is not None

@@ -1,0 +1,133 @@
+"""What will be cut of a job's rows at `max_length`, told when the job is created, by a look of a second."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.gateway.bases.tokenised import SAMPLED_ROWS, Tokenizers, tokenised_rows
+from services.gateway.files.store import StoredFile
+from shared.datasets.loss_mask import MaskedTokens, fitted
+from shared.errors import InvalidRequest
+from shared.jobs.spec import MAX_LENGTH, Hyperparameters, JobSpec
+from shared.storage.artifacts import LocalArtifactStore
+
+SECONDS = 1.0
+AT_ONCE = 2
+CUT = {"cut_end": "lose their end, so that the model is not taught to stop", "cut_start": "lose their start"}
+
+
+@dataclass(slots=True)
+class Look:
+    """What was seen of a file's rows.
+
+    Attributes:
+        cut, dropped: rows that are trained on in part, and not at all.
+        longest: tokens of the longest row.
+    """
+
+    hyper: Hyperparameters
+    rows: int = 0
+    cut: int = 0
+    dropped: int = 0
+    longest: int = 0
+
+    def add(self, tokens: MaskedTokens | None) -> None:
+        """One more row, whole."""
+        self.rows += 1
+        if tokens is None:
+            return
+        self.longest = max(self.longest, len(tokens.ids))
+        if len(tokens.ids) > self.hyper.max_length:
+            left = fitted(tokens, self.hyper.max_length, self.hyper.truncation)
+            self.cut += left is not None
+            self.dropped += left is None
+
+    def warning(self, file_rows: int, most: int) -> str:
+        """A sentence; empty if nothing is cut.
+
+        Args:
+            file_rows: of the file.
+            most: what `max_length` may be on this base.
+        """
+        if not (self.cut or self.dropped):
+            return ""
+        seen = f"{file_rows}" if self.rows >= file_rows else f"the first {self.rows} (of {file_rows})"
+        becomes = [f"{self.cut} {CUT[self.hyper.truncation]}"] if self.cut else []
+        becomes += [f"{self.dropped} are dropped"] if self.dropped else []
+        better = (
+            f"max_length {self.longest} would cut none"
+            if self.longest <= most
+            else (f"the longest has {self.longest}, and {most} is the most that can be trained")
+        )
+        return (
+            f"{self.cut + self.dropped} of {seen} rows have more tokens than max_length {self.hyper.max_length}: "
+            f"{', '.join(becomes)}; {better}"
+        )
+
+
+class LengthCheck:
+    """Looks at the first rows of a job's files, if its base has been prepared here and not too many look already.
+
+    Args:
+        seconds: of looking at one file.
+    """
+
+    def __init__(
+        self,
+        artifacts: LocalArtifactStore,
+        tokenizers: Tokenizers,
+        *,
+        seconds: float = SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._artifacts = artifacts
+        self._tokenizers = tokenizers
+        self._seconds = seconds
+        self._clock = clock
+        self._slots = threading.BoundedSemaphore(AT_ONCE)
+
+    def warnings(
+        self, spec: JobSpec, training: StoredFile, validation: StoredFile | None, context: int | None
+    ) -> list[str]:
+        """A sentence for each file of which something will be cut or dropped.
+
+        Args:
+            context: most tokens of one sequence of the base; None if that is not known.
+
+        Raises:
+            InvalidRequest: the rows do not fit the base's template; the field that names the file is named.
+        """
+        if not self._slots.acquire(blocking=False):
+            return []
+        most = min(MAX_LENGTH, context or MAX_LENGTH)
+        try:
+            found = [self._look(spec, training, "training_file").warning(training.dataset["rows"], most)]
+            if validation:
+                told = self._look(spec, validation, "validation_file").warning(validation.dataset["rows"], most)
+                found.append(told and f"validation file: {told}")
+        finally:
+            self._slots.release()
+        return [text for text in found if text]
+
+    def _look(self, spec: JobSpec, file: StoredFile, param: str) -> Look:
+        look = Look(spec.hyperparameters)
+        if file.dataset["format"] == "text":
+            # Divided, never cut.
+            return look
+        try:
+            tokenizer = self._tokenizers.get(spec.base)
+        except InvalidRequest:
+            # Not prepared yet: the worker will tell.
+            return look
+        whole = spec.hyperparameters.model_copy(update={"max_length": sys.maxsize, "truncation": "cut_end"})
+        deadline = self._clock() + self._seconds
+        try:
+            for row in tokenised_rows(self._artifacts.file_rows(file.id), tokenizer, whole, lambda: None):
+                look.add(row.tokens)
+                if row.number >= SAMPLED_ROWS or self._clock() > deadline:
+                    break
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{param}: {error.message}", param=param, code=error.code) from error
+        return look

@@ -1,0 +1,130 @@
+"""What will be cut of a job's rows is told when it is created, with the `max_length` that would cut none."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from services.gateway.bases.tokenised import Tokenizers
+from services.gateway.jobs.length_check import LengthCheck, Look
+from services.gateway.settings import GatewaySettings
+from shared.bases.base_model import prepare_base
+from shared.datasets.loss_mask import MaskedTokens
+from shared.jobs.spec import Hyperparameters, JobSpec
+from shared.storage.artifacts import LocalArtifactStore
+from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
+from tests.tiny import tiny_catalogue, write_catalogue, write_tiny_model
+
+PATH = "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture
+def gateway(settings: Callable[..., GatewaySettings], tmp_path: Any) -> Iterator[Gateway]:
+    """With the tiny base prepared."""
+    model = write_tiny_model(tmp_path / "model")
+    made = settings(catalogue=write_catalogue(tmp_path / "catalogue.toml", model))
+    prepare_base(tiny_catalogue(model).get("tiny"), LocalArtifactStore(made.artifacts_root))
+    with running_gateway(made) as running:
+        yield running
+
+
+def created(gateway: Gateway, rows: list[dict[str, Any]], **body: Any) -> dict[str, Any]:
+    answer = gateway.http.post(PATH, json={"model": "tiny", "training_file": gateway.uploaded(rows)} | body)
+    assert answer.is_success, answer.text
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def of_cutting(job: dict[str, Any]) -> list[str]:
+    return [text for text in job["warnings"] if "max_length" in text]
+
+
+def test_a_job_says_at_its_creation_what_will_be_cut(gateway: Gateway) -> None:
+    rows = [*ROWS[:50], *({"instruction": f"{n}?", "output": f"{n} " * 60} for n in range(10, 20))]
+    rows += [{"instruction": "long " * 60, "output": f"{n}"} for n in range(4)]
+    short = {"hyperparameters": {"max_length": 100}}
+    (warning,) = of_cutting(created(gateway, rows, **short))
+    assert warning.startswith(
+        "14 of 64 rows have more tokens than max_length 100: 10 lose their end, so that the model is not taught to "
+        "stop, 4 are dropped; max_length "
+    )
+    enough = int(warning.split("; max_length ")[1].split()[0])
+    assert warning.endswith(f"; max_length {enough} would cut none")
+    assert of_cutting(created(gateway, rows, hyperparameters={"max_length": enough})) == []
+    (less,) = of_cutting(created(gateway, rows, hyperparameters={"max_length": enough - 1}))
+    assert f"max_length {enough} would cut none" in less
+    (start,) = of_cutting(created(gateway, rows, hyperparameters={"max_length": 100, "truncation": "cut_start"}))
+    assert ": 14 lose their start; " in start
+    (drop,) = of_cutting(created(gateway, rows, hyperparameters={"max_length": 100, "truncation": "drop_row"}))
+    assert ": 14 are dropped; " in drop
+    # An estimate counts the same.
+    body = {"model": "tiny", "training_file": gateway.uploaded(rows)} | short
+    estimate = gateway.http.post("/v1/fine_tuning/estimates", json=body).json()
+    assert (estimate["dropped_rows"], estimate["truncated_rows"]) == (4, 10)
+    assert warning in estimate["warnings"]
+
+
+def test_the_validation_file_is_looked_at_too(gateway: Gateway) -> None:
+    long = gateway.uploaded([{"instruction": "a", "output": "b " * 400}])
+    job = created(gateway, ROWS, validation_file=long)
+    (warning,) = of_cutting(job)
+    assert warning.startswith("validation file: 1 of 1 rows have more tokens than max_length 512: 1 lose their end")
+    assert warning.endswith("and 512 is the most that can be trained")
+
+
+def test_texts_are_divided_and_not_cut(gateway: Gateway) -> None:
+    assert of_cutting(created(gateway, [{"text": "a b c " * 400}])) == []
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "tools"])
+def test_rows_that_the_bases_template_has_no_place_for_are_refused(gateway: Gateway, key: str) -> None:
+    answer: dict[str, Any] = {"role": "assistant", "content": "4"}
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "2+2?"}, answer]}
+    if key == "tools":
+        row["tools"] = [{"type": "function", "function": {"name": "add"}}]
+    else:
+        answer["reasoning_content"] = "add them"
+    made = gateway.upload(as_jsonl([row])).json()
+    assert made["dataset"]["needs"] == [key]
+    refused = gateway.http.post(PATH, json={"model": "tiny", "training_file": made["id"]})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "training_file", "template_error")
+    assert f"no place for {key}" in error["message"]
+    preview = gateway.http.get(f"/v1/files/{made['id']}/preview", params={"model": "tiny"})
+    assert (preview.status_code, f"no place for {key}" in preview.text) == (400, True)
+    assert created(gateway, ROWS)["status"] in ("validating_files", "queued")
+
+
+def test_a_look_ends_after_its_seconds_and_says_how_far_it_came(gateway: Gateway) -> None:
+    file = gateway.uploaded([{"instruction": f"{n}?", "output": "7 " * 100} for n in range(40)])
+    with gateway.services.database.read() as tx:
+        stored = gateway.services.files.get(tx, "default", file)
+    ticks = iter(range(1000))
+    store = LocalArtifactStore(gateway.settings.artifacts_root)
+    check = LengthCheck(store, Tokenizers(store), seconds=9, clock=lambda: next(ticks))
+    spec = JobSpec(
+        base="tiny",
+        base_revision="",
+        training_file=file,
+        training_sha256="",
+        hyperparameters=Hyperparameters(max_length=64),
+    )
+    (warning,) = check.warnings(spec, stored, None, 512)
+    assert warning.startswith("10 of the first 10 (of 40) rows have more tokens than max_length 64")
+    # Others look: this job is made without.
+    with check._slots, check._slots:
+        assert check.warnings(spec, stored, None, 512) == []
+    assert check.warnings(spec.model_copy(update={"base": "unknown"}), stored, None, 512) == []
+
+
+def test_a_look_at_rows_of_every_kind() -> None:
+    look = Look(Hyperparameters(max_length=8))
+    assert look.warning(0, 512) == ""
+    look.add(MaskedTokens([1] * 8, [False] + [True] * 7))
+    look.add(None)
+    assert look.warning(2, 512) == ""
+    look.add(MaskedTokens([1] * 9, [False] * 8 + [True]))
+    assert (
+        look.warning(3, 512)
+        == "1 of 3 rows have more tokens than max_length 8: 1 are dropped; max_length 9 would cut none"
+    )
