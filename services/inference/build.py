@@ -81,7 +81,8 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
         dtype=str(dtype).removeprefix("torch."),
         device=loaded.device.type,
     )
-    return Serving(base, loaded.tokenizer, engine, admission, adapters)
+    cuts = settings.beyond_context == "cut"
+    return Serving(base, loaded.tokenizer, engine, admission, adapters, cuts_new_tokens=cuts)
 
 
 def _leave() -> None:

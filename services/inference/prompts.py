@@ -7,10 +7,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.inference.engine.admission import prompt_too_long
 from shared.datasets.examples import Message
 from shared.datasets.templates import InstructionTemplate, Prompt, Template
 from shared.datasets.tokens import Tokenizer
-from shared.errors import InvalidRequest
 from shared.inference_api.fields import ChatMessage
 
 # Up to this many characters, encoding takes less time than handing it to a thread.
@@ -83,10 +83,7 @@ async def ids_of(
         return "", list(source.ids)
     prompt = _prompt(source, template or tokenizer.chat or InstructionTemplate())
     if most_tokens is not None and (fewest := tokenizer.fewest_tokens(prompt.text)) > most_tokens:
-        raise InvalidRequest(
-            f"the prompt has at least {fewest} tokens; with at least one new token at most {most_tokens} fit",
-            param="inputs",
-        )
+        raise prompt_too_long(f"at least {fewest}", most_tokens)
     if len(prompt.text) <= _SHORT:
         return prompt.text, tokenizer.encode_prompt(prompt)
     return prompt.text, await asyncio.to_thread(tokenizer.encode_prompt, prompt)

@@ -52,7 +52,12 @@ class Observer(Protocol):
 
 
 class Serving:
-    """Everything one inference process serves."""
+    """Everything one inference process serves.
+
+    Args:
+        cuts_new_tokens: whether a request for more new tokens than the context has room for is given what fits; else
+            it is refused.
+    """
 
     def __init__(
         self,
@@ -61,9 +66,11 @@ class Serving:
         engine: Engine,
         admission: Admission,
         adapters: AdapterRegistry,
+        *,
+        cuts_new_tokens: bool = True,
     ) -> None:
         self.base, self.tokenizer, self.engine, self.adapters = base, tokenizer, engine, adapters
-        self._admission = admission
+        self._admission, self._cuts_new_tokens = admission, cuts_new_tokens
         self._observer: Observer | None = None
 
     def observe(self, observer: "Observer") -> None:
@@ -123,9 +130,11 @@ class Serving:
     def _complete(self, asked: PromptRequest, ids: list[int], uid: str | None) -> GenerationRequest:
         if asked.truncate is not None:
             ids = ids[-asked.truncate :]
-        new_tokens = asked.max_new_tokens
+        new_tokens, room = asked.max_new_tokens, max(1, self.engine.context - len(ids))
         if new_tokens is None:
-            new_tokens = max(1, min(asked.default_new_tokens, self.engine.context - len(ids)))
+            new_tokens = min(asked.default_new_tokens, room)
+        elif self._cuts_new_tokens:
+            new_tokens = min(new_tokens, room)
         return replace(asked.request, prompt=ids, adapter=uid, max_new_tokens=new_tokens)
 
     async def ready(self, within_seconds: float) -> None:

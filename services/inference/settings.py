@@ -1,6 +1,6 @@
 """The inference process's settings, beside those all services share. Built by the entry only."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,8 @@ class InferenceSettings(Settings, populate_by_name=True):
             or fp16.
         slots: sequences generated at once.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
+        beyond_context: what becomes of a request for more new tokens than the context has room for: it is given what
+            fits (`cut`) or refused (`refuse`).
         prefill_chunk: prompt tokens computed between two decode steps; None is 128 on a CPU and 1,024 on a GPU,
             which takes hardly longer for them.
         queue_requests, queue_tokens: how many requests and prompt tokens may wait; beyond, 429.
@@ -41,6 +43,7 @@ class InferenceSettings(Settings, populate_by_name=True):
     precision: Annotated[ServingPrecision | None, Field(validation_alias=_named("PRECISION"))] = None
     slots: Annotated[int, Field(validation_alias=_named("SLOTS"), ge=1, le=1024)] = 16
     context: Annotated[int, Field(validation_alias=_named("CONTEXT"), ge=16, le=1 << 20)] = 2048
+    beyond_context: Annotated[Literal["cut", "refuse"], Field(validation_alias=_named("BEYOND_CONTEXT"))] = "cut"
     prefill_chunk: Annotated[int | None, Field(validation_alias=_named("PREFILL_CHUNK"), ge=1, le=1 << 16)] = None
     queue_requests: Annotated[int, Field(validation_alias=_named("QUEUE_REQUESTS"), ge=1, le=1 << 20)] = 128
     queue_tokens: Annotated[int, Field(validation_alias=_named("QUEUE_TOKENS"), ge=1, le=1 << 30)] = 65_536

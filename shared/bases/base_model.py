@@ -208,7 +208,6 @@ def load_base(
         device_map={"": device},
         local_files_only=True,
         use_safetensors=True,
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]

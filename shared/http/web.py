@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -22,13 +22,11 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError, Unauthenticated
+from shared.http.validation import validation_error
 from shared.logs import get_logger
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-_PLAIN = re.compile(r"[A-Za-z0-9_\-\[\]]+")
-# Pydantic's names for the branches of a union.
-_BRANCH = re.compile(r"str|int|float|bool|(constrained|function)-.*|(list|dict)\[.*")
 # FastAPI's words for a body that is neither JSON nor wrong JSON.
 _READABLE = {"There was an error parsing the body": "the body cannot be read as JSON; is a number in it far too long?"}
 _TGI_TYPES = {400: "validation", 404: "validation", 413: "validation", 422: "validation", 429: "overloaded"}
@@ -59,47 +57,6 @@ def error_response(error: TunesmithError, path: str) -> JSONResponse:
     # TGI's clients know 422 as the caller's fault; OpenAI's know 400.
     status = 422 if type(error).status == 400 and not path.startswith("/v1/") else error.status
     return JSONResponse(error_body(error, path), status, headers)
-
-
-def validation_error(error: RequestValidationError) -> InvalidRequest:
-    """The first thing wrong with a request body, named by its field.
-
-    The offending value is not echoed: it may be NaN, a lone surrogate or a secret.
-    """
-    first = _furthest(error.errors())
-    location = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    if first["type"] == "json_invalid":
-        return InvalidRequest("the body is not valid JSON", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        return _unknown_field(_fields(location[:-1]), location[-1])
-    field = ".".join(_fields(location)) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return InvalidRequest(f"{field}: {message}" if field else message, param=field)
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    """Of a location what the client wrote: a union puts the names of its branches between."""
-    return [part for part in location if _PLAIN.fullmatch(part) and not _BRANCH.fullmatch(part)]
-
-
-def _unknown_field(within: list[str], name: str) -> InvalidRequest:
-    if _PLAIN.fullmatch(name):
-        field = ".".join([*within, name])
-        return InvalidRequest(f"unknown field '{field}'", param=field, code="unknown_field")
-    where = ".".join(within) or None
-    place = f" in '{where}'" if where else ""
-    return InvalidRequest(f"unknown field {name[:60]!r}{place}", param=where, code="unknown_field")
-
-
-def _furthest(errors: Sequence[Any]) -> Any:
-    """The first error; of a union's, that of the branch that fits furthest into what was sent."""
-    first = errors[0]
-    above = first["loc"][:-1]
-    if first["type"] == "extra_forbidden" or not _BRANCH.fullmatch(str(first["loc"][-1])):
-        return first
-    of_union = [error for error in errors if error["loc"][: len(above)] == above]
-    # What is of another type altogether fits least.
-    return max(of_union, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -7,7 +7,9 @@ adapter's id, or empty for the base that is served.
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from shared.http.validation import named
 from shared.inference_api.fields import (
     MAX_TEXT,
     MIN_DIVISOR,
@@ -17,7 +19,19 @@ from shared.inference_api.fields import (
     ModelName,
     NotBuilt,
     StopString,
+    StopStrings,
     Text,
+    TopK,
+    TopP,
+    stops_of,
+)
+from shared.inference_api.ignored import Ignored, Only
+from shared.inference_api.other_servers import (
+    LlamaCppFields,
+    OllamaFields,
+    OpenAIFields,
+    VllmChatFields,
+    VllmCompletionFields,
 )
 
 CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -27,43 +41,62 @@ NO_MODEL_IN_PARTICULAR = frozenset({"", "dummy", "tgi"})
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: Annotated[Any, Ignored("nothing is added to chunks")] = None
+    continuous_usage_stats: Annotated[Any, Ignored("the usage comes once, at the end")] = None
 
 
-class _OpenAIBody(Body):
+class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
     """What OpenAI's two generation routes share; ours are `top_k`, `repetition_penalty` and `ignore_eos`."""
 
-    model: ModelName = ""
+    model: ModelName | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK = None
     repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
+    repeat_penalty: Annotated[
+        Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None,
+        Field(description="llama.cpp's word for repetition_penalty."),
+    ] = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | StopStrings | None = None
+    include_stop_str_in_output: bool | None = None
     max_tokens: Count | None = None
+    truncate_prompt_tokens: Annotated[
+        Count | None, Field(description="Keep only so many of the prompt's last tokens.")
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=1, description="Only 1 is supported.")] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
     frequency_penalty: NotBuilt = None
     presence_penalty: NotBuilt = None
     logit_bias: NotBuilt = None
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return stops_of(self.stop)
 
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _one_penalty(self) -> Self:
+        if self.repeat_penalty is not None:
+            if self.repetition_penalty not in (None, self.repeat_penalty):
+                raise ValueError("repeat_penalty and repetition_penalty are two names for one thing")
+            self.repetition_penalty = self.repeat_penalty
+        if self.repetition_penalty not in (None, 1.0) and self.repeat_last_n not in (None, -1):
+            refusal = "a repetition penalty counts the whole text here; leave it out, or send -1"
+            raise PydanticCustomError("not_built", "{refusal}", {"refusal": refusal, **named("repeat_last_n")})
+        return self
 
 
 class TextFormat(Body):
     type: Literal["text"]
 
 
-class ChatCompletionBody(_OpenAIBody):
+class ChatCompletionBody(_OpenAIBody, VllmChatFields):
     """`max_tokens` unset: up to 512 new tokens, as far as the context goes."""
 
     messages: Messages
@@ -71,16 +104,12 @@ class ChatCompletionBody(_OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
-    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
-    store: NotBuilt = None
     tools: NotBuilt = None
-    tool_choice: NotBuilt = None
-    tool_prompt: NotBuilt = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tool_prompt: Annotated[Any, Ignored("it counts with tools only")] = None
+    parallel_tool_calls: Annotated[Any, Ignored("it counts with tools only")] = None
     functions: NotBuilt = None
-    function_call: NotBuilt = None
-    parallel_tool_calls: NotBuilt = None
-    modalities: NotBuilt = None
-    audio: NotBuilt = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
     reasoning_effort: NotBuilt = None
 
     @model_validator(mode="after")
@@ -95,7 +124,7 @@ class ChatCompletionBody(_OpenAIBody):
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TEXT)]
 
 
-class CompletionBody(_OpenAIBody):
+class CompletionBody(_OpenAIBody, VllmCompletionFields):
     """`prompt` is one text, as it stands, or its token ids; `max_tokens` is 16 if unset, as OpenAI's."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | TokenIds

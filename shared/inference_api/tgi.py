@@ -3,17 +3,30 @@
 In what the gateway's clients send `adapter_id` is any name of a model; in what the gateway sends it is an adapter's id.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, RootModel, model_validator
 
-from shared.inference_api.fields import MIN_DIVISOR, Body, Count, Messages, ModelName, NotBuilt, StopString, Text
+from shared.inference_api.fields import (
+    MIN_DIVISOR,
+    Body,
+    Count,
+    Messages,
+    ModelName,
+    NotBuilt,
+    StopStrings,
+    Text,
+    TopK,
+    TopP,
+    stops_of,
+)
+from shared.inference_api.ignored import Ignored
+from shared.inference_api.other_servers import TgiFields
 
 GENERATE, GENERATE_STREAM, COMPAT = "/generate", "/generate_stream", "/"
-MAX_STOP_STRINGS = 4
 
 
-class Parameters(Body):
+class Parameters(TgiFields):
     """text-generation-inference's parameters, with LoRAX's.
 
     Attributes:
@@ -26,12 +39,13 @@ class Parameters(Body):
     adapter_id: ModelName | None = None
     max_new_tokens: Count | None = 100
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: TopK = None
+    top_p: TopP | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    stop: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopStrings | None = None
+    stop_sequences: Annotated[StopStrings | None, Field(description="An older name of stop.")] = None
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = None
     truncate: Count | None = None
@@ -39,20 +53,23 @@ class Parameters(Body):
     decoder_input_details: bool | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1, description="Only 1 is supported.")] | None = None
-    adapter_source: Annotated[Literal["local"], Field(description="Adapters come from this installation.")] | None = (
+    adapter_source: Annotated[Literal["local"] | None, Field(description="Adapters come from this installation.")] = (
         None
     )
     frequency_penalty: NotBuilt = None
     typical_p: NotBuilt = None
-    watermark: NotBuilt = None
     grammar: NotBuilt = None
     response_format: NotBuilt = None
-    merged_adapters: NotBuilt = None
-    return_k_alternatives: NotBuilt = None
-    api_token: NotBuilt = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return stops_of([*(self.stop or ()), *(self.stop_sequences or ())])
 
     @property
     def sampled(self) -> bool:
+        # What leaves the most likely token alone is greedy, whatever else is said.
+        if self.top_p == 0 or (self.temperature is not None and self.temperature < MIN_DIVISOR):
+            return False
         if self.do_sample is not None:
             return self.do_sample
         return self.temperature not in (None, 1.0) or self.top_k is not None or self.top_p not in (None, 1.0)
@@ -70,6 +87,7 @@ class GenerateBody(Body):
     messages: Messages | None = None
     parameters: Parameters | None = None
     stream: bool | None = None
+    options: Annotated[Any, Ignored("a request always waits, and answers are not cached")] = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

@@ -1,5 +1,6 @@
 """Passes an answer of inference on to the client: bytes as they come, none held back, and nothing left running."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 import httpx
@@ -20,12 +21,17 @@ _NOT_PASSED = frozenset(
 
 
 class ProxyResponse(Response):
-    """Status, headers and body of `upstream`, which is closed at the end, also if the client leaves."""
+    """Status, headers and body of `upstream`, which is closed at the end, also if the client leaves.
 
-    def __init__(self, upstream: httpx.Response) -> None:
+    Args:
+        headers: added to those of `upstream`.
+    """
+
+    def __init__(self, upstream: httpx.Response, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=upstream.status_code)
         self.raw_headers = [(name.lower(), value) for name, value in upstream.headers.raw]
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name not in _NOT_PASSED]
+        self.raw_headers += [(name.encode(), value.encode()) for name, value in headers.items()]
         self._upstream = upstream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

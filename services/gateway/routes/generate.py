@@ -25,6 +25,7 @@ from shared.inference_api.documented import (
     TGI_STREAM,
 )
 from shared.inference_api.fields import MAX_MODEL_NAME
+from shared.inference_api.ignored import IGNORED_PARAMETERS, take_ignored
 from shared.inference_api.openai import (
     CHAT_COMPLETIONS,
     COMPLETIONS,
@@ -103,7 +104,7 @@ async def _tgi(request: Request, forwarder: Forwarder, project: str, body: Gener
 async def _openai(
     request: Request, forwarder: Forwarder, project: str, body: ChatCompletionBody | CompletionBody
 ) -> Response:
-    named = "" if body.model in NO_MODEL_IN_PARTICULAR else body.model
+    named = "" if body.model is None or body.model in NO_MODEL_IN_PARTICULAR else body.model
     target = await forwarder.target(project, named, "model")
     body.model = (target.adapter or target.base) if named else ""
     return await _forwarded(request, forwarder, project, target, body, named)
@@ -112,6 +113,7 @@ async def _openai(
 async def _forwarded(
     request: Request, forwarder: Forwarder, project: str, target: Target, body: BaseModel, named: str
 ) -> Response:
+    ignored = take_ignored(body)
     sending = forwarder.send(
         project,
         target,
@@ -122,6 +124,7 @@ async def _forwarded(
         request_id=request.state.request_id,
     )
     try:
-        return ProxyResponse(await while_connected(request.receive, sending))
+        upstream = await while_connected(request.receive, sending)
     except ClientDisconnect:
         return Response(status_code=CLIENT_GONE)
+    return ProxyResponse(upstream, {IGNORED_PARAMETERS: ",".join(ignored)} if ignored else {})

@@ -79,11 +79,20 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> None:
     if prompt_tokens == 0:
         raise InvalidRequest("the prompt has no tokens", param="inputs")
     if prompt_tokens >= context:
-        raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens; with at least one new token at most {context} fit", param="inputs"
-        )
+        raise prompt_too_long(str(prompt_tokens), context)
     if prompt_tokens + max_new_tokens > context:
         raise InvalidRequest(
-            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the context of {context}",
+            f"the maximum context length is {context} tokens, but {prompt_tokens + max_new_tokens} are asked for: "
+            f"{prompt_tokens} in the prompt and {max_new_tokens} new ones",
             param="max_new_tokens",
+            code="context_length_exceeded",
         )
+
+
+def prompt_too_long(prompt_tokens: str, context: int) -> InvalidRequest:
+    """What is raised of a prompt with so many tokens; clients look for OpenAI's code and for its words."""
+    return InvalidRequest(
+        f"the maximum context length is {context} tokens, one of them new, but the prompt has {prompt_tokens} tokens",
+        param="inputs",
+        code="context_length_exceeded",
+    )

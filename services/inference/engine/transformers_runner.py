@@ -14,10 +14,16 @@ from services.inference.engine.lora import LoraStack
 from services.inference.engine.runner import Piece
 from shared.errors import TunesmithError
 
-# Decoders whose every layer attends to all earlier tokens; others would need more than a mask.
+# Decoders whose layers attend to all earlier tokens, or to those within a sliding window.
 SUPPORTED = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3", "stablelm", "starcoder2"}
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "stablelm", "starcoder2"),
+        *("gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    }
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
+# These take a mask for each kind of layer; the others one for all layers.
+_MASK_BY_KIND = frozenset({"qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"})
 
 
 class TransformersRunner:
@@ -29,14 +35,19 @@ class TransformersRunner:
         context: tokens per sequence; not more than the model's own limit is used.
 
     Raises:
-        TunesmithError: the architecture is not one of `SUPPORTED`, or has layers without full attention.
+        TunesmithError: the architecture is not one of `SUPPORTED`, or has layers of another kind.
     """
 
     def __init__(self, model: Any, *, rows: int, context: int, adapter_slots: int) -> None:
         config = model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if config.model_type not in SUPPORTED or kinds != {"full_attention"} or _slides(config):
+        window = _sliding_window(config)
+        kinds = set(getattr(config, "layer_types", None) or [FULL if window is None else SLIDING])
+        if config.model_type not in SUPPORTED or not kinds <= {FULL, SLIDING}:
             raise TunesmithError(f"the engine does not serve {config.model_type} models of layers {sorted(kinds)}")
+        # Tokens that each kind of layer sees, itself included; None for all.
+        self._windows = {kind: window if kind == SLIDING else None for kind in kinds}
+        self._mask_by_kind = config.model_type in _MASK_BY_KIND
+        assert self._mask_by_kind or len(kinds) == 1
         embedding: nn.Module = model.get_input_embeddings()
         weight = embedding.weight
         assert isinstance(weight, torch.Tensor)
@@ -89,12 +100,10 @@ class TransformersRunner:
         return self._forward(torch.tensor(ids, device=self.device)[:, None], where, end, 1)[:, 0]
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, length: int, keep: int) -> torch.Tensor:
-        # transformers uses a mask of four dimensions as it is.
-        later = torch.arange(length, device=self.device) > positions[:, None, :, None]
-        mask = torch.zeros(later.shape, dtype=self.dtype, device=self.device).masked_fill_(later, float("-inf"))
+        masks = {kind: self._mask(positions, length, window) for kind, window in self._windows.items()}
         logits: torch.Tensor = self._model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=masks if self._mask_by_kind else next(iter(masks.values())),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -102,7 +111,16 @@ class TransformersRunner:
         ).logits
         return logits.float()
 
+    def _mask(self, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+        """What to add to the scores of positions [rows, tokens] over `length` keys; transformers uses it as it is."""
+        keys, queries = torch.arange(length, device=self.device), positions[:, None, :, None]
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
 
-def _slides(config: Any) -> bool:
-    """Whether a sliding window is in force (Qwen2 names one and leaves it off)."""
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+def _sliding_window(config: Any) -> int | None:
+    """How many tokens layers that slide see; None if none does (Qwen2 names a window and leaves it off)."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None

@@ -22,6 +22,7 @@ from shared.http.event_stream import DONE
 from shared.inference_api.administration import ServedModelJson, ServedModelListJson
 from shared.inference_api.documented import CHAT_ANSWERS, COMPLETION_ANSWERS
 from shared.inference_api.fields import MIN_DIVISOR
+from shared.inference_api.ignored import take_ignored
 from shared.inference_api.openai import (
     CHAT_COMPLETIONS,
     COMPLETIONS,
@@ -72,10 +73,11 @@ async def chat_completions(
         _generation_request(body, body.top_logprobs or 0),
         body.max_completion_tokens or body.max_tokens,
         CHAT_NEW_TOKENS,
+        truncate=body.truncate_prompt_tokens,
         project_tag=project_tag,
     )
     dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs))
-    return await respond(request, serving, asked, dialect, stream=bool(body.stream))
+    return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=take_ignored(body))
 
 
 async def completions(
@@ -91,10 +93,11 @@ async def completions(
         adapter_of(body.model, serving.base),
         _generation_request(body, body.logprobs or 0),
         body.max_tokens or COMPLETION_NEW_TOKENS,
+        truncate=body.truncate_prompt_tokens,
         project_tag=project_tag,
     )
     dialect = CompletionDialect(serving, body, model_name, logprobs=body.logprobs is not None)
-    return await respond(request, serving, asked, dialect, stream=bool(body.stream))
+    return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=take_ignored(body))
 
 
 async def models(serving: ServingDep) -> ServedModelListJson:
@@ -104,16 +107,18 @@ async def models(serving: ServingDep) -> ServedModelListJson:
     return ServedModelListJson(data=[base, *adapters])
 
 
-def adapter_of(model: str, base: ServedBase) -> str | None:
+def adapter_of(model: str | None, base: ServedBase) -> str | None:
     """The adapter id that a `model` field names; None for the base."""
-    return None if model in NO_MODEL_IN_PARTICULAR or model == base.id or model in base.aliases else model
+    return (
+        None if model is None or model in NO_MODEL_IN_PARTICULAR or model == base.id or model in base.aliases else model
+    )
 
 
 def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives: int) -> GenerationRequest:
     temperature = 1.0 if body.temperature is None else body.temperature
     sampling = Sampling(
         # 0 is greedy, and so is what cannot be told from it.
-        do_sample=temperature >= MIN_DIVISOR,
+        do_sample=temperature >= MIN_DIVISOR and body.top_p != 0,
         temperature=max(temperature, MIN_DIVISOR),
         top_k=body.top_k,
         top_p=body.top_p,
@@ -124,7 +129,7 @@ def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives:
         prompt=(),
         sampling=sampling,
         stop=body.stops,
-        keep_stop=False,
+        keep_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         top_logprobs=alternatives,
     )

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from services.inference.metrics import Metrics
 from services.inference.routes.dependencies import ServingDep, SettingsDep
 from shared.inference_api.administration import INFO, InfoJson
-from shared.inference_api.tgi import MAX_STOP_STRINGS
+from shared.inference_api.fields import MAX_STOP_STRINGS
 
 READY_SECONDS = 10.0
 

@@ -18,6 +18,7 @@ from shared.errors import TunesmithError
 from shared.http.disconnect import while_connected
 from shared.http.event_stream import EventStreamResponse
 from shared.http.web import error_json
+from shared.inference_api.ignored import IGNORED_PARAMETERS
 
 
 class Dialect(Protocol):
@@ -41,9 +42,18 @@ class Dialect(Protocol):
 
 
 async def respond(
-    request: Request, serving: Serving, asked: PromptRequest, dialect: Dialect, *, stream: bool
+    request: Request,
+    serving: Serving,
+    asked: PromptRequest,
+    dialect: Dialect,
+    *,
+    stream: bool,
+    ignored: Sequence[str] = (),
 ) -> Response:
     """Generate and answer.
+
+    Args:
+        ignored: fields of the request that were taken and are not acted on; a header names them.
 
     Raises:
         ClientDisconnect: the client left before the answer began.
@@ -51,10 +61,14 @@ async def respond(
     """
     try:
         if stream:
-            return await _streamed(request, serving, asked, dialect)
-        return await while_connected(request.receive, _whole(serving, asked, dialect))
+            response = await _streamed(request, serving, asked, dialect)
+        else:
+            response = await while_connected(request.receive, _whole(serving, asked, dialect))
     except TunesmithError as error:
         raise dialect.translated(error) from error
+    if ignored:
+        response.headers[IGNORED_PARAMETERS] = ",".join(ignored)
+    return response
 
 
 async def _whole(serving: Serving, asked: PromptRequest, dialect: Dialect) -> Response:

@@ -21,6 +21,7 @@ from services.inference.routes.respond import respond
 from services.inference.serving import Serving
 from shared.errors import InvalidRequest, TunesmithError
 from shared.inference_api.documented import TGI_ANSWERS, TGI_LIST_ANSWERS, TGI_STREAM
+from shared.inference_api.ignored import take_ignored
 from shared.inference_api.tgi import (
     COMPAT,
     GENERATE,
@@ -75,7 +76,8 @@ async def _respond(
     if stream and parameters.decoder_input_details:
         raise InvalidRequest("not supported when streaming", param="parameters.decoder_input_details")
     dialect = TgiDialect(serving, parameters, as_list=as_list)
-    return await respond(request, serving, prompt_request(body, project_tag), dialect, stream=stream)
+    asked = prompt_request(body, project_tag)
+    return await respond(request, serving, asked, dialect, stream=stream, ignored=take_ignored(body))
 
 
 def prompt_request(body: GenerateBody, project_tag: str = "") -> PromptRequest:
@@ -93,7 +95,7 @@ def prompt_request(body: GenerateBody, project_tag: str = "") -> PromptRequest:
     request = GenerationRequest(
         prompt=(),
         sampling=sampling,
-        stop=tuple(given.stop or ()),
+        stop=given.stops,
         keep_stop=True,
         ignore_eos=bool(given.ignore_eos_token),
         top_logprobs=given.top_n_tokens or 0,

@@ -120,7 +120,7 @@ BAD_BODIES: list[tuple[str, dict[str, Any], str]] = [
     *[("/generate", {"inputs": "a", "parameters": {"adapter_id": n}}, "parameters.adapter_id") for n in NO_NAMES],
     *[("/v1/completions", {"prompt": "a", "model": name}, "model") for name in NO_NAMES],
     ("/generate", {"inputs": "a", "surprise": 1}, "surprise"),
-    ("/", {"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
+    ("/", {"inputs": "a", "parameters": {"top_k": -2}}, "parameters.top_k"),
     ("/generate_stream", {"messages": []}, "messages"),
     ("/generate_stream", {"inputs": "\ud800"}, "inputs"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),

@@ -8,11 +8,17 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -37,11 +43,20 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+# Far shorter than the prompts.
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 # Architecture → its configuration, and layers that an adapter of it targets.
 FAMILIES: dict[str, tuple[type[Any], dict[str, Any], tuple[str, ...]]] = {
     "llama with gelu": (LlamaConfig, {"hidden_act": "gelu"}, ("q_proj", "v_proj", "down_proj")),
     "llama with a rope that grows": (LlamaConfig, {"rope_parameters": DYNAMIC}, ("q_proj", "k_proj")),
     "gemma": (GemmaConfig, {"head_dim": 8}, ("q_proj", "o_proj", "gate_proj")),
+    "gemma 2": (Gemma2Config, SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8}, ("q_proj", "v_proj", "up_proj")),
+    "gemma 3": (Gemma3TextConfig, SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8}, ("q_proj", "k_proj")),
+    "mistral 0.1": (MistralConfig, {"sliding_window": 8}, ("q_proj", "v_proj", "down_proj")),
+    "qwen 2, sliding": (Qwen2Config, SLIDING | {"use_sliding_window": True}, ("q_proj", "v_proj", "down_proj")),
+    "smollm 3": (SmolLM3Config, {"no_rope_layers": [1, 0]}, ("q_proj", "v_proj", "down_proj")),
+    "phi 2": (PhiConfig, {}, ("q_proj", "dense", "fc1")),
+    "phi 3, sliding": (Phi3Config, {"sliding_window": 8}, ("qkv_proj", "gate_up_proj", "o_proj")),
     "granite": (GraniteConfig, {}, ("q_proj", "v_proj", "up_proj")),
     "olmo 2": (Olmo2Config, {}, ("q_proj", "v_proj", "down_proj")),
     "phi 3": (Phi3Config, {}, ("qkv_proj", "gate_up_proj", "o_proj")),

@@ -192,16 +192,15 @@ def test_an_unknown_adapter_is_404_and_never_the_base(server: Server, name: str)
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens"),
-        ({"inputs": "a", "parameters": {"max_new_tokens": 256}}, "max_new_tokens"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 10**30}}, "max_new_tokens"),
-        ({"inputs": "a", "parameters": {"temperature": 0}}, "temperature"),
+        ({"inputs": "a", "parameters": {"temperature": -0.1}}, "temperature"),
         ({"inputs": "a", "parameters": {"temperature": "hot"}}, "temperature"),
         ({"inputs": "a", "parameters": {"top_p": 1.5}}, "top_p"),
-        ({"inputs": "a", "parameters": {"top_k": 0}}, "top_k"),
+        ({"inputs": "a", "parameters": {"top_k": -2}}, "top_k"),
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"inputs": "a", "parameters": {"seed": -1}}, "seed"),
-        ({"inputs": "a", "parameters": {"stop": ["a", "b", "c", "d", "e"]}}, "stop"),
-        ({"inputs": "a", "parameters": {"stop": [""]}}, "stop"),
+        ({"inputs": "a", "parameters": {"stop": ["a"] * 257}}, "stop"),
+        ({"inputs": "a", "parameters": {"stop": ["a" * 1025]}}, "stop"),
         ({"inputs": "a", "parameters": {"best_of": 2}}, "best_of"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "json", "value": {}}}}, "grammar"),
         ({"inputs": "a", "parameters": {"watermark": True}}, "watermark"),
@@ -225,7 +224,7 @@ def test_bad_bodies_name_the_field(server: Server, body: dict[str, Any], field: 
         ({"messages": [{"role": "user", "content": "x"}], "temperature": 3}, "temperature"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 2}, "n"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
-        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 500}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, None),
         ({"messages": [{"role": "user", "content": "x"}], "presence_penalty": 1}, "presence_penalty"),
         ({"messages": [{"role": "user", "content": "x"}], "surprise": 1}, "surprise"),
@@ -307,7 +306,7 @@ def test_info_health_models_and_metrics(server: Server, adapters: list[str]) -> 
     assert (info["base"], info["precision"], info["slots"]) == ("tiny", "fp32", 4)
     assert info["base_sha256"] == server.tiny.manifest.base_sha256
     assert info["revision"] == server.tiny.base.revision
-    assert (info["max_total_tokens"], info["max_stop_sequences"]) == (256, 4)
+    assert (info["max_total_tokens"], info["max_stop_sequences"]) == (256, 256)
     for path in ("/health", "/health/live", "/health/ready"):
         assert server.http.get(path).status_code == 200
     server.ids(inputs="a", parameters={"adapter_id": adapters[0], "max_new_tokens": 2})
