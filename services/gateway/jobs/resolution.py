@@ -83,10 +83,11 @@ class JobResolver:
                 param="base_precision",
             )
         preset = PRESETS[request.preset]
-        lora = _lora(request, preset, base, parent)
+        metadata = self._metadata(base.id)
+        lora = _lora(request, preset, base, parent, metadata)
         hyperparameters = _hyperparameters(request, preset)
         _check_validation(hyperparameters, validation)
-        self._check_fit(base, lora, hyperparameters, training, validation)
+        _check_fit(base, metadata, lora, hyperparameters, training, validation)
         spec = JobSpec(
             base=base.id,
             base_revision=base.revision,
@@ -112,37 +113,37 @@ class JobResolver:
             return []
         return self._lengths.warnings(spec, training, validation, metadata.context)
 
-    def _check_fit(
-        self,
-        base: Base,
-        lora: LoraSpec,
-        hyperparameters: Hyperparameters,
-        training: StoredFile,
-        validation: StoredFile | None,
-    ) -> None:
-        form = training.dataset["format"]
-        if validation and validation.dataset["format"] != form:
-            raise InvalidRequest(
-                f"the validation file has {validation.dataset['format']} rows, the training file {form} rows",
-                param="validation_file",
-            )
-        metadata = self._metadata(base.id)
-        if metadata is None:
-            # Not prepared yet: the worker prepares it, and says the same.
-            return
-        if form == "chat" and not metadata.has_chat_template:
-            raise InvalidRequest(
-                f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
-            )
-        if metadata.context is not None and hyperparameters.max_length > metadata.context:
-            raise InvalidRequest(
-                f"{base.id} takes at most {metadata.context} tokens, max_length is {hyperparameters.max_length}",
-                param="hyperparameters.max_length",
-            )
-        unknown = sorted(set(lora.target_modules) - metadata.module_names)
-        if unknown:
-            known = ", ".join(sorted(metadata.module_names))
-            raise InvalidRequest(f"{base.id} has no module {unknown[0]!r}; it has {known}", param="lora.target_modules")
+
+def _check_fit(
+    base: Base,
+    metadata: BaseMetadata | None,
+    lora: LoraSpec,
+    hyperparameters: Hyperparameters,
+    training: StoredFile,
+    validation: StoredFile | None,
+) -> None:
+    form = training.dataset["format"]
+    if validation and validation.dataset["format"] != form:
+        raise InvalidRequest(
+            f"the validation file has {validation.dataset['format']} rows, the training file {form} rows",
+            param="validation_file",
+        )
+    if metadata is None:
+        # Not prepared yet: the worker prepares it, and says the same.
+        return
+    if form == "chat" and not metadata.has_chat_template:
+        raise InvalidRequest(
+            f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
+        )
+    if metadata.context is not None and hyperparameters.max_length > metadata.context:
+        raise InvalidRequest(
+            f"{base.id} takes at most {metadata.context} tokens, max_length is {hyperparameters.max_length}",
+            param="hyperparameters.max_length",
+        )
+    unknown = sorted(set(lora.target_modules) - metadata.module_names)
+    if unknown:
+        known = ", ".join(sorted(metadata.module_names))
+        raise InvalidRequest(f"{base.id} has no module {unknown[0]!r}; it has {known}", param="lora.target_modules")
 
 
 def _check_validation(hyperparameters: Hyperparameters, validation: StoredFile | None) -> None:
@@ -157,13 +158,18 @@ def _check_validation(hyperparameters: Hyperparameters, validation: StoredFile |
         )
 
 
-def _lora(request: JobRequest, preset: Preset, base: Base, parent: Parent | None) -> LoraSpec:
+def _lora(
+    request: JobRequest, preset: Preset, base: Base, parent: Parent | None, metadata: BaseMetadata | None
+) -> LoraSpec:
     if parent:
         if request.lora:
             raise InvalidRequest("an adapter is continued in its own shape; leave lora out", param="lora")
         return parent.lora
     requested: dict[str, Any] = request.lora.model_dump(exclude_none=True) if request.lora else {}
     targets = base.target_modules if request.preset == "reference" else preset.lora.target_modules
+    if metadata and not metadata.module_names.issuperset(targets):
+        # The presets name a Llama's layers; another family's linear layers have names of their own.
+        targets = tuple(sorted(metadata.module_names))
     effective = preset.lora.model_dump() | {"target_modules": targets} | requested
     if len(set(effective["target_modules"])) != len(effective["target_modules"]):
         raise InvalidRequest("a module is named twice", param="lora.target_modules")

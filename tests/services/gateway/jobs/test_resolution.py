@@ -143,6 +143,14 @@ def test_hyperparameters_in_two_places_are_refused() -> None:
         assert refused.value.param == f"{place}.learning_rate_multiplier"
 
 
+def test_a_base_without_the_presets_layers_is_trained_in_all_of_its_own() -> None:
+    phi = BaseMetadata(False, frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}))
+    assert resolve(phi).lora.target_modules == ("down_proj", "gate_up_proj", "o_proj", "qkv_proj")
+    assert resolve(phi, lora={"target_modules": ["o_proj"]}).lora.target_modules == ("o_proj",)
+    with pytest.raises(InvalidRequest, match="no module 'q_proj'"):
+        resolve(phi, lora={"target_modules": ["q_proj"]})
+
+
 def test_what_does_not_fit_the_base_is_refused_where_the_base_is_known() -> None:
     unknown = {"lora": {"target_modules": ["q_proj", "query"]}}
     assert resolve(None, **unknown)
