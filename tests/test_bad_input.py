@@ -266,6 +266,8 @@ def test_jobs(target: Target) -> None:
 # `parameters` of /generate, or whole bodies → the field that is named.
 NAN, HUGE = float("nan"), 10**400
 TEMPERATURES: list[Any] = [-1, 101, NAN, HUGE, float("inf"), "hot", [1], {}]
+PATTERNS: list[Any] = ["((", "(?=a)b", {}, "a" * 70_000]
+SCHEMAS: list[Any] = ["{", {"type": "strin"}, 5, {"$ref": "file:///etc"}]
 SAMPLING: list[tuple[str, Any]] = [
     *[("temperature", value) for value in TEMPERATURES],
     *[("top_p", value) for value in (-0.1, 1.1, NAN, "a")],
@@ -277,12 +279,13 @@ SAMPLING: list[tuple[str, Any]] = [
     *[("top_n_tokens", value) for value in (-1, 6, 10**9)],
     *[("stop", value) for value in ("a", [1], ["a"] * 257)],
     ("stop.0", ["x" * 2000]),
-    ("best_of", 2),
+    ("best_of", 17),
     ("details", "maybe"),
-    ("grammar", {"type": "regex", "value": "(a+)+b"}),
+    *[("grammar", {"type": "regex", "value": value}) for value in PATTERNS],
+    *[("grammar", {"type": "json", "value": value}) for value in SCHEMAS],
     ("watermark", True),
-    ("typical_p", 0.5),
-    ("frequency_penalty", 1.0),
+    *[("typical_p", value) for value in (-0.1, 1.1, NAN, "a")],
+    *[("frequency_penalty", value) for value in (-2.1, 2.1, NAN, "a")],
     ("logits_processor", "os.system"),
     ("adapter_source", "s3"),
     ("adapter_id", 5),
@@ -304,7 +307,6 @@ def test_sampling_parameters(target: Target) -> None:
 PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, "exactly one"),
     "two": ({"inputs": "a", "instruction": "b"}, "exactly one"),
-    "empty": ({"inputs": ""}, "empty"),
     "null": ({"inputs": None}, "exactly one"),
     "number": ({"inputs": 5}, "inputs"),
     "list": ({"inputs": ["a"]}, "inputs"),
@@ -360,12 +362,23 @@ OPENAI: list[tuple[str, Any, int]] = [
     ("max_tokens", 0, 400),
     ("max_tokens", 2**70, 400),
     ("max_completion_tokens", -5, 400),
-    ("n", 2, 400),
+    ("n", 17, 400),
+    ("n", 0, 400),
     ("stop", ["a"] * 257, 400),
     ("seed", 2**70, 400),
     ("tools", [{"type": "function"}], 400),
-    ("response_format.type", {"type": "json_schema"}, 400),
-    ("logit_bias", {"1": 5}, 400),
+    ("response_format", {"type": "json_schema"}, 400),
+    ("response_format.type", {"type": "xml"}, 400),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}, 400),
+    ("logit_bias", {"1": 101}, 400),
+    ("logit_bias", {"x": 1}, 400),
+    ("logit_bias", {"1": NAN}, 400),
+    ("logit_bias", {str(10**6): 1}, 400),
+    ("logit_bias", {str(token): 1 for token in range(301)}, 400),
+    ("presence_penalty", 2.1, 400),
+    ("frequency_penalty", NAN, 400),
+    ("min_p", 1.1, 400),
+    ("typical_p", "a", 400),
     ("top_logprobs", 21, 400),
     ("stream_options.x", {"x": 1}, 400),
     ("chat_template", "{{ ''.__class__.__mro__ }}", 400),
@@ -384,10 +397,13 @@ def test_chat_completions(target: Target) -> None:
                 assert (error["param"] or "").startswith(field.split(".")[0]), (field, error)
 
 
-PROMPT_VALUES: list[Any] = [None, [], ["a", "b"], [-1], [2**31], [1.5], {}, "zq " * 3000, [10**6], "\ud800"]
+PROMPT_VALUES: list[Any] = [
+    *[None, [], [[]], ["a"] * 65, ["a", [1]], [[1], "a"], [-1], [2**31], [1.5], {}, "zq " * 3000, [10**6]],
+    *[["a", "zq " * 3000], [[1], [10**6]], "\ud800"],
+]
 COMPLETIONS: list[tuple[str, Any]] = [
     *[("prompt", value) for value in PROMPT_VALUES],
-    *[("echo", True), ("suffix", "x"), ("best_of", 2), ("logprobs", 6), ("logprobs", NAN)],
+    *[("echo", "maybe"), ("suffix", "x"), ("best_of", 17), ("logprobs", 6), ("logprobs", NAN), ("max_tokens", -1)],
 ]
 
 

@@ -15,6 +15,7 @@ from services.inference.adapters.weights import read_adapter, refuse
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, default_precision, precision_to_load
+from services.inference.engine.grammar import Grammars
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
@@ -81,8 +82,9 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
         dtype=str(dtype).removeprefix("torch."),
         device=loaded.device.type,
     )
+    grammars = Grammars(loaded.tokenizer, runner.vocabulary)
     cuts = settings.beyond_context == "cut"
-    return Serving(base, loaded.tokenizer, engine, admission, adapters, cuts_new_tokens=cuts)
+    return Serving(base, loaded.tokenizer, engine, admission, adapters, grammars, cuts_new_tokens=cuts)
 
 
 def _leave() -> None:

@@ -64,8 +64,7 @@ class Metrics:
 
     def finished(self, generation: Generation) -> None:
         """Count a request that generated to its end."""
-        times, started = generation.times, generation.started
-        queue = started.queue_seconds if started else 0.0
+        times, queue = generation.times, generation.queue_seconds
         inference = max(0.0, times.last_token - times.submitted - queue)
         self._count.inc()
         self._success.inc()
@@ -76,8 +75,8 @@ class Metrics:
         self._inference.observe(inference)
         self._per_token.observe(inference / max(1, generation.generated))
         self._generated.observe(generation.generated)
-        self._input.observe(len(generation.request.prompt))
-        self._max_new.observe(generation.request.max_new_tokens)
+        self._input.observe(generation.prompt_tokens)
+        self._max_new.observe(sum(each.request.max_new_tokens for each in generation.candidates))
         if generation.adapter_load_ms is not None:
             self._load.observe(generation.adapter_load_ms / 1e3)
 

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 from services.inference.adapters.registry import AdapterRegistry
 from services.inference.adapters.residency import Entry
-from services.inference.engine.admission import Admission
+from services.inference.engine.admission import Admission, Permit
+from services.inference.engine.grammar import Grammar, Grammars
 from services.inference.engine.interface import Engine, GenerationRequest
-from services.inference.generation import Generation, PromptRequest, Times
+from services.inference.engine.token_bytes import TokenBytes
+from services.inference.generation import Candidate, Generation, PromptRequest, Times
 from services.inference.prompts import ids_of
 from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError, Unavailable
@@ -66,10 +68,13 @@ class Serving:
         engine: Engine,
         admission: Admission,
         adapters: AdapterRegistry,
+        grammars: Grammars,
         *,
         cuts_new_tokens: bool = True,
     ) -> None:
+        self._grammars = grammars
         self.base, self.tokenizer, self.engine, self.adapters = base, tokenizer, engine, adapters
+        self.token_bytes = TokenBytes(tokenizer)
         self._admission, self._cuts_new_tokens = admission, cuts_new_tokens
         self._observer: Observer | None = None
 
@@ -87,7 +92,7 @@ class Serving:
         try:
             async with self._generation(asked) as generation:
                 yield generation
-                if generation.finish and self._observer:
+                if generation.finished and self._observer:
                     self._observer.finished(generation)
         except TunesmithError as error:
             if self._observer:
@@ -97,45 +102,83 @@ class Serving:
     @asynccontextmanager
     async def _generation(self, asked: PromptRequest) -> AsyncIterator[Generation]:
         times = Times()
-        # Bounded before anything is read from disk. The prompt's length is known only with the adapter's template.
-        permit = self._admission.acquire(min(asked.source.size_hint, self.engine.context))
+        # Bounded before anything is read from disk. A prompt's length is known only with the adapter's template.
+        hints = [
+            min(source.size_hint, self.engine.context) for source in asked.sources for _ in range(asked.candidates)
+        ]
+        permits = self._admission.acquire_all(hints)
         adapter: Entry | None = None
         load_ms: float | None = None
         handed_over = False
         try:
+            grammar = await self._grammars.compiled(asked.grammar) if asked.grammar else None
             if asked.adapter_id is not None:
                 adapter, load_ms = await self.adapters.acquire(asked.adapter_id)
-            template = adapter.template if adapter else None
-            # Encoding megabytes takes seconds; what is cut to its end must be encoded whole.
-            most = self.engine.context if asked.truncate is None else None
-            text, ids = await ids_of(asked.source, self.tokenizer, template, most_tokens=most)
-            request = self._complete(asked, ids, adapter.uid if adapter else None)
+            candidates = await self._candidates(asked, adapter, grammar)
+            for candidate, permit in zip(candidates, permits, strict=True):
+                permit.resize(len(candidate.request.prompt))
             # An adapter may be evicted again once the engine is done with it, which after a cancel is one step later.
             release = partial(self.adapters.release, adapter) if adapter else None
-            generation = Generation(request, text, adapter, load_ms, times, release)
+            generation = Generation(candidates, adapter, load_ms, times, release, per_prompt=asked.candidates)
             times.submitted = time.perf_counter()
-            handle = self.engine.submit(request, generation.sink, permit)
             handed_over = True
+            handles = self._submit(generation, permits)
         finally:
             if not handed_over:
-                permit.release()
+                for permit in permits:
+                    permit.release()
                 if adapter is not None:
                     self.adapters.release(adapter)
         try:
             yield generation
         finally:
-            if not generation.over:
-                self.engine.cancel(handle)
+            for candidate, handle in zip(generation.candidates, handles, strict=True):
+                if not candidate.over:
+                    self.engine.cancel(handle)
 
-    def _complete(self, asked: PromptRequest, ids: list[int], uid: str | None) -> GenerationRequest:
+    def _submit(self, generation: Generation, permits: list[Permit]) -> list[Any]:
+        """Hand all candidates to the engine, or none: those before one that is refused are cancelled."""
+        handles: list[Any] = []
+        try:
+            for candidate, permit in zip(generation.candidates, permits, strict=True):
+                handles.append(self.engine.submit(candidate.request, generation.sink(candidate), permit))
+        except BaseException:
+            for handle in handles:
+                self.engine.cancel(handle)
+            for permit in permits[len(handles) :]:
+                permit.release()
+            generation.left_out(len(permits) - len(handles))
+            raise
+        return handles
+
+    async def _candidates(
+        self, asked: PromptRequest, adapter: Entry | None, grammar: Grammar | None
+    ) -> list[Candidate]:
+        template = adapter.template if adapter else None
+        uid = adapter.uid if adapter else None
+        # Encoding megabytes takes seconds; what is cut to its end must be encoded whole.
+        most = self.engine.context if asked.truncate is None else None
+        candidates: list[Candidate] = []
+        for prompt, source in enumerate(asked.sources):
+            text, ids = await ids_of(source, self.tokenizer, template, most_tokens=most)
+            for place in range(asked.candidates):
+                request = self._complete(asked, asked.candidate(prompt, place), ids, uid)
+                candidates.append(Candidate(len(candidates), replace(request, grammar=grammar), text))
+        return candidates
+
+    def _complete(
+        self, asked: PromptRequest, request: GenerationRequest, ids: list[int], uid: str | None
+    ) -> GenerationRequest:
         if asked.truncate is not None:
             ids = ids[-asked.truncate :]
+        # An empty text begins as every text does: with the token for that, or after the end of another.
+        ids = ids or [self.tokenizer.begin_id]
         new_tokens, room = asked.max_new_tokens, max(1, self.engine.context - len(ids))
         if new_tokens is None:
             new_tokens = min(asked.default_new_tokens, room)
         elif self._cuts_new_tokens:
             new_tokens = min(new_tokens, room)
-        return replace(asked.request, prompt=ids, adapter=uid, max_new_tokens=new_tokens)
+        return replace(request, prompt=ids, adapter=uid, max_new_tokens=new_tokens)
 
     async def ready(self, within_seconds: float) -> None:
         """Generate a token, unless one came out of the engine in the last `within_seconds`.
@@ -146,15 +189,17 @@ class Serving:
         last = self.engine.stats().last_token_at
         if last and time.monotonic() - last <= within_seconds:
             return
-        probe = Generation(GenerationRequest([self.tokenizer.eos_id], max_new_tokens=1))
+        candidate = Candidate(0, GenerationRequest([self.tokenizer.eos_id], max_new_tokens=1))
+        probe = Generation([candidate])
         try:
             async with asyncio.timeout(within_seconds):
-                self.engine.submit(probe.request, probe.sink)
-                async for _ in probe.tokens():
+                self.engine.submit(candidate.request, probe.sink(candidate))
+                async for _ in probe.progress():
                     pass
         except TimeoutError:
             raise Unavailable("no token came out of the engine in time", code="not_ready") from None
 
     async def close(self) -> None:
+        self._grammars.close()
         await self.adapters.close()
         await asyncio.to_thread(self.engine.close)

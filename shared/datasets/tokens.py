@@ -22,6 +22,7 @@ class Tokenizer:
 
     Attributes:
         eos_id: ends every trained response.
+        begin_id: begins a text; `eos_id` where there is no token for that.
         stop_ids: every id that ends generation (the generation config may name several).
         chat: the base's chat template, if it has one.
 
@@ -42,6 +43,8 @@ class Tokenizer:
         if eos_id is None:
             raise ArtifactCorrupt(f"{folder.name}: the tokenizer has no EOS token")
         self.eos_id: int = eos_id
+        bos_id = self.fast.token_to_id(bos)
+        self.begin_id: int = eos_id if bos_id is None else bos_id
         self.stop_ids = frozenset({eos_id, *_generation_eos(folder)})
         self.chat = _chat_template(folder, config, bos, eos)
 
@@ -108,7 +111,7 @@ class Tokenizer:
     @cached_property
     def _lacking_bytes(self) -> bytes:
         vocabulary = self.fast.get_vocab(with_added_tokens=False)
-        return bytes(byte for byte, written in enumerate(_bytes_as_written()) if written not in vocabulary)
+        return bytes(byte for byte, written in enumerate(bytes_as_written()) if written not in vocabulary)
 
     @cached_property
     def _longest_token(self) -> int:
@@ -134,7 +137,7 @@ class Tokenizer:
         return text
 
 
-def _bytes_as_written() -> list[str]:
+def bytes_as_written() -> list[str]:
     """The character that byte-level vocabularies write for each byte: itself if it can be seen, else one from 256 on.
 
     As GPT-2's vocabulary began it; `tokenizers` has the set of them, and not which is which.

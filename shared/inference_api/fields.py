@@ -51,6 +51,14 @@ TopK = Annotated[int | None, Field(ge=-1, le=1 << 20), AfterValidator(lambda k: 
 # 0 leaves the most likely token alone.
 TopP = Annotated[float, Field(ge=0, le=1)]
 ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
+# Sequences that one prompt may become, and one request altogether: each takes a row of the engine.
+MAX_CANDIDATES, MAX_PROMPTS, MAX_SEQUENCES = 16, 64, 128
+Candidates = Annotated[int, Field(ge=1, le=MAX_CANDIDATES)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)
+]
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:

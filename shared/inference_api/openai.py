@@ -11,13 +11,20 @@ from pydantic_core import PydanticCustomError
 
 from shared.http.validation import named
 from shared.inference_api.fields import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPTS,
+    MAX_SEQUENCES,
     MAX_TEXT,
     MIN_DIVISOR,
     Body,
+    Candidates,
     Count,
+    LogitBias,
     Messages,
     ModelName,
     NotBuilt,
+    Penalty,
+    Probability,
     StopString,
     StopStrings,
     Text,
@@ -33,6 +40,7 @@ from shared.inference_api.other_servers import (
     VllmChatFields,
     VllmCompletionFields,
 )
+from shared.inference_api.structured import ResponseFormat
 
 CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
@@ -46,7 +54,14 @@ class StreamOptions(Body):
 
 
 class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
-    """What OpenAI's two generation routes share; ours are `top_k`, `repetition_penalty` and `ignore_eos`."""
+    """What OpenAI's two generation routes share.
+
+    `top_k`, `min_p`, `typical_p`, `repetition_penalty` and `ignore_eos` are not OpenAI's; vLLM and llama.cpp have them.
+
+    Attributes:
+        n: so many choices for each prompt, each with a seed of its own, which follows from `seed`.
+        frequency_penalty, presence_penalty: of what has been generated, not of the prompt.
+    """
 
     model: ModelName | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -67,10 +82,12 @@ class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1, description="Only 1 is supported.")] | None = None
-    frequency_penalty: NotBuilt = None
-    presence_penalty: NotBuilt = None
-    logit_bias: NotBuilt = None
+    n: Candidates | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Probability | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -92,10 +109,6 @@ class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
         return self
 
 
-class TextFormat(Body):
-    type: Literal["text"]
-
-
 class ChatCompletionBody(_OpenAIBody, VllmChatFields):
     """`max_tokens` unset: up to 512 new tokens, as far as the context goes."""
 
@@ -103,7 +116,7 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     tools: NotBuilt = None
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     tool_prompt: Annotated[Any, Ignored("it counts with tools only")] = None
@@ -125,13 +138,49 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_le
 
 
 class CompletionBody(_OpenAIBody, VllmCompletionFields):
-    """`prompt` is one text, as it stands, or its token ids; `max_tokens` is 16 if unset, as OpenAI's."""
+    """`prompt` is a text, as it stands, or its token ids, or several of either.
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | TokenIds
+    Attributes:
+        max_tokens: 16 if unset, as OpenAI's; 0 only reads the prompt.
+        best_of: so many are generated for each prompt, and the `n` likeliest of them are returned, by the mean log
+            probability of their tokens.
+        echo: the text begins with the prompt, and `logprobs` with those of the prompt's tokens.
+    """
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: NotBuilt = None
+    best_of: Candidates | None = None
+    echo: bool | None = None
     suffix: NotBuilt = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts = [each for each in self.prompt if not isinstance(each, int)]
+        return list(texts) if texts else [[each for each in self.prompt if isinstance(each, int)]]
+
+    @property
+    def candidates(self) -> int:
+        """How many sequences are generated for each prompt."""
+        return self.best_of or self.n or 1
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of must not be less than n")
+        if self.stream and self.candidates > (self.n or 1):
+            raise ValueError("best_of cannot be streamed: the best is known at the end")
+        if len(self.prompts) * self.candidates > MAX_SEQUENCES:
+            raise ValueError(f"at most {MAX_SEQUENCES} sequences, prompts times n or best_of, are generated at once")
+        return self
 
 
 FinishReason = Literal["stop", "length"]
@@ -144,7 +193,10 @@ class UsageJson(BaseModel):
 
 
 class TopLogprobJson(BaseModel):
-    """A token that could have been chosen; `logprob` is natural, of the model's own distribution."""
+    """A token that could have been chosen; `logprob` is natural, of the model's own distribution.
+
+    The `bytes` of an answer's tokens, joined, are its text in UTF-8; control tokens have none.
+    """
 
     token: str
     logprob: float
@@ -161,9 +213,14 @@ class ChatLogprobsJson(BaseModel):
 
 
 class CompletionLogprobsJson(BaseModel):
+    """`text_offset` is where in `text` a token begins; what is no UTF-8 alone is written as `bytes:\\xf0\\x9f`.
+
+    The first token of a prompt has no log probability.
+    """
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -10,10 +10,12 @@ from pydantic import BaseModel, Field, RootModel, model_validator
 from shared.inference_api.fields import (
     MIN_DIVISOR,
     Body,
+    Candidates,
     Count,
     Messages,
     ModelName,
-    NotBuilt,
+    Penalty,
+    Probability,
     StopStrings,
     Text,
     TopK,
@@ -22,6 +24,7 @@ from shared.inference_api.fields import (
 )
 from shared.inference_api.ignored import Ignored
 from shared.inference_api.other_servers import TgiFields
+from shared.inference_api.structured import GrammarBody, ResponseFormat
 
 GENERATE, GENERATE_STREAM, COMPAT = "/generate", "/generate_stream", "/"
 
@@ -30,7 +33,9 @@ class Parameters(TgiFields):
     """text-generation-inference's parameters, with LoRAX's.
 
     Attributes:
-        do_sample: false is greedy. Unset is greedy too, unless temperature, top_k or top_p ask for something else.
+        do_sample: false is greedy. Unset is greedy too, unless temperature, top_k, top_p or typical_p ask for something
+            else.
+        best_of: so many are generated, and the likeliest is returned, by the mean log probability of its tokens.
         truncate: keep only so many of the prompt's last tokens.
         details: add what was generated token by token.
         decoder_input_details: add the prompt's tokens with their log probabilities.
@@ -52,14 +57,14 @@ class Parameters(TgiFields):
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=5)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1, description="Only 1 is supported.")] | None = None
+    best_of: Candidates | None = None
+    frequency_penalty: Penalty | None = None
+    typical_p: Probability | None = None
     adapter_source: Annotated[Literal["local"] | None, Field(description="Adapters come from this installation.")] = (
         None
     )
-    frequency_penalty: NotBuilt = None
-    typical_p: NotBuilt = None
-    grammar: NotBuilt = None
-    response_format: NotBuilt = None
+    grammar: GrammarBody | None = None
+    response_format: Annotated[ResponseFormat | None, Field(description="LoRAX's.")] = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -72,7 +77,8 @@ class Parameters(TgiFields):
             return False
         if self.do_sample is not None:
             return self.do_sample
-        return self.temperature not in (None, 1.0) or self.top_k is not None or self.top_p not in (None, 1.0)
+        cut = self.top_k is not None or self.top_p not in (None, 1.0) or self.typical_p not in (None, 1.0)
+        return cut or self.temperature not in (None, 1.0)
 
 
 class GenerateBody(Body):
@@ -96,8 +102,6 @@ class GenerateBody(Body):
             raise ValueError("give exactly one of inputs, instruction and messages")
         if self.input is not None and self.instruction is None:
             raise ValueError("input goes with instruction")
-        if self.inputs == "":
-            raise ValueError("inputs must not be empty")
         return self
 
 
@@ -140,12 +144,28 @@ class SummaryJson(BaseModel):
     precision: str
 
 
+class BestOfSequenceJson(BaseModel):
+    """One of `best_of` sequences that was not the best."""
+
+    generated_text: str
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PromptTokenJson]
+    tokens: list[TokenJson]
+    top_tokens: list[list[TokenJson]] = []
+
+
 class DetailsJson(SummaryJson):
-    """`prefill` is empty unless `decoder_input_details` asks for it, `top_tokens` left out unless `top_n_tokens`."""
+    """`prefill` is empty unless `decoder_input_details` asks for it.
+
+    `top_tokens` are left out unless `top_n_tokens` asks for them, `best_of_sequences` unless `best_of` does.
+    """
 
     prefill: list[PromptTokenJson]
     tokens: list[TokenJson]
     top_tokens: list[list[TokenJson]] = []
+    best_of_sequences: list[BestOfSequenceJson] = []
 
 
 class GenerateJson(BaseModel):

@@ -4,6 +4,7 @@ A full queue refuses at once instead of growing.
 """
 
 import threading
+from collections.abc import Sequence
 
 from shared.errors import InvalidRequest, Overloaded
 
@@ -50,13 +51,20 @@ class Admission:
         Raises:
             Overloaded: the queue is full. An empty queue takes any prompt.
         """
+        return self.acquire_all([tokens])[0]
+
+    def acquire_all(self, tokens: Sequence[int]) -> list[Permit]:
+        """Permits for sequences of one request, prompts of so many tokens: for all of them, or for none.
+
+        Raises:
+            Overloaded: the queue is full. An empty queue takes any request.
+        """
         with self._lock:
-            full = self.requests >= self._most_requests or self.tokens + tokens > self._most_tokens
-            if self.requests and full:
+            requests, total = self.requests + len(tokens), self.tokens + sum(tokens)
+            if self.requests and (requests > self._most_requests or total > self._most_tokens):
                 raise self._overloaded()
-            self.requests += 1
-            self.tokens += tokens
-        return Permit(self, tokens)
+            self.requests, self.tokens = requests, total
+        return [Permit(self, each) for each in tokens]
 
     def _resized(self, before: int, after: int) -> None:
         with self._lock:
@@ -78,7 +86,7 @@ def check_length(prompt_tokens: int, max_new_tokens: int, context: int) -> None:
     """Raise InvalidRequest, naming the field, if such a sequence does not fit the context."""
     if prompt_tokens == 0:
         raise InvalidRequest("the prompt has no tokens", param="inputs")
-    if prompt_tokens >= context:
+    if prompt_tokens + min(1, max_new_tokens) > context:
         raise prompt_too_long(str(prompt_tokens), context)
     if prompt_tokens + max_new_tokens > context:
         raise InvalidRequest(

@@ -13,10 +13,10 @@ from concurrent.futures import Future
 import torch
 
 from services.inference.engine.admission import Admission, Permit, check_length
-from services.inference.engine.interface import Cancelled, GenerationRequest, Sink, Started, Stats
+from services.inference.engine.interface import Cancelled, Finished, GenerationRequest, Sink, Stats
 from services.inference.engine.lora import LoraWeights
 from services.inference.engine.runner import ModelRunner
-from services.inference.engine.sampling import choose
+from services.inference.engine.sampling import choose, likeliest
 from services.inference.engine.scheduler import PromptPass, Scheduler
 from services.inference.engine.sequence import SequenceState
 from services.inference.engine.threads import StepThreads
@@ -82,6 +82,8 @@ class BatchEngine:
         check_length(len(request.prompt), request.max_new_tokens, self.context)
         if not all(0 <= token < self._runner.vocabulary for token in request.prompt):
             raise InvalidRequest("a token id is outside the vocabulary", param="inputs")
+        if not all(0 <= token < self._runner.vocabulary for token, _ in request.sampling.logit_bias):
+            raise InvalidRequest("a token id is outside the vocabulary", param="logit_bias")
         if permit is None:
             permit = self._admission.acquire(len(request.prompt))
         else:
@@ -195,7 +197,7 @@ class BatchEngine:
             return
         begun = self._scheduler.prefilled(prompts)
         for sequence in begun:
-            sequence.emit(Started(sequence.queue_seconds, tuple(sequence.prompt_logprobs)))
+            sequence.emit(sequence.start())
         if begun:
             self._advance(begun, logits[-len(begun) :])
 
@@ -213,8 +215,10 @@ class BatchEngine:
             # Logits at position i predict token i + 1; the last of the prompt predict the first new token.
             end = piece.start + len(piece.ids)
             targets = torch.tensor(sequence.prompt[piece.start + 1 : end + 1], device=logits.device).long()
-            log_probs = logits[: len(targets)].log_softmax(-1).gather(1, targets[:, None])
-            sequence.prompt_logprobs += log_probs[:, 0].tolist()
+            log_probs = logits[: len(targets)].log_softmax(-1)
+            sequence.prompt_logprobs += log_probs.gather(1, targets[:, None])[:, 0].tolist()
+            if sequence.request.prompt_top_logprobs:
+                sequence.prompt_alternatives += likeliest(log_probs, sequence.request.prompt_top_logprobs)
         return logits[-1:]
 
     def _decode(self) -> None:
@@ -253,6 +257,14 @@ class BatchEngine:
 
     def _advance(self, rows: Sequence[SequenceState], logits: torch.Tensor) -> None:
         """Choose a token for each row and send it; rows that end leave the batch."""
+        if any(row.only_reads for row in rows):
+            logits = logits[[place for place, row in enumerate(rows) if not row.only_reads]]
+            for sequence in [row for row in rows if row.only_reads]:
+                sequence.end(Finished("length"))
+                self._scheduler.remove(sequence)
+            rows = [row for row in rows if not row.only_reads]
+            if not rows:
+                return
         choices = choose(logits, [row.chooser for row in rows])
         self._last_token_at = time.monotonic()
         for sequence, choice in zip(rows, choices, strict=True):

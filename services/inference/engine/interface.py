@@ -18,9 +18,15 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 class Sampling:
     """How the next token is chosen; greedy unless `do_sample`.
 
-    The processors act in transformers' order: repetition penalty, temperature, top_k, top_p.
+    They act in this order, transformers' where it has them: repetition penalty; frequency and presence penalty and
+    bias, summed; temperature, top_k, top_p, min_p, typical_p. What follows the temperature is for sampled rows only.
 
     Attributes:
+        top_p, min_p, typical_p: None, or 1, 0 and 1 in turn, rule out nothing.
+        repetition_penalty: divides positive scores of tokens in prompt and output, and multiplies negative ones.
+        frequency_penalty: taken from a token's score as often as it has been generated; OpenAI's.
+        presence_penalty: taken once from the score of a token that has been generated; OpenAI's.
+        logit_bias: (token id, what is added to its score), each id once.
         seed: of this request's own generator; the same seed and prompt give the same text in any batch.
     """
 
@@ -30,9 +36,62 @@ class Sampling:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float | None = None
+    typical_p: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether it matters how often a token has been generated."""
+        return bool(self.frequency_penalty or self.presence_penalty)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the largest score that wins, as the model gave it."""
+        return not (self.do_sample or self.repetition_penalty != 1 or self.counts_output or self.logit_bias)
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarText:
+    """What generated text must follow, as a client writes it.
+
+    Attributes:
+        source: a JSON schema as JSON, or a regular expression. What is lenient of a schema are keywords that cannot be
+            followed: they are passed over.
+    """
+
+    kind: Literal["json_schema", "lenient_json_schema", "regex"]
+    source: str
+
+
+class Constraint(Protocol):
+    """How far one sequence has got in its grammar. Both methods raise InvalidRequest if the grammar fails."""
+
+    def allowed(self) -> Any:
+        """Which tokens may come next: a numpy array, bool [vocabulary]."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow any more."""
+        ...
+
+
+class CompiledGrammar(Protocol):
+    """A grammar ready for use by any number of sequences."""
+
+    def begin(self) -> Constraint:
+        """A state at the beginning of a text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +104,10 @@ class GenerationRequest:
         stop: the text ends with the first of these that appears, also across token borders.
         keep_stop: whether the stop string stays in the text (TGI) or is cut off (OpenAI).
         top_logprobs: how many alternatives to report for each token.
+        max_new_tokens: 0 only reads the prompt.
         prompt_logprobs: report the log probability of each prompt token.
+        prompt_top_logprobs: and so many alternatives to each.
+        grammar: what the text must follow; it ends when the grammar does.
     """
 
     prompt: Sequence[int]
@@ -57,6 +119,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    prompt_top_logprobs: int = 0
+    grammar: CompiledGrammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +137,13 @@ class Started:
 
     Attributes:
         prompt_logprobs: for each prompt token but the first; empty unless asked for.
+        prompt_alternatives: likewise, the likeliest first.
         queue_seconds: time between `submit` and leaving the queue.
     """
 
     queue_seconds: float
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_alternatives: tuple[tuple[Alternative, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,22 @@
 """The state of one request in the engine: what it has generated, and which of its text has been sent."""
 
 import time
+from collections import Counter
 
 import torch
 
 from services.inference.engine.admission import Permit
-from services.inference.engine.interface import Event, Failed, Finished, FinishReason, GenerationRequest, Sink, Token
+from services.inference.engine.interface import (
+    Alternative,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Sink,
+    Started,
+    Token,
+)
 from services.inference.engine.sampling import Choice, Chooser
 from services.inference.engine.text import Detokenizer, StopFinder
 from shared.datasets.tokens import Tokenizer
@@ -32,6 +43,7 @@ class SequenceState:
         self.output: list[int] = []
         self.prefilled = 0
         self.prompt_logprobs: list[float] = []
+        self.prompt_alternatives: list[tuple[Alternative, ...]] = []
         self.slot = self.rank = 0
         self.cancelled = self.ended = False
         self.submitted_at = time.monotonic()
@@ -43,6 +55,10 @@ class SequenceState:
         self._generator: torch.Generator | None = None
         if request.sampling.do_sample:
             self._generator = torch.Generator(device).manual_seed(request.sampling.seed)
+        penalised = request.sampling.repetition_penalty != 1
+        self._constraint = request.grammar.begin() if request.grammar else None
+        self._seen: set[int] | None = set(request.prompt) if penalised else None
+        self._generated: Counter[int] | None = Counter() if request.sampling.counts_output else None
 
     @property
     def cached(self) -> int:
@@ -55,9 +71,23 @@ class SequenceState:
 
     @property
     def chooser(self) -> Chooser:
-        penalised = self.request.sampling.repetition_penalty != 1
-        seen = self.prompt + self.output if penalised else ()
-        return Chooser(self.request.sampling, self._generator, seen, self.request.top_logprobs)
+        return Chooser(
+            self.request.sampling,
+            self._generator,
+            self._seen or (),
+            self.request.top_logprobs,
+            self._generated,
+            self._constraint,
+        )
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether no token is asked for, only what the model thinks of the prompt."""
+        return self.request.max_new_tokens == 0
+
+    def start(self) -> Started:
+        """What is told once the prompt is in the cache."""
+        return Started(self.queue_seconds, tuple(self.prompt_logprobs), tuple(self.prompt_alternatives))
 
     def emit(self, event: Event) -> None:
         self._sink(event)
@@ -75,9 +105,15 @@ class SequenceState:
     def accept(self, choice: Choice, special_ids: frozenset[int]) -> None:
         """Take one chosen token: send the text that is safe to send, and end the sequence if the token is its last."""
         self.output.append(choice.id)
+        if self._seen is not None:
+            self._seen.add(choice.id)
+        if self._generated is not None:
+            self._generated[choice.id] += 1
+        if self._constraint is not None:
+            self._constraint.take(choice.id)
         ends = choice.id in self._stop_ids
         text = "" if ends else self._stops.push(self._detokenizer.push(choice.id))
-        reason = self._reason(ends)
+        reason = self._reason(ends or (self._constraint is not None and self._constraint.complete))
         if reason in ("length", "eos_token"):
             text += self._stops.push(self._detokenizer.flush())
             if self._stops.found:

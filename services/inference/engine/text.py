@@ -14,9 +14,9 @@ class Detokenizer:
     answer for: half a character at the end, and bytes that are no UTF-8.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
@@ -27,7 +27,7 @@ class Detokenizer:
         except Exception:  # tokenizers raises bare Exception
             # Byte fallback turns a whole run of bytes into U+FFFD once one of them is wrong, also those that have been
             # emitted as characters; the stream does not go on from there.
-            self._stream = DecodeStream([token], skip_special_tokens=True)
+            self._stream = DecodeStream([token], skip_special_tokens=self._skip)
             return self.flush()
         if piece:
             self._pending.clear()
@@ -36,7 +36,7 @@ class Detokenizer:
     def flush(self) -> str:
         """What is pending at the end; half characters come out as U+FFFD."""
         pending, self._pending = self._pending, []
-        return self._tokenizer.decode(pending)
+        return self._tokenizer.decode(pending, skip_special_tokens=self._skip)
 
 
 class StopFinder:

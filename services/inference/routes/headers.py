@@ -9,7 +9,7 @@ def early(generation: Generation, base: ServedBase) -> dict[str, str]:
     headers = {
         "x-model-id": base.id,
         "x-precision": base.precision,
-        "x-prompt-tokens": str(len(generation.request.prompt)),
+        "x-prompt-tokens": str(generation.prompt_tokens),
     }
     if generation.adapter_id is not None:
         headers["x-adapter-id"] = generation.adapter_id
@@ -23,12 +23,14 @@ def full(generation: Generation, base: ServedBase) -> dict[str, str]:
     """All headers, times in whole milliseconds as text-generation-inference has them."""
     times = generation.times
     ended = times.last_token or times.started or times.submitted
-    queue = generation.started.queue_seconds if generation.started else 0.0
+    queue = generation.queue_seconds
     inference = max(0.0, ended - times.submitted - queue)
     return early(generation, base) | {
         "x-compute-type": base.device,
         "x-compute-time": f"{ended - times.received:.3f}",
-        "x-compute-characters": str(len(generation.prompt_text)),
+        "x-compute-characters": str(
+            sum(len(each.prompt_text) for each in generation.candidates[:: generation.per_prompt])
+        ),
         "x-total-time": _ms(ended - times.received),
         "x-validation-time": _ms(times.submitted - times.received),
         "x-queue-time": _ms(queue),
@@ -36,7 +38,7 @@ def full(generation: Generation, base: ServedBase) -> dict[str, str]:
         "x-time-per-token": _ms(inference / max(1, generation.generated)),
         "x-time-to-first-token": _ms(times.first_token - times.received),
         "x-generated-tokens": str(generation.generated),
-        "x-total-tokens": str(len(generation.request.prompt) + generation.generated),
+        "x-total-tokens": str(generation.prompt_tokens + generation.generated),
     }
 
 

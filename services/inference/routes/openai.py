@@ -4,19 +4,23 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import dataclass, replace
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from services.inference.engine.interface import Alternative, GenerationRequest, GrammarText, Sampling, Token
 from services.inference.engine.interface import FinishReason as EngineReason
-from services.inference.engine.interface import GenerationRequest, Sampling, Token
-from services.inference.generation import Generation, PromptRequest
-from services.inference.prompts import ChatSource, PromptSource, RawIds, RawText, plain
+from services.inference.engine.text import Detokenizer
+from services.inference.generation import Candidate, Generation, PromptRequest
+from services.inference.prompts import ChatSource, RawIds, RawText, plain
 from services.inference.routes.dependencies import ClientsModelName, ProjectTag, ServingDep
 from services.inference.routes.respond import respond
 from services.inference.serving import ServedBase, Serving
+from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError
 from shared.http.event_stream import DONE
 from shared.inference_api.administration import ServedModelJson, ServedModelListJson
@@ -67,14 +71,18 @@ async def chat_completions(
     model_name: ClientsModelName = "",
 ) -> Response:
     """Answer a conversation with the base or an adapter (`model`)."""
+    grammar = body.response_format.grammar if body.response_format else None
     asked = PromptRequest(
-        ChatSource(plain(body.messages)),
+        [ChatSource(plain(body.messages))],
         adapter_of(body.model, serving.base),
         _generation_request(body, body.top_logprobs or 0),
         body.max_completion_tokens or body.max_tokens,
         CHAT_NEW_TOKENS,
         truncate=body.truncate_prompt_tokens,
         project_tag=project_tag,
+        candidates=body.n or 1,
+        seeded=body.seed is not None,
+        grammar=GrammarText(*grammar) if grammar else None,
     )
     dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs))
     return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=take_ignored(body))
@@ -87,16 +95,21 @@ async def completions(
     project_tag: ProjectTag,
     model_name: ClientsModelName = "",
 ) -> Response:
-    """Complete a prompt with the base or an adapter (`model`)."""
+    """Complete one or more prompts with the base or an adapter (`model`)."""
+    generation_request = _generation_request(body, body.logprobs or 0)
+    if body.echo and body.logprobs is not None:
+        generation_request = replace(generation_request, prompt_logprobs=True, prompt_top_logprobs=body.logprobs)
     asked = PromptRequest(
-        _source(body),
+        [RawText(prompt) if isinstance(prompt, str) else RawIds(prompt) for prompt in body.prompts],
         adapter_of(body.model, serving.base),
-        _generation_request(body, body.logprobs or 0),
-        body.max_tokens or COMPLETION_NEW_TOKENS,
+        generation_request,
+        COMPLETION_NEW_TOKENS if body.max_tokens is None else body.max_tokens,
         truncate=body.truncate_prompt_tokens,
         project_tag=project_tag,
+        candidates=body.candidates,
+        seeded=body.seed is not None,
     )
-    dialect = CompletionDialect(serving, body, model_name, logprobs=body.logprobs is not None)
+    dialect = CompletionDialect(serving, body, model_name)
     return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=take_ignored(body))
 
 
@@ -122,7 +135,12 @@ def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives:
         temperature=max(temperature, MIN_DIVISOR),
         top_k=body.top_k,
         top_p=body.top_p,
+        min_p=body.min_p,
+        typical_p=body.typical_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=tuple((body.logit_bias or {}).items()),
         seed=secrets.randbits(63) if body.seed is None else body.seed % (1 << 63),
     )
     return GenerationRequest(
@@ -135,12 +153,14 @@ def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives:
     )
 
 
-def _source(body: CompletionBody) -> PromptSource:
-    if isinstance(body.prompt, str):
-        return RawText(body.prompt)
-    if isinstance(body.prompt[0], str):
-        return RawText(body.prompt[0])
-    return RawIds([token for token in body.prompt if isinstance(token, int)])
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A token of a choice's text, from the prompt or generated."""
+
+    id: int
+    text: str
+    logprob: float | None
+    alternatives: Sequence[Alternative] | None
 
 
 class _OpenAIDialect:
@@ -158,7 +178,7 @@ class _OpenAIDialect:
         self, serving: Serving, body: ChatCompletionBody | CompletionBody, model_name: str, *, logprobs: bool
     ) -> None:
         base = serving.base
-        self._tokenizer, self._logprobs_wanted, self._with_usage = serving.tokenizer, logprobs, body.includes_usage
+        self._token_bytes, self._logprobs_wanted, self._with_usage = serving.token_bytes, logprobs, body.includes_usage
         self._answer: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -171,16 +191,15 @@ class _OpenAIDialect:
         own = copy(error)
         if error.code in _ADAPTER_CODES:
             own.param = "model"
+        elif error.code == "invalid_grammar":
+            own.param = "response_format"
         elif error.param is not None:
             own.param = self.fields.get(error.param, error.param)
         return own
 
-    def _says_something(self, tokens: Sequence[Token]) -> bool:
-        return bool(len(tokens) == 1 or tokens[-1].text or self._logprobs_wanted)
-
-    def _name(self, token: int) -> str:
-        name: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return name
+    def _says_something(self, candidate: Candidate) -> bool:
+        tokens = candidate.tokens
+        return bool(tokens and (len(tokens) == 1 or tokens[-1].text or self._logprobs_wanted))
 
 
 class ChatDialect(_OpenAIDialect):
@@ -189,46 +208,56 @@ class ChatDialect(_OpenAIDialect):
     prefix = "chatcmpl"
     fields: dict[str, str] = {"inputs": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
 
-    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
-        choice = ChatChoiceJson(
-            index=0,
-            finish_reason=_REASONS[generation.finish],
-            logprobs=self._logprobs(tokens),
-            message=AssistantMessageJson(role="assistant", content=_text(tokens), refusal=None),
-        )
-        return ChatCompletionJson(**self._answer, object="chat.completion", choices=[choice], usage=_usage(generation))
+    def whole(self, generation: Generation) -> BaseModel:
+        choices = [
+            ChatChoiceJson(
+                index=candidate.index,
+                finish_reason=_REASONS[candidate.finish],
+                logprobs=self._logprobs(candidate.tokens, first=True),
+                message=AssistantMessageJson(role="assistant", content=candidate.text, refusal=None),
+            )
+            for candidate in generation.candidates
+        ]
+        return ChatCompletionJson(**self._answer, object="chat.completion", choices=choices, usage=_usage(generation))
 
-    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
-        if not self._says_something(tokens):
-            return None
-        text = tokens[-1].text
-        delta = DeltaJson(role="assistant", content=text) if len(tokens) == 1 else DeltaJson(content=text)
-        return self._chunk(delta, tokens[-1:], None)
+    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
+        first = len(candidate.tokens) == 1
+        if self._says_something(candidate):
+            text = candidate.tokens[-1].text
+            delta = DeltaJson(role="assistant", content=text) if first else DeltaJson(content=text)
+            yield self._chunk(candidate, delta, self._logprobs(candidate.tokens[-1:], first=first), None)
+        if candidate.finish:
+            yield self._chunk(candidate, DeltaJson(), self._logprobs([], first=False), _REASONS[candidate.finish])
 
     def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
-        yield self._chunk(DeltaJson(), [], _REASONS[generation.finish])
         if self._with_usage:
             yield ChatCompletionChunkJson(
                 **self._answer, object="chat.completion.chunk", choices=[], usage=_usage(generation)
             )
         yield DONE
 
-    def _chunk(self, delta: DeltaJson, tokens: Sequence[Token], reason: FinishReason | None) -> BaseModel:
-        choice = ChatChunkChoiceJson(index=0, finish_reason=reason, logprobs=self._logprobs(tokens), delta=delta)
+    def _chunk(
+        self, candidate: Candidate, delta: DeltaJson, logprobs: ChatLogprobsJson | None, reason: FinishReason | None
+    ) -> BaseModel:
+        choice = ChatChunkChoiceJson(index=candidate.index, finish_reason=reason, logprobs=logprobs, delta=delta)
         return ChatCompletionChunkJson(**self._answer, object="chat.completion.chunk", choices=[choice])
 
-    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobsJson | None:
+    def _logprobs(self, tokens: Sequence[Token], *, first: bool) -> ChatLogprobsJson | None:
+        """Of tokens that stand next to each other, at the text's beginning or not."""
         if not self._logprobs_wanted:
             return None
-        return ChatLogprobsJson(content=[self._logprob(token) for token in tokens], refusal=None)
+        content = [self._logprob(token, first=first and not place) for place, token in enumerate(tokens)]
+        return ChatLogprobsJson(content=content, refusal=None)
 
-    def _logprob(self, token: Token) -> ChatLogprobJson:
-        others = [TopLogprobJson(**self._named(other.id, other.logprob)) for other in token.alternatives]
-        return ChatLogprobJson(**self._named(token.id, token.logprob), top_logprobs=others)
+    def _logprob(self, token: Token, *, first: bool) -> ChatLogprobJson:
+        others = [TopLogprobJson(**self._named(other.id, other.logprob, first=first)) for other in token.alternatives]
+        return ChatLogprobJson(**self._named(token.id, token.logprob, first=first), top_logprobs=others)
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        name = self._name(token)
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+    def _named(self, token: int, logprob: float, *, first: bool) -> dict[str, Any]:
+        """As OpenAI writes them: a token that is no text alone by its bytes."""
+        own = self._token_bytes.of(token, first=first)
+        name = self._token_bytes.name(token)
+        return {"token": _escaped(own) if name is None else name, "logprob": logprob, "bytes": list(own)}
 
 
 class CompletionDialect(_OpenAIDialect):
@@ -237,43 +266,115 @@ class CompletionDialect(_OpenAIDialect):
     prefix = "cmpl"
     fields: dict[str, str] = {"inputs": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
 
-    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
-        answer = self._piece(_text(tokens), tokens, _REASONS[generation.finish])
+    def __init__(self, serving: Serving, body: CompletionBody, model_name: str) -> None:
+        super().__init__(serving, body, model_name, logprobs=body.logprobs is not None)
+        self._tokenizer, self._n = serving.tokenizer, body.n or 1
+        self._echoed = body.prompts if body.echo else []
+
+    def whole(self, generation: Generation) -> BaseModel:
+        choices = []
+        for index, candidate in enumerate(self._returned(generation)):
+            pieces = self._prompt(generation, candidate) + self._generated(candidate.tokens)
+            choices.append(self._choice(index, pieces, 0, _REASONS[candidate.finish]))
+        answer = CompletionJson(**self._answer, object="text_completion", choices=choices)
         answer.usage = _usage(generation)
         return answer
 
-    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
-        return self._piece(tokens[-1].text, tokens[-1:], None) if self._says_something(tokens) else None
+    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
+        new = candidate.tokens[-1:]
+        before = self._prompt(generation, candidate)
+        if len(candidate.tokens) <= 1 and before:
+            yield self._chunk(candidate, before, 0, None)
+        if self._says_something(candidate):
+            at = len(_joined(before)) + sum(len(token.text) for token in candidate.tokens[:-1])
+            yield self._chunk(candidate, self._generated(new), at, None)
+        if candidate.finish:
+            yield self._chunk(candidate, [], 0, _REASONS[candidate.finish])
 
     def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
-        yield self._piece("", [], _REASONS[generation.finish])
         if self._with_usage:
             yield CompletionJson(**self._answer, object="text_completion", choices=[], usage=_usage(generation))
         yield DONE
 
-    def _piece(self, text: str, tokens: Sequence[Token], reason: FinishReason | None) -> CompletionJson:
-        choice = CompletionChoiceJson(index=0, finish_reason=reason, logprobs=self._logprobs(tokens), text=text)
+    def _returned(self, generation: Generation) -> Iterable[Candidate]:
+        """Of each prompt's candidates the `n` likeliest, the best first; as they are if all are returned."""
+        for begin in range(0, len(generation.candidates), generation.per_prompt):
+            own = generation.candidates[begin : begin + generation.per_prompt]
+            yield from own if self._n == len(own) else sorted(own, key=lambda each: -each.mean_logprob)[: self._n]
+
+    def _chunk(self, candidate: Candidate, pieces: list[_Piece], at: int, reason: FinishReason | None) -> BaseModel:
+        choice = self._choice(candidate.index, pieces, at, reason)
         return CompletionJson(**self._answer, object="text_completion", choices=[choice])
 
-    def _logprobs(self, tokens: Sequence[Token]) -> CompletionLogprobsJson | None:
-        if not self._logprobs_wanted:
-            return None
-        offsets, at = [], 0
-        for token in tokens:
-            offsets.append(at)
-            at += len(token.text)
-        return CompletionLogprobsJson(
-            tokens=[token.text for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[{self._name(other.id): other.logprob for other in token.alternatives} for token in tokens],
-            text_offset=offsets,
+    def _choice(self, index: int, pieces: list[_Piece], at: int, reason: FinishReason | None) -> CompletionChoiceJson:
+        return CompletionChoiceJson(
+            index=index, finish_reason=reason, logprobs=self._logprobs(pieces, at), text=_joined(pieces)
         )
 
+    def _prompt(self, generation: Generation, candidate: Candidate) -> list[_Piece]:
+        """The prompt token by token, if it is to be repeated."""
+        if not self._echoed:
+            return []
+        prompt = self._echoed[candidate.index // generation.per_prompt]
+        ids, started = candidate.request.prompt, candidate.started
+        logprobs: list[float | None] = [None, *(started.prompt_logprobs if started else ())]
+        others: list[Sequence[Alternative] | None] = [None, *(started.prompt_alternatives if started else ())]
+        texts = _texts_of(ids, prompt if isinstance(prompt, str) else None, self._tokenizer)
+        return [
+            _Piece(token, text, logprob, top) for token, text, logprob, top in zip_longest(ids, texts, logprobs, others)
+        ]
 
-def _text(tokens: Sequence[Token]) -> str:
-    return "".join(token.text for token in tokens)
+    def _generated(self, tokens: Sequence[Token]) -> list[_Piece]:
+        return [_Piece(token.id, token.text, token.logprob, token.alternatives) for token in tokens]
+
+    def _logprobs(self, pieces: list[_Piece], at: int) -> CompletionLogprobsJson | None:
+        """Of pieces that stand next to each other, the first at so many characters of the choice's text."""
+        if not self._logprobs_wanted:
+            return None
+        offsets = list(accumulate((len(piece.text) for piece in pieces), initial=at))
+        return CompletionLogprobsJson(
+            tokens=[self._name(piece.id) for piece in pieces],
+            token_logprobs=[piece.logprob for piece in pieces],
+            top_logprobs=[self._likeliest(piece) for piece in pieces],
+            text_offset=offsets[:-1],
+        )
+
+    def _likeliest(self, piece: _Piece) -> dict[str, float] | None:
+        if piece.alternatives is None:
+            return None
+        # Backwards: of two tokens with one name the likelier counts.
+        return {self._name(other.id): other.logprob for other in reversed(piece.alternatives)}
+
+    def _name(self, token: int) -> str:
+        """As OpenAI writes them: a token that is no text alone by its bytes."""
+        name = self._token_bytes.name(token)
+        return f"bytes:{_escaped(self._token_bytes.of(token))}" if name is None else name
+
+
+def _texts_of(ids: Sequence[int], text: str | None, tokenizer: Tokenizer) -> list[str]:
+    """What each of a prompt's tokens adds to its text; joined they are `text`, or the ids' own text if that is None."""
+    stream = Detokenizer(tokenizer, skip_special_tokens=False)
+    pieces = [stream.push(token) for token in ids]
+    pieces[-1] += stream.flush()
+    if text is None:
+        return pieces
+    at = 0
+    for place, piece in enumerate(pieces):
+        # A token that the tokenizer put in by itself, for the beginning, is not in the text.
+        pieces[place] = piece if text.startswith(piece, at) else ""
+        at += len(pieces[place])
+    pieces[-1] += text[at:]
+    return pieces
+
+
+def _joined(pieces: Iterable[_Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def _escaped(content: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _usage(generation: Generation) -> UsageJson:
-    prompt, completion = len(generation.request.prompt), generation.generated
+    prompt, completion = generation.prompt_tokens, generation.generated
     return UsageJson(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from services.inference.metrics import Metrics
 from services.inference.routes.dependencies import ServingDep, SettingsDep
 from shared.inference_api.administration import INFO, InfoJson
-from shared.inference_api.fields import MAX_STOP_STRINGS
+from shared.inference_api.fields import MAX_CANDIDATES, MAX_PROMPTS, MAX_STOP_STRINGS
 
 READY_SECONDS = 10.0
 
@@ -47,13 +47,13 @@ async def info(serving: ServingDep, settings: SettingsDep) -> InfoJson:
         model_device_type=base.device,
         model_pipeline_tag="text-generation",
         max_concurrent_requests=settings.slots + settings.queue_requests,
-        max_best_of=1,
+        max_best_of=MAX_CANDIDATES,
         max_stop_sequences=MAX_STOP_STRINGS,
         max_input_tokens=context - 1,
         max_input_length=context - 1,
         max_total_tokens=context,
         validation_workers=1,
-        max_client_batch_size=1,
+        max_client_batch_size=MAX_PROMPTS,
         router="tunesmith-inference",
         version=version("tunesmith"),
     )

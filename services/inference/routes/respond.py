@@ -10,8 +10,7 @@ from typing import Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from services.inference.engine.interface import Token
-from services.inference.generation import Generation, PromptRequest
+from services.inference.generation import Candidate, Generation, PromptRequest
 from services.inference.routes import headers
 from services.inference.serving import Serving
 from shared.errors import TunesmithError
@@ -24,16 +23,16 @@ from shared.inference_api.ignored import IGNORED_PARAMETERS
 class Dialect(Protocol):
     """The shapes of one request's answer. Of what its models hold only the fields that were set are sent."""
 
-    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+    def whole(self, generation: Generation) -> BaseModel:
         """The answer in one piece."""
         ...
 
-    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel | None:
-        """The event for the newest of the tokens so far; None if it has nothing to tell the client."""
+    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
+        """The events for a candidate's newest token, or for its end without any; none if there is nothing to tell."""
         ...
 
     def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
-        """What follows the last token's event."""
+        """What follows the events of all candidates."""
         ...
 
     def translated(self, error: TunesmithError) -> TunesmithError:
@@ -73,18 +72,19 @@ async def respond(
 
 async def _whole(serving: Serving, asked: PromptRequest, dialect: Dialect) -> Response:
     async with serving.generate(asked) as generation:
-        tokens = [token async for token in generation.tokens()]
-        content = _json(dialect.whole(generation, tokens))
+        async for _ in generation.progress():
+            pass
+        content = _json(dialect.whole(generation))
         return Response(content, headers=headers.full(generation, serving.base), media_type="application/json")
 
 
 async def _streamed(request: Request, serving: Serving, asked: PromptRequest, dialect: Dialect) -> Response:
     stack = AsyncExitStack()
 
-    async def begin() -> tuple[Generation, Token, AsyncIterator[Token]]:
+    async def begin() -> tuple[Generation, Candidate, AsyncIterator[Candidate]]:
         generation = await stack.enter_async_context(serving.generate(asked))
-        tokens = generation.tokens()
-        return generation, await anext(tokens), tokens
+        progress = generation.progress()
+        return generation, await anext(progress), progress
 
     try:
         generation, first, rest = await while_connected(request.receive, begin())
@@ -93,13 +93,11 @@ async def _streamed(request: Request, serving: Serving, asked: PromptRequest, di
         raise
 
     async def events() -> AsyncIterator[str]:
-        tokens = [first]
         try:
-            if (event := dialect.event(generation, tokens)) is not None:
+            for event in dialect.events(generation, first):
                 yield _json(event)
-            async for token in rest:
-                tokens.append(token)
-                if (event := dialect.event(generation, tokens)) is not None:
+            async for candidate in rest:
+                for event in dialect.events(generation, candidate):
                     yield _json(event)
             for closing in dialect.closing(generation):
                 yield closing if isinstance(closing, str) else _json(closing)

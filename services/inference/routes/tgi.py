@@ -6,15 +6,15 @@ its first token has a real status; special tokens have empty text; log probabili
 """
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from services.inference.engine.interface import GenerationRequest, Sampling, Token
-from services.inference.generation import Generation, PromptRequest
+from services.inference.engine.interface import GenerationRequest, GrammarText, Sampling, Token
+from services.inference.generation import Candidate, Generation, PromptRequest
 from services.inference.prompts import ChatSource, InstructionSource, PromptSource, RawText, plain
 from services.inference.routes.dependencies import ProjectTag, ServingDep
 from services.inference.routes.respond import respond
@@ -26,6 +26,7 @@ from shared.inference_api.tgi import (
     COMPAT,
     GENERATE,
     GENERATE_STREAM,
+    BestOfSequenceJson,
     DetailsJson,
     GenerateBody,
     GenerateJson,
@@ -75,6 +76,8 @@ async def _respond(
     parameters = body.parameters or Parameters()
     if stream and parameters.decoder_input_details:
         raise InvalidRequest("not supported when streaming", param="parameters.decoder_input_details")
+    if stream and (parameters.best_of or 1) > 1:
+        raise InvalidRequest("more than 1 cannot be streamed: the best is known at the end", param="parameters.best_of")
     dialect = TgiDialect(serving, parameters, as_list=as_list)
     asked = prompt_request(body, project_tag)
     return await respond(request, serving, asked, dialect, stream=stream, ignored=take_ignored(body))
@@ -90,6 +93,8 @@ def prompt_request(body: GenerateBody, project_tag: str = "") -> PromptRequest:
         top_k=given.top_k,
         top_p=given.top_p,
         repetition_penalty=given.repetition_penalty or 1.0,
+        typical_p=given.typical_p,
+        frequency_penalty=given.frequency_penalty or 0.0,
         seed=(secrets.randbits(63) if given.seed is None else given.seed) if sampled else 0,
     )
     request = GenerationRequest(
@@ -103,8 +108,21 @@ def prompt_request(body: GenerateBody, project_tag: str = "") -> PromptRequest:
     )
     limit = 100 if given.max_new_tokens is None else given.max_new_tokens
     return PromptRequest(
-        _source(body), given.adapter_id or None, request, limit, truncate=given.truncate, project_tag=project_tag
+        [_source(body)],
+        given.adapter_id or None,
+        request,
+        limit,
+        truncate=given.truncate,
+        project_tag=project_tag,
+        candidates=given.best_of or 1,
+        grammar=_grammar(given),
     )
+
+
+def _grammar(given: Parameters) -> GrammarText | None:
+    asked = given.grammar or given.response_format
+    grammar = asked.grammar if asked else None
+    return GrammarText(*grammar) if grammar else None
 
 
 def _source(body: GenerateBody) -> PromptSource:
@@ -122,43 +140,44 @@ class TgiDialect:
     def __init__(self, serving: Serving, parameters: Parameters, *, as_list: bool = False) -> None:
         self._serving, self._parameters, self._as_list = serving, parameters, as_list
 
-    def whole(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
+    def whole(self, generation: Generation) -> BaseModel:
         given = self._parameters
-        answer = GenerateJson(generated_text=self._text(generation, tokens))
+        # The first of equals, as text-generation-inference chooses.
+        best = max(generation.candidates, key=lambda candidate: candidate.mean_logprob)
+        answer = GenerateJson(generated_text=self._text(best))
         # LoRAX and text-generation-inference return details for decoder_input_details too.
         if given.details or given.decoder_input_details or given.top_n_tokens:
-            answer.details = self._details(generation, tokens)
+            answer.details = self._details(generation, best)
         return GenerateListJson([answer]) if self._as_list else answer
 
-    def event(self, generation: Generation, tokens: Sequence[Token]) -> BaseModel:
-        token, given = tokens[-1], self._parameters
+    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
+        token, given = candidate.tokens[-1], self._parameters
         last = token.finish is not None
         event = TokenEventJson(
-            index=len(tokens),
+            index=len(candidate.tokens),
             token=_token(token),
-            generated_text=self._text(generation, tokens) if last else None,
-            details=SummaryJson(**self._summary(generation)) if last and given.details else None,
+            generated_text=self._text(candidate) if last else None,
+            details=SummaryJson(**self._summary(generation, candidate)) if last and given.details else None,
         )
         if given.top_n_tokens:
             event.top_tokens = self._alternatives(token)
-        return event
+        yield event
 
     def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
         return ()
 
     def translated(self, error: TunesmithError) -> TunesmithError:
-        return error
+        if error.code != "invalid_grammar":
+            return error
+        field = "grammar" if self._parameters.grammar else "response_format"
+        return InvalidRequest(error.message, param=f"parameters.{field}", code=error.code)
 
-    def _text(self, generation: Generation, tokens: Sequence[Token]) -> str:
-        prefix = generation.prompt_text if self._parameters.return_full_text else ""
-        return prefix + "".join(token.text for token in tokens)
+    def _text(self, candidate: Candidate) -> str:
+        return (candidate.prompt_text if self._parameters.return_full_text else "") + candidate.text
 
-    def _summary(self, generation: Generation) -> dict[str, Any]:
-        prompt, sampling = len(generation.request.prompt), generation.request.sampling
-        return {
-            "finish_reason": generation.finish,
-            "generated_tokens": generation.generated,
-            "seed": sampling.seed if sampling.do_sample else None,
+    def _summary(self, generation: Generation, candidate: Candidate) -> dict[str, Any]:
+        prompt = len(candidate.request.prompt)
+        return _ending(candidate) | {
             "input_length": prompt,
             "prompt_tokens": prompt,
             "skipped_tokens": 0,
@@ -168,13 +187,24 @@ class TgiDialect:
             "precision": self._serving.base.precision,
         }
 
-    def _details(self, generation: Generation, tokens: Sequence[Token]) -> DetailsJson:
-        details = DetailsJson(
-            **self._summary(generation), prefill=self._prefill(generation), tokens=[_token(token) for token in tokens]
-        )
-        if self._parameters.top_n_tokens:
-            details.top_tokens = [self._alternatives(token) for token in tokens]
+    def _details(self, generation: Generation, best: Candidate) -> DetailsJson:
+        details = DetailsJson(**self._summary(generation, best), **self._told(best))
+        if len(generation.candidates) > 1:
+            details.best_of_sequences = [
+                BestOfSequenceJson(generated_text=self._text(other), **_ending(other), **self._told(other))
+                for other in generation.candidates
+                if other is not best
+            ]
         return details
+
+    def _told(self, candidate: Candidate) -> dict[str, Any]:
+        told: dict[str, Any] = {
+            "prefill": self._prefill(candidate),
+            "tokens": [_token(token) for token in candidate.tokens],
+        }
+        if self._parameters.top_n_tokens:
+            told["top_tokens"] = [self._alternatives(token) for token in candidate.tokens]
+        return told
 
     def _alternatives(self, token: Token) -> list[TokenJson]:
         return [
@@ -182,13 +212,13 @@ class TgiDialect:
             for other in token.alternatives
         ]
 
-    def _prefill(self, generation: Generation) -> list[PromptTokenJson]:
-        if not self._parameters.decoder_input_details or generation.started is None:
+    def _prefill(self, candidate: Candidate) -> list[PromptTokenJson]:
+        if not self._parameters.decoder_input_details or candidate.started is None:
             return []
-        logprobs = [None, *generation.started.prompt_logprobs]
+        logprobs = [None, *candidate.started.prompt_logprobs]
         return [
             PromptTokenJson(id=token, text=self._name(token), logprob=logprob)
-            for token, logprob in zip(generation.request.prompt, logprobs, strict=True)
+            for token, logprob in zip(candidate.request.prompt, logprobs, strict=True)
         ]
 
     def _name(self, token: int) -> str:
@@ -197,3 +227,12 @@ class TgiDialect:
 
 def _token(token: Token) -> TokenJson:
     return TokenJson(id=token.id, text=token.text, logprob=token.logprob, special=token.special, skipped=False)
+
+
+def _ending(candidate: Candidate) -> dict[str, Any]:
+    sampling = candidate.request.sampling
+    return {
+        "finish_reason": candidate.finish,
+        "generated_tokens": len(candidate.tokens),
+        "seed": sampling.seed if sampling.do_sample else None,
+    }

@@ -24,9 +24,9 @@ NEEDS_BF16 = pytest.mark.skipif(not this_processor().converts_bf16, reason=f"no 
 
 async def texts(serving: Serving, names: list[str | None]) -> list[str]:
     async def one(name: str | None) -> str:
-        asked = PromptRequest(RawText("def f(x): return x"), name, GenerationRequest(()), 12)
+        asked = PromptRequest([RawText("def f(x): return x")], name, GenerationRequest(()), 12)
         async with serving.generate(asked) as generation:
-            return "".join([token.text async for token in generation.tokens()])
+            return "".join([each.tokens[-1].text async for each in generation.progress()])
 
     answers = await asyncio.gather(*(one(name) for name in names))
     await serving.close()

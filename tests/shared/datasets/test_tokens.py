@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from shared.datasets.templates import Prompt
-from shared.datasets.tokens import Tokenizer, _bytes_as_written
+from shared.datasets.tokens import Tokenizer, bytes_as_written
 from shared.errors import ArtifactCorrupt
 from tests.shared.datasets.bos_tokenizer import write_bos_tokenizer
 
@@ -148,11 +148,11 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fi
 
 
 def test_bytes_are_written_as_the_library_writes_them() -> None:
-    assert set(_bytes_as_written()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert set(bytes_as_written()) == set(pre_tokenizers.ByteLevel.alphabet())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     text = "".join(map(chr, range(0x250))) + "漢😀"
     ((written, _),) = level.pre_tokenize_str(text)
-    assert written == "".join(_bytes_as_written()[byte] for byte in text.encode())
+    assert written == "".join(bytes_as_written()[byte] for byte in text.encode())
 
 
 def test_bytes_that_a_vocabulary_lacks_become_no_token(tmp_path: Path) -> None:

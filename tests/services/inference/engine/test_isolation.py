@@ -124,10 +124,10 @@ class _Traffic:
             adapter = self.chance.choice(list(self.newest))
             place = self.chance.randrange(len(PROMPTS))
             oldest = self.newest[adapter]
-            asked = PromptRequest(RawIds(self.canaries.prompts[place]), adapter, GenerationRequest(()), TOKENS)
+            asked = PromptRequest([RawIds(self.canaries.prompts[place])], adapter, GenerationRequest(()), TOKENS)
             try:
                 async with self.serving.generate(asked) as generation:
-                    ids = [token.id async for token in generation.tokens()]
+                    ids = [each.tokens[-1].id async for each in generation.progress()]
             except (Overloaded, NotFound, InvalidRequest):
                 # Every slot in use for long, or a load that read the folder while its version changed.
                 self.refused += 1
@@ -173,9 +173,9 @@ def test_no_canary_sings_anothers_song(canaries: Canaries) -> None:
         await asyncio.gather(traffic.operator(), *(traffic.client() for _ in range(CLIENTS)))
         # Then everyone once more in peace, by the newest version only.
         for adapter in canaries.answers:
-            asked = PromptRequest(RawIds(canaries.prompts[0]), adapter, GenerationRequest(()), TOKENS)
+            asked = PromptRequest([RawIds(canaries.prompts[0])], adapter, GenerationRequest(()), TOKENS)
             async with serving.generate(asked) as generation:
-                ids = [token.id async for token in generation.tokens()]
+                ids = [each.tokens[-1].id async for each in generation.progress()]
             assert ids == canaries.answers[adapter][-1 if not canaries.spare else traffic.newest[adapter]][0]
         for entry in serving.adapters.entries():
             assert entry.references == 0

@@ -61,8 +61,8 @@ class SentencePieceLike:
         ids: list[int] = self.fast.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        text: str = self.fast.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
 
