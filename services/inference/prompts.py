@@ -4,8 +4,9 @@ The template is the adapter's own, from its manifest. Without an adapter it is t
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.inference.engine.admission import prompt_too_long
 from shared.datasets.examples import Message
@@ -51,7 +52,18 @@ class InstructionSource:
 
 @dataclass(frozen=True, slots=True)
 class ChatSource:
+    """A conversation.
+
+    Attributes:
+        tools: functions that may be called, as in `Template.chat`.
+        variables: for the chat template; see there.
+        continue_final: whether an assistant's last message is to be continued; else it is history like the others.
+    """
+
     messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continue_final: bool = True
 
     @property
     def size_hint(self) -> int:
@@ -82,11 +94,12 @@ async def ids_of(
     if isinstance(source, RawIds):
         return "", list(source.ids)
     prompt = _prompt(source, template or tokenizer.chat or InstructionTemplate())
-    if most_tokens is not None and (fewest := tokenizer.fewest_tokens(prompt.text)) > most_tokens:
+    text = prompt.whole_text
+    if most_tokens is not None and (fewest := tokenizer.fewest_tokens(text)) > most_tokens:
         raise prompt_too_long(f"at least {fewest}", most_tokens)
-    if len(prompt.text) <= _SHORT:
-        return prompt.text, tokenizer.encode_prompt(prompt)
-    return prompt.text, await asyncio.to_thread(tokenizer.encode_prompt, prompt)
+    if len(text) <= _SHORT:
+        return text, tokenizer.encode_prompt(prompt)
+    return text, await asyncio.to_thread(tokenizer.encode_prompt, prompt)
 
 
 def _prompt(source: RawText | InstructionSource | ChatSource, template: Template) -> Prompt:
@@ -94,4 +107,6 @@ def _prompt(source: RawText | InstructionSource | ChatSource, template: Template
         return Prompt(source.text)
     if isinstance(source, InstructionSource):
         return template.instruction(source.instruction, source.input)
-    return template.chat(source.messages)
+    return template.chat(
+        source.messages, tools=source.tools, variables=source.variables, continue_final=source.continue_final
+    )

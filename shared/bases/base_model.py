@@ -6,6 +6,7 @@ asked for. Knows nothing of jobs, adapters or HTTP.
 
 import hashlib
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from torch import nn
 
 from shared.bases.catalogue import Base
 from shared.bases.hub import download
-from shared.datasets.tokens import Tokenizer
+from shared.datasets.tokens import ADDITIONAL_TEMPLATES, Tokenizer, chat_templates
 from shared.errors import ArtifactCorrupt, NotFound, Unavailable
 from shared.jobs.spec import BasePrecision
 from shared.processor import this_processor
@@ -176,6 +177,13 @@ def _copy_folder(source: Path, folder: Path) -> None:
     for name in [*names, "model.safetensors.index.json"]:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / ADDITIONAL_TEMPLATES).is_dir():
+        # A prepared base has no folders; transformers reads several templates from the configuration as well.
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        templates = chat_templates(source)
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def load_base(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shared.errors import TunesmithError, Unavailable
 
-PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
+PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 PAGE = "https://huggingface.co/"
 # What asking again does not change.
 REFUSALS = frozenset({"model_gated", "model_missing", "revision_missing"})

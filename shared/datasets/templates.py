@@ -1,47 +1,72 @@
 """Prompt formats: how an example becomes text to learn, and a request becomes text to complete.
 
-Training and serving both come here, so that a served prompt is the trained prompt to the character. Owns the texts and
-where a response begins and ends; tokens are `shared.datasets.tokens`.
+Training and serving both come here, so that a served prompt is the trained prompt to the character. Owns the texts,
+where a response begins and ends, and which of them are somebody's content; tokens are `shared.datasets.tokens`.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from datetime import datetime
+from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from shared.datasets.examples import (
-    Chat,
-    Completion,
-    Example,
-    Format,
-    Instruction,
-    Message,
-    Text,
-    needs_of,
-)
+from shared.datasets.control_tokens import Span
+from shared.datasets.examples import Completion, Example, Format, Instruction, Message, Text
+from shared.datasets.tool_format import as_plain_messages
 from shared.errors import InvalidRequest
 
-MAX_TEMPLATE_CHARACTERS = 100_000
+Source = Literal["author", "template", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Text the model continues. `add_special_tokens` is False where the template writes BOS itself."""
+    """Text the model continues, or a part of it.
+
+    Attributes:
+        add_special_tokens: False where the template writes BOS itself, and for what does not stand first.
+        source: whose text it is. Control tokens of an `author` are what they say; a `user`'s are text; of an
+            `assistant`'s the special ones are text. A `template`'s are what they say but where `literal` says not.
+        literal: where control tokens are only text; ascending, none overlaps another.
+        before: turns that stand before the text, encoded each for itself as in training.
+    """
 
     text: str
     add_special_tokens: bool = True
+    source: Source = "author"
+    literal: tuple[Span, ...] = ()
+    before: tuple["Turn", ...] = ()
+
+    @property
+    def whole_text(self) -> str:
+        """The text, with those of the turns before it."""
+        return "".join(turn.prompt.text + turn.response.text for turn in self.before) + self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt, the response to it, and whether the response is supervised. EOS follows every response."""
+    """A prompt, the response to it, and whether the response is supervised.
+
+    Attributes:
+        ended: the response's text has the template's own end; EOS follows a response that has not.
+    """
 
     prompt: Prompt
-    response: str
+    response: Prompt
     supervised: bool = True
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What is learnt of one example.
+
+    Attributes:
+        joined: the turns are one text, which is encoded at once; else each prompt and response for itself.
+        last_turn_only: the example has other supervised replies, which its template does not let be learnt.
+    """
+
+    turns: tuple[Turn, ...]
+    joined: bool = False
+    last_turn_only: bool = False
 
 
 class Template(Protocol):
@@ -50,7 +75,7 @@ class Template(Protocol):
     @property
     def id(self) -> str: ...
 
-    def turns(self, example: Example) -> list[Turn]:
+    def lesson(self, example: Example) -> Lesson:
         """What to train on. Raises InvalidRequest if the example does not fit the format."""
         ...
 
@@ -58,53 +83,64 @@ class Template(Protocol):
         """The prompt for one instruction."""
         ...
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt for a conversation. Raises InvalidRequest if the format cannot express it."""
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> Prompt:
+        """The prompt for a conversation.
+
+        Args:
+            tools: functions that may be called: `{"type": "function", "function": {…}}` each.
+            variables: scalars for the template; it gets those that it names.
+            continue_final: the last message is an assistant's, and is to be continued.
+
+        Raises:
+            InvalidRequest: the format cannot express the conversation.
+        """
         ...
 
 
-def _wrong_form(template: str, example: Example) -> InvalidRequest:
+def wrong_form(template: str, example: Example) -> InvalidRequest:
     return InvalidRequest(f"{type(example).__name__.lower()} rows do not fit the template {template}")
 
 
-def _single_question(template: str, messages: Sequence[Message]) -> tuple[str, str]:
-    """(system, question) of a conversation of one question; formats without roles cannot express more."""
-    roles = [message.role for message in messages]
-    if roles == ["user"]:
-        return "", messages[0].content
-    if roles == ["system", "user"]:
-        return messages[0].content, messages[1].content
-    raise InvalidRequest(
-        f"this model was trained with the template {template}: send one user message, optionally after a system one",
-        param="messages",
-    )
+def _answer(text: str) -> Prompt:
+    return Prompt(text, add_special_tokens=False, source="assistant")
 
 
 class InstructionTemplate:
-    """The tutorial's Alpaca-like format."""
+    """The tutorial's Alpaca-like format. Several turns stand one after another, each as it was trained."""
 
     id = "instruction-v1"
 
-    def turns(self, example: Example) -> list[Turn]:
+    def lesson(self, example: Example) -> Lesson:
         if not isinstance(example, Instruction):
-            raise _wrong_form(self.id, example)
-        # Earlier questions and answers stand one after another, in the same format; a system text before the first.
-        questions = [(question, "", answer) for question, answer in example.history]
+            raise wrong_form(self.id, example)
         turns: list[Turn] = []
-        for question, asked, answer in [*questions, (example.instruction, example.input, example.output)]:
-            if not turns and example.system:
-                question = f"{example.system}\n\n{question}"
-            prompt = self.instruction(question, asked)
-            turns.append(Turn(Prompt(f"\n\n{prompt.text}", False) if turns else prompt, answer))
-        return turns
+        question = example.system
+        for asked, answer in example.history:
+            turns.append(Turn(_asked(self, [question, asked], first=not turns), _answer(answer)))
+            question = ""
+        last = _asked(self, [question, example.instruction], example.input, first=not turns)
+        return Lesson((*turns, Turn(last, _answer(example.output))))
 
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         middle = f"### Input:\n{input}\n\n" if input else ""
-        return Prompt(f"### Instruction:\n{instruction}\n\n{middle}### Response:\n")
+        return Prompt(f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", source="user")
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        system, question = _single_question(self.id, messages)
-        return self.instruction(f"{system}\n\n{question}" if system else question)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> Prompt:
+        return _laid_out(self, as_plain_messages(messages, tools), continue_final)
 
 
 class CompletionTemplate:
@@ -112,102 +148,79 @@ class CompletionTemplate:
 
     id = "completion-v1"
 
-    def turns(self, example: Example) -> list[Turn]:
+    def lesson(self, example: Example) -> Lesson:
         if isinstance(example, Text):
-            return [Turn(Prompt(""), example.text)]
+            return Lesson((Turn(Prompt(""), Prompt(example.text, add_special_tokens=False)),))
         if not isinstance(example, Completion):
-            raise _wrong_form(self.id, example)
-        return [Turn(Prompt(example.prompt), example.completion)]
+            raise wrong_form(self.id, example)
+        return Lesson((Turn(Prompt(example.prompt), Prompt(example.completion, add_special_tokens=False)),))
 
     def instruction(self, instruction: str, input: str = "") -> Prompt:
-        return Prompt(f"{instruction}\n{input}" if input else instruction)
+        return Prompt(f"{instruction}\n{input}" if input else instruction, source="user")
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        system, question = _single_question(self.id, messages)
-        return Prompt(f"{system}\n\n{question}" if system else question)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> Prompt:
+        return _laid_out(self, as_plain_messages(messages, tools), continue_final)
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+_BETWEEN_TURNS = "\n\n"
 
 
-class ChatTemplate:
-    """A base model's own Jinja chat template, sandboxed.
+def _laid_out(template: Template, messages: Sequence[Message], continue_final: bool) -> Prompt:
+    """A conversation in a format without roles: its turns one after another, each as a row of one turn is trained.
+
+    What is said between two answers is one question; system messages stand before what follows them.
+    """
+    turns: list[Turn] = []
+    question: list[str] = []
+    last = messages[-1] if messages else None
+    begun = last.content if last and last.role == "assistant" and continue_final else None
+    if not any(message.role == "user" for message in messages):
+        raise InvalidRequest(
+            f"this model was trained with the template {template.id}, which needs a user message", param="messages"
+        )
+    for message in messages[:-1] if begun is not None else messages:
+        if message.role == "assistant":
+            turns.append(Turn(_asked(template, question, first=not turns), _answer(message.content)))
+            question = []
+        else:
+            question.append(message.content)
+    prompt = _asked(template, question, first=not turns)
+    if begun is not None:
+        turns.append(Turn(prompt, _answer(begun), ended=True))
+        prompt = Prompt("", add_special_tokens=False)
+    return Prompt(prompt.text, prompt.add_special_tokens, prompt.source, before=tuple(turns))
+
+
+def _asked(template: Template, question: Sequence[str], input: str = "", *, first: bool) -> Prompt:
+    prompt = template.instruction("\n\n".join(filter(None, question)), input)
+    return prompt if first else Prompt(_BETWEEN_TURNS + prompt.text, False, prompt.source)
+
+
+class DatedTemplate(Template, Protocol):
+    """A template that may write the date."""
+
+    @property
+    def writes_the_date(self) -> bool: ...
+
+    def at(self, moment: datetime) -> Template:
+        """The same template, to which it is always that moment."""
+        ...
+
+
+def template_for(form: Format, chat: DatedTemplate | None, uploaded: float) -> Template:
+    """The template that a dataset of this form is trained with.
 
     Args:
-        source: the template's text, as in `chat_template.jinja`.
-        bos: the text of the begin token, which many templates write themselves.
-        eos: the text of the token that ends a response.
-
-    Raises:
-        InvalidRequest: the template is over-long or does not compile.
-    """
-
-    def __init__(self, source: str, bos: str, eos: str) -> None:
-        if len(source) > MAX_TEMPLATE_CHARACTERS:
-            raise InvalidRequest("the chat template is too long", code="template_error")
-        # The same environment as transformers' apply_chat_template, so that both render the same text; less the clock
-        # (`strftime_now`): a served prompt must be the trained one on any day.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise InvalidRequest(f"the chat template does not compile: {error}", code="template_error") from error
-        # Templates ask whether `tools` is none, and would take an undefined name for some.
-        self._context: dict[str, Any] = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
-        self._eos = eos
-        self.id = "chat-" + hashlib.sha256(source.encode()).hexdigest()[:16]
-
-    def turns(self, example: Example) -> list[Turn]:
-        """One turn per assistant message, its prompt being what the template writes since the previous response.
-
-        Where a template does not render a conversation's beginning as the beginning of the whole (some strip earlier
-        reasoning), only the last assistant message is supervised.
-        """
-        if not isinstance(example, Chat):
-            raise _wrong_form(self.id, example)
-        if lacking := sorted(needs_of(example)):
-            raise InvalidRequest(
-                f"this base's chat template has no place for {lacking[0]}, which the rows have", code="template_error"
-            )
-        messages = example.messages
-        replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        turns, done = [], ""
-        for index in replies:
-            before = self._render(messages[:index], prompt=True)
-            if not before.startswith(done):
-                return self._last_turn(messages, replies)
-            message = messages[index]
-            turns.append(Turn(Prompt(before[len(done) :], False), message.content, bool(message.weight)))
-            done = before + message.content + self._eos
-        return turns
-
-    def _last_turn(self, messages: Sequence[Message], replies: list[int]) -> list[Turn]:
-        last = next((index for index in reversed(replies) if messages[index].weight), replies[-1])
-        prompt = Prompt(self._render(messages[:last], prompt=True), False)
-        return [Turn(prompt, messages[last].content, bool(messages[last].weight))]
-
-    def instruction(self, instruction: str, input: str = "") -> Prompt:
-        return self.chat([Message("user", f"{instruction}\n\n{input}" if input else instruction)])
-
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        return Prompt(self._render(messages, prompt=True), False)
-
-    def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=prompt, **self._context)
-        except Exception as error:  # a template can raise whatever Python's operators raise
-            raise InvalidRequest(
-                f"the chat template refused the messages: {error}", param="messages", code="template_error"
-            ) from error
-
-
-def template_for(form: Format, chat: ChatTemplate | None) -> Template:
-    """The template that a dataset of this form is trained with.
+        chat: the base's chat template.
+        uploaded: when the dataset came, in seconds since 1970: the date that its rows are given, whenever they are
+            tokenised.
 
     Raises:
         InvalidRequest: chat rows for a base without a chat template.
@@ -218,10 +231,10 @@ def template_for(form: Format, chat: ChatTemplate | None) -> Template:
         return CompletionTemplate()
     if chat is None:
         raise InvalidRequest("this base model has no chat template; use instruction rows", param="model")
-    return chat
+    return chat.at(datetime.fromtimestamp(uploaded)) if chat.writes_the_date else chat
 
 
-def template_by_id(template_id: str, chat: ChatTemplate | None) -> Template:
+def template_by_id(template_id: str, chat: Template | None) -> Template:
     """The template of an adapter's manifest.
 
     Raises:

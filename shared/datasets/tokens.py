@@ -1,5 +1,6 @@
 """Text to token ids and back, with `tokenizers` alone: no torch, no transformers, so the gateway can count tokens."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -8,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 
-from shared.datasets.templates import ChatTemplate, Prompt
+from shared.datasets.chat_template import ChatTemplate
+from shared.datasets.control_tokens import ControlTokens, Encoded, GuardedTokenizer, Span
+from shared.datasets.templates import Prompt, Turn
 from shared.errors import ArtifactCorrupt
 
 # Of most texts and tokenizers; a first guess.
 _CHARACTERS_PER_TOKEN = 8
 _UNSETTLED_WORDS = 2
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
 
 class Tokenizer:
     """A base model's tokenizer, read from its prepared folder.
 
     Attributes:
-        eos_id: ends every trained response.
+        eos_id: ends every trained response that its template does not end.
         begin_id: begins a text; `eos_id` where there is no token for that.
-        stop_ids: every id that ends generation (the generation config may name several).
+        control: the control tokens.
         chat: the base's chat template, if it has one.
 
     Raises:
@@ -36,29 +41,78 @@ class Tokenizer:
             config = json.loads((folder / "tokenizer_config.json").read_text())
         except Exception as error:  # tokenizers raises bare Exception
             raise ArtifactCorrupt(f"{folder.name}: no readable tokenizer: {error}") from error
-        self.fast.no_truncation()
-        self.fast.no_padding()
-        bos, eos = _token(config, "bos_token"), _token(config, "eos_token")
-        eos_id = self.fast.token_to_id(eos)
+        self._folder = folder
+        _whole_texts(self.fast)
+        _count_spaces(self.fast.post_processor)
+        special = {key: text for key in config if key.endswith("_token") and (text := _token(config, key))}
+        eos_id = self.fast.token_to_id(special.get("eos_token", ""))
         if eos_id is None:
             raise ArtifactCorrupt(f"{folder.name}: the tokenizer has no EOS token")
         self.eos_id: int = eos_id
-        bos_id = self.fast.token_to_id(bos)
+        bos_id = self.fast.token_to_id(special.get("bos_token", ""))
         self.begin_id: int = eos_id if bos_id is None else bos_id
-        self.stop_ids = frozenset({eos_id, *_generation_eos(folder)})
-        self.chat = _chat_template(folder, config, bos, eos)
+        sources = chat_templates(folder)
+        added = {token.content: token.special for token in self.fast.get_added_tokens_decoder().values()}
+        # Many names are special by the configuration alone.
+        added |= {text: True for text in special.values() if text in added}
+        self.control = ControlTokens(added, "\0".join(sources.values()))
+        self.chat = ChatTemplate(sources, special, self.control) if sources else None
+        self._stop_ids = frozenset({eos_id, *_generation_eos(folder)})
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Every id that ends generation: EOS, those of the generation config, and the chat template's end of turn."""
+        end = self.fast.token_to_id(self.chat.end) if self.chat and self.chat.end else None
+        return self._stop_ids if end is None else self._stop_ids | {end}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that makes ids of text, as it was read."""
+        fast = FastTokenizer.from_file(str(self._folder / "tokenizer.json"))
+        _whole_texts(fast)
+        return hashlib.sha256(fast.to_str().encode()).hexdigest()
+
+    @cached_property
+    def encodes_parts_as_the_whole(self) -> bool:
+        """Whether a text that is cut between words has the ids of the whole: byte-level ones that change no text."""
+        return self.fast.normalizer is None and type(self.fast.decoder).__name__ == "ByteLevel"
 
     @property
     def vocabulary(self) -> int:
         return self.fast.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool, at_most: int | None = None) -> list[int]:
-        """The ids of a text.
+        """The ids of a text in which control tokens are what they say.
 
         Args:
             at_most: only so many are wanted: of a long text no more is encoded than they need, where its rest cannot
                 change them.
         """
+        return self._plain(text, add_special_tokens=add_special_tokens, at_most=at_most).ids[:at_most]
+
+    def encoded(self, prompt: Prompt, *, at_most: int | None = None) -> Encoded:
+        """A prompt's own text, with the characters of each token; at least the first `at_most` tokens.
+
+        Raises:
+            InvalidRequest: see `GuardedTokenizer.encode`.
+        """
+        literal = self.literal(prompt)
+        special = prompt.add_special_tokens
+        if literal or (prompt.source != "author" and self._hides_control_tokens):
+            return self._guarded.encode(prompt.text, literal, add_special_tokens=special)
+        return self._plain(prompt.text, add_special_tokens=special, at_most=at_most)
+
+    def literal(self, prompt: Prompt) -> Sequence[Span]:
+        """Where control tokens stand in a prompt's own text that are only text."""
+        if prompt.source in ("author", "template"):
+            return prompt.literal
+        return self.control.spans(prompt.text, special_only=prompt.source == "assistant")
+
+    @cached_property
+    def _guarded(self) -> GuardedTokenizer:
+        return GuardedTokenizer(self.fast, self.control)
+
+    def _plain(self, text: str, *, add_special_tokens: bool, at_most: int | None) -> Encoded:
         if at_most is not None:
             size = max(at_most, 64) * _CHARACTERS_PER_TOKEN
             while self._splits_into_words and size < len(text):
@@ -66,10 +120,10 @@ class Tokenizer:
                 if first is not None:
                     return first
                 size *= 2
-        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids[:at_most]
+        encoding = self.fast.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(encoding.ids, encoding.offsets)
 
-    def _first(self, text: str, size: int, wanted: int, add_special_tokens: bool) -> list[int] | None:
+    def _first(self, text: str, size: int, wanted: int, add_special_tokens: bool) -> Encoded | None:
         """The first ids of a text by its first `size` characters; None if what comes after these may change them."""
         encoding = self.fast.encode(text[:size], add_special_tokens=add_special_tokens)
         if len(encoding.ids) <= wanted:
@@ -81,7 +135,7 @@ class Tokenizer:
         settled = encoding.offsets[wanted - 1][1] <= size - self._longest_added_token
         if last_wanted is None or last_wanted > last - _UNSETTLED_WORDS or not settled:
             return None
-        return list(encoding.ids[:wanted])
+        return Encoded(encoding.ids[:wanted], encoding.offsets[:wanted])
 
     @cached_property
     def _splits_into_words(self) -> bool:
@@ -94,12 +148,35 @@ class Tokenizer:
         )
 
     @cached_property
+    def _hides_control_tokens(self) -> bool:
+        """Whether a text may become a control token without containing it: by a normaliser, or by the model itself."""
+        names = self.control.all
+        normalised = any(
+            token.normalized and token.content in names for token in self.fast.get_added_tokens_decoder().values()
+        )
+        if normalised and self.fast.normalizer is not None:
+            return True
+        model = self.fast.model
+        return type(model).__name__ == "Unigram" and any(text in self._written for text in names)
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        return frozenset(self.fast.get_vocab(with_added_tokens=False))
+
+    @cached_property
     def _longest_added_token(self) -> int:
         return max((len(token.content) for token in self.fast.get_added_tokens_decoder().values()), default=0)
 
     def encode_prompt(self, prompt: Prompt, *, at_most: int | None = None) -> list[int]:
         """The ids a request starts from; the very ids its training examples started with."""
-        return self.encode(prompt.text, add_special_tokens=prompt.add_special_tokens, at_most=at_most)
+        ids: list[int] = []
+        for turn in prompt.before:
+            ids += self.encoded(turn.prompt).ids + self.response_ids(turn)
+        return (ids + self.encoded(prompt, at_most=at_most).ids)[:at_most]
+
+    def response_ids(self, turn: Turn, *, at_most: int | None = None) -> list[int]:
+        """A response by itself, with EOS if it has no other end."""
+        return [*self.encoded(turn.response, at_most=at_most).ids[:at_most], *([] if turn.ended else [self.eos_id])]
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, told without encoding it; 0 where that cannot be told."""
@@ -162,7 +239,38 @@ def _generation_eos(folder: Path) -> list[int]:
     return [value] if isinstance(value, int) else [v for v in value or [] if isinstance(v, int)]
 
 
-def _chat_template(folder: Path, config: dict[str, Any], bos: str, eos: str) -> ChatTemplate | None:
-    path = folder / "chat_template.jinja"
-    source = path.read_text() if path.is_file() else config.get("chat_template")
-    return ChatTemplate(source, bos, eos) if isinstance(source, str) else None
+def _whole_texts(fast: FastTokenizer) -> None:
+    fast.no_truncation()
+    fast.no_padding()
+
+
+def _count_spaces(processor: Any) -> None:
+    """Have a post-processor leave the spaces in a token's characters; some take them out. Changes no ids."""
+    if hasattr(processor, "trim_offsets"):
+        processor.trim_offsets = False
+    elif isinstance(processor, processors.Sequence):
+        for index in itertools.count():
+            try:
+                _count_spaces(processor[index])
+            except IndexError:
+                break
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates of a model's folder by their names; most have one, `default`.
+
+    As transformers reads them: files come before what `tokenizer_config.json` holds, which may be one text or a list.
+    """
+    file = folder / "chat_template.jinja"
+    sources = {path.stem: path.read_text() for path in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))}
+    if file.is_file():
+        sources["default"] = file.read_text()
+    if sources:
+        return sources
+    given = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, dict):
+        return {str(name): source for name, source in given.items() if isinstance(source, str)}
+    named = [each for each in given or [] if isinstance(each, dict)]
+    return {str(each.get("name")): each["template"] for each in named if isinstance(each.get("template"), str)}

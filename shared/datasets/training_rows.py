@@ -22,12 +22,12 @@ def training_rows(
     Raises:
         InvalidRequest: it does not fit the template.
     """
-    turns = template.turns(example)
+    lesson = template.lesson(example)
     if isinstance(example, Text):
-        whole = masked_tokens(tokenizer, turns, max_length=sys.maxsize)
+        whole = masked_tokens(tokenizer, lesson, max_length=sys.maxsize)
         return _chunks(whole, max_length) if whole else []
     tokens = masked_tokens(
-        tokenizer, turns, max_length=max_length, train_on_prompt=train_on_prompt, truncation=truncation
+        tokenizer, lesson, max_length=max_length, train_on_prompt=train_on_prompt, truncation=truncation
     )
     return [tokens] if tokens else []
 

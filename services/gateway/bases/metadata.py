@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.datasets.tokens import chat_templates
 from shared.errors import ArtifactCorrupt, NotFound
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.manifests import read_manifest
@@ -53,8 +54,7 @@ class BaseMetadataReader:
 def _read(folder: Path) -> BaseMetadata:
     names = {name for file in sorted(folder.glob("*.safetensors")) for name in _matrices(file)}
     modules = frozenset(name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight"))
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    has_template = (folder / "chat_template.jinja").is_file() or isinstance(config.get("chat_template"), str)
+    has_template = bool(chat_templates(folder))
     model = json.loads((folder / "config.json").read_bytes())
     context = model.get("max_position_embeddings")
     return BaseMetadata(has_template, modules, context if isinstance(context, int) else None, model_shape(model))

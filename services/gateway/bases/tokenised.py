@@ -90,7 +90,7 @@ def tokenised_rows(
     template = None
     for number, example in enumerate(read_examples(file), 1):
         check()
-        template = template or template_for(format_of(example), tokenizer.chat)
+        template = template or template_for(format_of(example), tokenizer.chat, file.stat().st_mtime)
         rows = training_rows(
             tokenizer,
             template,

@@ -38,6 +38,9 @@ class PreviewRow(BaseModel):
     tokens: int
     supervised_tokens: int
     dropped: Annotated[bool, Field(description="nothing of the response is left within max_length")]
+    last_turn_only: Annotated[
+        bool, Field(description="the chat template lets only the last of several replies be learnt")
+    ]
     pieces: list[Piece]
 
 
@@ -85,6 +88,7 @@ def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:
         tokens=len(tokens.ids) if tokens else 0,
         supervised_tokens=tokens.supervised_count if tokens else 0,
         dropped=tokens is None,
+        last_turn_only=tokens is not None and tokens.last_turn_only,
         pieces=pieces(tokens, tokenizer) if tokens else [],
     )
 

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from services.trainer.contract import Check
 from shared.datasets.checker import read_examples
 from shared.datasets.examples import Example, format_of
-from shared.datasets.templates import Template, template_for
+from shared.datasets.templates import CompletionTemplate, Template, template_for
 from shared.datasets.tokens import Tokenizer
 from shared.datasets.training_rows import training_rows
 from shared.errors import InvalidRequest, JobFailed, NotFound, Unavailable
@@ -48,6 +49,7 @@ class Rows:
         supervised: int64 [rows], supervised tokens of each row, each at least 1.
         dropped: rows of the file that had nothing left to learn within `max_length`.
         truncated: rows that were cut off at `max_length` and are still trained on.
+        last_turn_only: rows with several supervised replies, of which their template lets only the last be learnt.
     """
 
     key: str
@@ -57,6 +59,7 @@ class Rows:
     supervised: NDArray[np.int64]
     dropped: int
     truncated: int
+    last_turn_only: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -135,12 +138,12 @@ def tokenise(
     content = [
         CACHE_FORMAT,
         sha256,
-        hashlib.sha256(tokenizer.fast.to_str().encode()).hexdigest(),
+        tokenizer.sha256,
         tokenizer.eos_id,
         template.id,
         hyper.max_length,
         hyper.train_on_prompt,
-        *_differences(file, hyper),
+        *_differences(file, hyper, tokenizer, template),
     ]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     folder = store.cache(sha256, key)
@@ -161,24 +164,41 @@ def tokenise(
     return rows
 
 
-def _differences(file: Path, hyper: Hyperparameters) -> list[str]:
+def _differences(file: Path, hyper: Hyperparameters, tokenizer: Tokenizer, template: Template) -> list[str]:
     """What makes other tokens of the same bytes than the first version did, which knew none of it."""
     found: list[str] = [] if hyper.truncation == "cut_end" else [hyper.truncation]
     if file.name != DATA:
         found.append(file.name)
     if _has_keys_once_ignored(file):
         found.append("keys")
+    if template.id != CompletionTemplate.id and _may_hold(file, tokenizer.control.all):
+        found.append("control tokens")
+    chat = tokenizer.chat
+    if chat and template.id == chat.id:
+        if not (chat.writes_as_it_was_learnt_once and tokenizer.encodes_parts_as_the_whole):
+            found.append("ends of turns")
+        if chat.writes_the_date:
+            found.append(datetime.fromtimestamp(file.stat().st_mtime).isoformat())
     return found
 
 
 def _has_keys_once_ignored(file: Path) -> bool:
+    return _found(file, ONCE_IGNORED)
+
+
+def _may_hold(file: Path, texts: Iterable[str]) -> bool:
+    """Whether some of the texts may be in a file of JSON, which writes `<` and `>` in two ways."""
+    return _found(file, re.compile(b"|".join([rb"\\u003[ceCE]", *(re.escape(text.encode()) for text in texts)])))
+
+
+def _found(file: Path, wanted: re.Pattern[bytes]) -> bool:
     with file.open("rb") as stream:
         before = b""
         while chunk := stream.read(1 << 20):
-            if ONCE_IGNORED.search(before + chunk):
+            if wanted.search(before + chunk):
                 return True
-            # A key may be cut in two.
-            before = chunk[-64:]
+            # What is looked for may be cut in two.
+            before = chunk[-256:]
     return False
 
 
@@ -186,7 +206,7 @@ def _template(file: Path, tokenizer: Tokenizer) -> Template:
     first = next(read_examples(file), None)
     if first is None:
         raise InvalidRequest("the file has no rows", param="file")
-    return template_for(format_of(first), tokenizer.chat)
+    return template_for(format_of(first), tokenizer.chat, file.stat().st_mtime)
 
 
 def _write(
@@ -199,7 +219,7 @@ def _write(
 ) -> None:
     # Flat arrays of machine integers: Python lists of a million rows would not fit.
     ids, supervised, offsets = array("i"), array("b"), array("q", [0])
-    dropped = truncated = 0
+    dropped = truncated = last_turn_only = 0
     for index, example in enumerate(examples):
         if index % ROWS_BETWEEN_CHECKS == 0:
             check()
@@ -214,6 +234,7 @@ def _write(
         dropped += not rows
         for tokens in rows:
             truncated += tokens.cut
+            last_turn_only += tokens.last_turn_only
             ids.extend(tokens.ids)
             supervised.extend(tokens.supervised)
             offsets.append(len(ids))
@@ -230,7 +251,8 @@ def _write(
     }
     disable_progress_bars()
     Dataset(pa.table(columns)).save_to_disk(folder / "rows")
-    (folder / "counts.json").write_text(json.dumps({"dropped": dropped, "truncated": truncated}))
+    counts = {"dropped": dropped, "truncated": truncated, "last_turn_only": last_turn_only}
+    (folder / "counts.json").write_text(json.dumps(counts))
 
 
 def _load(folder: Path, key: str, template: str) -> Rows | None:
@@ -247,7 +269,7 @@ def _load(folder: Path, key: str, template: str) -> Rows | None:
     lengths = np.fromiter(chain.from_iterable(map(_list_lengths, chunks)), np.int64)
     flags = dataset.data.table.column("supervised").chunks
     supervised = np.fromiter(chain.from_iterable(map(_true_counts, flags)), np.int64)
-    return Rows(key, template, dataset, lengths, supervised, counts["dropped"], counts["truncated"])
+    return Rows(key, template, dataset, lengths, supervised, **counts)
 
 
 def _list_lengths(column: Any) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ def report_rows(session: Session, rows: Rows, layout: Layout) -> None:
         "rows": len(rows),
         "dropped_rows": rows.dropped,
         "truncated_rows": rows.truncated,
+        "last_turn_only_rows": rows.last_turn_only,
         "tokens": tokens,
         "supervised_tokens": supervised,
         "total_steps": layout.total_steps,
@@ -33,6 +34,13 @@ def report_rows(session: Session, rows: Rows, layout: Layout) -> None:
             "to learn",
             level="warn",
             data={"dropped_rows": rows.dropped, "truncated_rows": rows.truncated},
+        )
+    if rows.last_turn_only:
+        session.event(
+            f"of {rows.last_turn_only} rows only the last reply is learnt: the chat template writes earlier ones "
+            "differently once the conversation goes on",
+            level="warn",
+            data={"last_turn_only_rows": rows.last_turn_only},
         )
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.datasets.loss_mask import masked_tokens
-from shared.datasets.templates import InstructionTemplate, Prompt, Turn
+from shared.datasets.templates import InstructionTemplate, Lesson, Prompt, Turn
 from shared.datasets.tokens import Tokenizer
 from tests.shared.datasets.bos_tokenizer import write_bos_tokenizer
 
@@ -16,10 +16,20 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 turns = st.lists(
-    st.builds(Turn, st.builds(Prompt, st.text(max_size=20), st.booleans()), st.text(max_size=20), st.booleans()),
+    st.builds(
+        Turn,
+        st.builds(Prompt, st.text(max_size=20), st.booleans()),
+        st.builds(Prompt, st.text(max_size=20), st.just(False)),
+        st.booleans(),
+        st.booleans(),
+    ),
     min_size=1,
     max_size=4,
 )
+
+
+def lesson(prompt: Prompt, response: str) -> Lesson:
+    return Lesson((Turn(prompt, Prompt(response, False)),))
 
 
 @given(turns=turns, length=st.integers(1, 80), on_prompt=st.booleans())
@@ -28,22 +38,24 @@ def test_ids_and_supervision_of_an_example(ours: Tokenizer, turns: list[Turn], l
     marks: list[bool] = []
     for turn in turns:
         prompt = ours.encode_prompt(turn.prompt)
-        response = [*ours.encode(turn.response, add_special_tokens=False), ours.eos_id]
+        response = ours.encode(turn.response.text, add_special_tokens=False)
+        response += [] if turn.ended else [ours.eos_id]
         ids += prompt + response
         marks += [on_prompt] * len(prompt) + [turn.supervised] * len(response)
-    marks[0] = False
-    tokens = masked_tokens(ours, turns, max_length=length, train_on_prompt=on_prompt)
+    marks[:1] = [False]
+    tokens = masked_tokens(ours, Lesson(tuple(turns)), max_length=length, train_on_prompt=on_prompt)
     if not any(marks[:length]):
         assert tokens is None
         return
     assert tokens is not None
     assert (tokens.ids, tokens.supervised) == (ids[:length], marks[:length])
+    assert tokens.cut == (len(ids) > length)
     assert tokens.supervised_count == sum(marks[:length])
 
 
 def test_eos_is_supervised_by_place_and_not_by_id(ours: Tokenizer) -> None:
     """The end of an answer counts; the same id inside a prompt does not, though pad = eos."""
-    tokens = masked_tokens(ours, [Turn(Prompt("a<|im_end|>b"), "c")], max_length=100)
+    tokens = masked_tokens(ours, lesson(Prompt("a<|im_end|>b"), "c"), max_length=100)
     assert tokens is not None
     assert tokens.ids.count(ours.eos_id) == 2
     assert [mark for token, mark in zip(tokens.ids, tokens.supervised, strict=True) if token == ours.eos_id] == [
@@ -54,7 +66,7 @@ def test_eos_is_supervised_by_place_and_not_by_id(ours: Tokenizer) -> None:
 
 def test_a_served_prompt_is_the_trained_prompt(ours: Tokenizer) -> None:
     prompt = InstructionTemplate().instruction("What?", "x")
-    tokens = masked_tokens(ours, [Turn(prompt, "That.")], max_length=500)
+    tokens = masked_tokens(ours, lesson(prompt, "That."), max_length=500)
     assert tokens is not None
     served = ours.encode_prompt(prompt)
     assert tokens.ids[: len(served)] == served

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from shared.datasets.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
+from shared.datasets.control_tokens import ControlTokens
 from shared.datasets.examples import Chat, Completion, Example, Instruction, Message
 from shared.datasets.templates import (
-    MAX_TEMPLATE_CHARACTERS,
-    ChatTemplate,
     CompletionTemplate,
     InstructionTemplate,
+    Lesson,
     Prompt,
     Template,
     Turn,
@@ -45,7 +46,8 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def chat(source: str = CHAT_TEMPLATE) -> ChatTemplate:
-    return ChatTemplate(source, "<|im_start|>", EOS)
+    control = ControlTokens({"<|im_start|>": True, EOS: True, "<|endoftext|>": True})
+    return ChatTemplate(source, {"bos_token": "<|im_start|>", "eos_token": EOS}, control)
 
 
 conversations = st.builds(
@@ -67,7 +69,7 @@ def test_chat_prompts_are_what_transformers_renders(
     expected = oracle.apply_chat_template(
         conversation, chat_template=source, tokenize=False, add_generation_prompt=True
     )
-    assert chat(source).chat(messages) == Prompt(expected, add_special_tokens=False)
+    assert chat(source).chat(messages) == Prompt(expected, False, "template")
 
 
 @given(conversation=conversations, answer=TEXT)
@@ -75,25 +77,31 @@ def test_chat_turns_join_to_the_conversation(oracle: Any, conversation: list[dic
     if conversation[-1]["role"] != "assistant":
         conversation = [*conversation, {"role": "assistant", "content": answer}]
     example = Chat(tuple(Message(m["role"], m["content"]) for m in conversation))  # type: ignore[arg-type]
-    turns = chat().turns(example)
-    joined = "".join(turn.prompt.text + turn.response + EOS for turn in turns)
+    turns = chat().lesson(example).turns
+    joined = "".join(turn.prompt.text + turn.response.text for turn in turns)
     whole = oracle.apply_chat_template(conversation, tokenize=False)
     # The template writes a line break after EOS, which belongs to the next turn.
     assert joined + "\n" == whole
-    assert [turn.response for turn in turns] == [m["content"] for m in conversation if m["role"] == "assistant"]
+    assert [turn.response.text for turn in turns] == [
+        m["content"] + EOS for m in conversation if m["role"] == "assistant"
+    ]
+    assert all(turn.ended for turn in turns)
 
 
 def test_messages_of_weight_zero_are_not_supervised() -> None:
     example = Chat(
         (Message("user", "a"), Message("assistant", "b", 0), Message("user", "c"), Message("assistant", "d"))
     )
-    assert [turn.supervised for turn in chat().turns(example)] == [False, True]
+    assert [turn.supervised for turn in chat().lesson(example).turns] == [False, True]
 
 
 def test_a_template_that_rewrites_history_learns_the_last_answer_only() -> None:
     source = "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else '-' }}|{% endfor %}"
     example = Chat((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
-    assert chat(source).turns(example) == [Turn(Prompt("a|-|c|", False), "d")]
+    turn = Turn(Prompt("a|-|c|", False, "template"), Prompt("d", False, "template"))
+    assert chat(source).lesson(example) == Lesson((turn,), joined=True, last_turn_only=True)
+    alone = Chat((*example.messages[:1], Message("assistant", "b", 0), *example.messages[2:]))
+    assert chat(source).lesson(alone) == Lesson((turn,), joined=True)
 
 
 def test_instruction_texts_to_the_character() -> None:
@@ -101,26 +109,56 @@ def test_instruction_texts_to_the_character() -> None:
     assert template.instruction("Do it").text == "### Instruction:\nDo it\n\n### Response:\n"
     with_input = "### Instruction:\nDo it\n\n### Input:\nx\n\n### Response:\n"
     assert template.instruction("Do it", "x").text == with_input
-    assert template.turns(Instruction("Do it", "done", "x")) == [Turn(Prompt(with_input), "done")]
+    turn = Turn(Prompt(with_input, source="user"), Prompt("done", False, "assistant"))
+    assert template.lesson(Instruction("Do it", "done", "x")) == Lesson((turn,))
     assert template.chat([Message("user", "Do it")]) == template.instruction("Do it")
     assert template.chat([Message("system", "S"), Message("user", "Do it")]) == template.instruction("S\n\nDo it")
 
 
 def test_completion_texts_stand_as_they_are() -> None:
     template = CompletionTemplate()
-    assert template.turns(Completion("a ", "b")) == [Turn(Prompt("a "), "b")]
+    assert template.lesson(Completion("a ", "b")) == Lesson((Turn(Prompt("a "), Prompt("b", False)),))
     assert template.instruction("a").text == "a"
     assert template.chat([Message("user", "a")]).text == "a"
 
 
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [
+        (InstructionTemplate(), "### Instruction:\n{}\n\n### Response:\n"),
+        (CompletionTemplate(), "{}"),
+    ],
+    ids=["instruction", "completion"],
+)
+def test_formats_without_roles_lay_turns_out_one_after_another(template: Template, asked: str) -> None:
+    prompt = template.chat(
+        [Message("system", "S"), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    )
+    first = Turn(Prompt(asked.format("S\n\na"), source="user"), Prompt("b", False, "assistant"))
+    assert prompt == Prompt("\n\n" + asked.format("c"), False, "user", before=(first,))
+    assert prompt.whole_text == asked.format("S\n\na") + "b\n\n" + asked.format("c")
+
+
+def test_a_greeting_and_several_questions_at_once_have_a_place() -> None:
+    template = InstructionTemplate()
+    prompt = template.chat([Message("assistant", "Hello"), Message("user", "a"), Message("user", "b")])
+    assert prompt.text == "\n\n### Instruction:\na\n\nb\n\n### Response:\n"
+    assert [turn.response.text for turn in prompt.before] == ["Hello"]
+
+
+def test_a_begun_answer_is_continued_and_not_ended() -> None:
+    template = InstructionTemplate()
+    prompt = template.chat([Message("user", "a"), Message("assistant", "It is")], continue_final=True)
+    assert prompt.whole_text == template.instruction("a").text + "It is"
+    assert [turn.ended for turn in prompt.before] == [True]
+    answered = template.chat([Message("user", "a"), Message("assistant", "It is")])
+    assert [turn.ended for turn in answered.before] == [False]
+
+
 @pytest.mark.parametrize("template", [InstructionTemplate(), CompletionTemplate()])
-def test_formats_without_roles_refuse_conversations(template: InstructionTemplate | CompletionTemplate) -> None:
-    for messages in (
-        [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
-        [Message("system", "a")],
-        [Message("assistant", "a")],
-    ):
-        with pytest.raises(InvalidRequest) as refused:
+def test_formats_without_roles_need_a_question(template: Template) -> None:
+    for messages in ([Message("system", "a")], [Message("assistant", "a")], []):
+        with pytest.raises(InvalidRequest, match="needs a user message") as refused:
             template.chat(messages)
         assert refused.value.param == "messages"
 
@@ -135,7 +173,7 @@ def test_rows_of_another_form_are_refused() -> None:
         with pytest.raises(
             InvalidRequest, match=f"{type(row).__name__.lower()} rows do not fit the template {template.id}"
         ):
-            template.turns(row)
+            template.lesson(row)
 
 
 @pytest.mark.parametrize(
@@ -170,20 +208,20 @@ def test_hostile_or_broken_templates_are_the_requests_error(source: str) -> None
 )
 def test_templates_that_cannot_be_compiled_are_refused(source: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=f"the chat template {message}") as refused:
-        chat(source)
+        chat(source).chat([Message("user", "x")])
     assert refused.value.code == "template_error"
 
 
 def test_templates_by_form_and_by_id() -> None:
     own = chat()
     assert own.id == chat().id != chat(STRICT).id
-    assert template_for("chat", own) is own
-    assert template_for("instruction", None).id == "instruction-v1"
-    assert template_for("completion", own).id == "completion-v1"
+    assert template_for("chat", own, 0) is own
+    assert template_for("instruction", None, 0).id == "instruction-v1"
+    assert template_for("completion", own, 0).id == "completion-v1"
     for template in (own, InstructionTemplate(), CompletionTemplate()):
         assert template_by_id(template.id, own).id == template.id
     with pytest.raises(InvalidRequest, match="has no chat template; use instruction rows") as refused:
-        template_for("chat", None)
+        template_for("chat", None, 0)
     assert refused.value.param == "model"
     with pytest.raises(InvalidRequest, match=f"unknown template '{own.id}'") as refused:
         template_by_id(own.id, None)

@@ -99,7 +99,7 @@ def test_facts(ours: Tokenizer, theirs: Any) -> None:
     assert ours.vocabulary == len(theirs)
     messages = [{"role": "user", "content": "hi"}]
     assert ours.chat is not None
-    prompt = Prompt(theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False)
+    prompt = Prompt(theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False, "template")
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ours.encode_prompt(prompt) == expected
 

@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def rows_of(
     tokenizer: Tokenizer, example: Example, max_length: int = 512, truncation: Truncation = "cut_end"
 ) -> list[MaskedTokens]:
-    template = template_for(format_of(example), tokenizer.chat)
+    template = template_for(format_of(example), tokenizer.chat, 0)
     return training_rows(tokenizer, template, example, max_length=max_length, truncation=truncation)
 
 
