@@ -9,7 +9,9 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.middleware.cors import CORSMiddleware
 
+from services.gateway.http.azure_paths import AzurePaths
 from services.gateway.http.body_backpressure import CloseOnUnreadBody
 from services.gateway.metrics import Metrics
 from services.gateway.routes import estimates, file_preview, files, generate, job_metrics, jobs, models, operations
@@ -17,6 +19,7 @@ from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import Catalogue
 from shared.errors import Unavailable
+from shared.http.head import HeadAsGet
 from shared.http.web import RequestContext, error_response, install_error_handlers
 from shared.logs import get_logger
 from shared.storage.outages import is_away
@@ -43,7 +46,18 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
     install_error_handlers(app)
     app.add_exception_handler(SQLAlchemyError, _database_failed)
     # The last one added sees a request first.
+    app.add_middleware(AzurePaths)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(CloseOnUnreadBody)
+    if settings.cors_origins:
+        # Without credentials: a key is sent by the page itself, and no cookie of ours means anything.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
     app.add_middleware(RequestContext, observe=metrics.answered)
     parts = (files.uploads, files.router, file_preview.router, jobs.router, job_metrics.router, estimates.router)
     for part in (*parts, models.router, generate.router):

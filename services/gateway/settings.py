@@ -1,5 +1,6 @@
 """The gateway's settings, beside those all services share."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from pydantic_settings import NoDecode
 from shared.settings import LeaseSettings
 
 DEFAULT_CACHE_BYTES = 10 << 30
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9_.-]+(:[0-9]{1,5})?|https?://\[[0-9a-fA-F:]+\](:[0-9]{1,5})?")
 
 
 class GatewaySettings(LeaseSettings):
@@ -22,6 +24,8 @@ class GatewaySettings(LeaseSettings):
         key_file: where the first API key is written (0600); `home/api_key` if empty. A key found there is taken over.
         key_secret: what API keys are hashed with; made once in `home/key_secret` (0600) if empty. Several gateways on
             one database need the same.
+        cors_origins: whose pages a browser lets call this gateway, separated by commas: `https://chat.example`, or `*`
+            for everybody's; none if empty.
         inference_timeout: seconds without a byte from inference before a request is aborted.
         cache_bytes: of tokenised data that stay on disk; the least recently used goes first.
         keep_events_days: events of jobs that ended longer ago are dropped, their metric series with them; empty: never.
@@ -35,16 +39,27 @@ class GatewaySettings(LeaseSettings):
     max_body_bytes: int = Field(4 << 20, ge=1024)
     key_file: Path | None = None
     key_secret: SecretStr = SecretStr("")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     inference_timeout: float = Field(300, gt=0)
     cache_bytes: int = Field(DEFAULT_CACHE_BYTES, ge=0)
     keep_events_days: int | None = Field(None, ge=1)
 
-    @field_validator("inference_urls", mode="before")
+    @field_validator("inference_urls", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(url.strip().rstrip("/") for url in value.split(",") if url.strip())
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write https://host or http://host:port, without a path, or *"
+                )
+        return origins
 
     @property
     def key_path(self) -> Path:

@@ -24,6 +24,7 @@ from services.inference.routes.tgi import tgi_router
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from shared.http.error_bodies import OPENAI_ERRORS, TGI_ERRORS
+from shared.http.head import HeadAsGet
 from shared.http.web import RequestContext, install_error_handlers
 
 
@@ -55,7 +56,10 @@ def create_app(settings: InferenceSettings, build: Callable[[], Serving]) -> Fas
         summary="Private API: generates with one base model and any of its adapters.",
         lifespan=lifespan,
         # Every gateway asks for /info every other second.
-        middleware=[Middleware(RequestContext, observe=metrics.answered, unlogged=("/health", "/metrics", "/info"))],
+        middleware=[
+            Middleware(RequestContext, observe=metrics.answered, unlogged=("/health", "/metrics", "/info")),
+            Middleware(HeadAsGet),
+        ],
         docs_url=None,
         redoc_url=None,
     )

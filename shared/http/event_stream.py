@@ -21,6 +21,8 @@ DONE = "[DONE]"
 # A comment: every reader skips it, and proxies see that the connection is alive.
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
+# Headers that keep caches and proxies (nginx by the second) from holding events back.
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def encode_event(data: str, id: str = "") -> bytes:
@@ -73,7 +75,7 @@ class EventStreamResponse(Response):
     Args:
         events: the data of each event.
         close: awaited at the end whatever happens, the client's leaving included.
-        headers: added to those that keep caches and proxies from holding events back.
+        headers: added to `UNBUFFERED`.
         keep_alive: seconds of silence after which a comment is sent.
     """
 
@@ -86,7 +88,7 @@ class EventStreamResponse(Response):
         headers: dict[str, str],
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        super().__init__(headers={**UNBUFFERED, **headers})
         del self.headers["content-length"]
         self._events, self._close, self._keep_alive = events, close, keep_alive
 

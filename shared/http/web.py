@@ -1,7 +1,8 @@
 """What both HTTP services share: error answers, the request id, and one access line per request.
 
-`/v1/*` answers OpenAI's `{"error": {...}}`, every other route TGI's `{"error", "error_type"}`; FastAPI's `{"detail"}`
-and stack traces are never sent. Pure ASGI only: Starlette's BaseHTTPMiddleware hides the client's disconnect.
+TGI's own paths answer its `{"error", "error_type"}`, every other path OpenAI's `{"error": {...}}`; FastAPI's
+`{"detail"}` and stack traces are never sent. Pure ASGI only: Starlette's BaseHTTPMiddleware hides that a client has
+left.
 """
 
 import json
@@ -22,10 +23,13 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.errors import InvalidRequest, NotFound, Overloaded, TunesmithError, Unauthenticated
+from shared.http.unbuilt_paths import hint
 from shared.http.validation import validation_error
 from shared.logs import get_logger
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+# text-generation-inference's paths, and what an operator asks of a process like it.
+_TGI_PATH = re.compile(r"/|/(generate|generate_stream|info|metrics)|/(health|adapters)(/.*)?")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # FastAPI's words for a body that is neither JSON nor wrong JSON.
 _READABLE = {"There was an error parsing the body": "the body cannot be read as JSON; is a number in it far too long?"}
@@ -35,7 +39,7 @@ _TGI_TYPES |= {401: "authentication", 503: "unavailable"}
 
 def error_body(error: TunesmithError, path: str) -> dict[str, Any]:
     """The body for an error on `path`, in the dialect of that path."""
-    if path.startswith("/v1/"):
+    if not _TGI_PATH.fullmatch(path):
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
         return {"error": fields | error.details()}
     where = f"{error.param}: " if error.param and error.param not in error.message else ""
@@ -55,7 +59,7 @@ def error_response(error: TunesmithError, path: str) -> JSONResponse:
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     # TGI's clients know 422 as the caller's fault; OpenAI's know 400.
-    status = 422 if type(error).status == 400 and not path.startswith("/v1/") else error.status
+    status = 422 if type(error).status == 400 and _TGI_PATH.fullmatch(path) else error.status
     return JSONResponse(error_body(error, path), status, headers)
 
 
@@ -82,7 +86,9 @@ def install_error_handlers(app: FastAPI) -> None:
             problem = InvalidRequest(_READABLE.get(error.detail, error.detail), code="bad_request")
             return error_response(problem, request.scope["path"])
         if error.status_code == 404:
-            problem = NotFound(f"no such path: {request.method} {request.scope['path'][:200]}")
+            path = request.scope["path"]
+            instead = hint(path)
+            problem = NotFound(f"no such path: {request.method} {path[:200]}" + (f"; {instead}" if instead else ""))
         else:
             problem = InvalidRequest(phrase, code=phrase.replace(" ", "_"))
         body = error_body(problem, request.scope["path"])
@@ -102,11 +108,13 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _methods(request: Request) -> list[str]:
     scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
-    return [
+    found = {
         method
         for method in _METHODS
         if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes)
-    ]
+    }
+    # See `shared.http.head`.
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 class RequestContext:

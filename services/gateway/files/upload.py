@@ -180,6 +180,9 @@ class DatasetUpload:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name.startswith("expires_after"):
+            # A file that stays although it was to go is not what was asked for.
+            raise InvalidRequest("files do not expire: delete it when it is no longer needed", param="expires_after")
         if name not in ("file", "purpose", "on_bad_rows"):
             shown = name if name.isprintable() and name.isascii() else "?"
             raise InvalidRequest(

@@ -30,15 +30,21 @@ class StreamingRoute(AuthenticatedRoute):
 
 
 async def authenticate(request: Request, keys: Keys) -> None:
-    """Find whose the request's bearer key is and leave it on `request.state.owner`.
+    """Find whose key a request has, as a bearer token or in Azure's header, and leave it on `request.state.owner`.
 
     Raises:
         Unauthenticated: no key, a malformed header, or an unknown or revoked key.
     """
-    key = bearer_token(request)
+    key = bearer_token(request) or _azures_key(request)
     if not key:
         raise Unauthenticated("send your API key as 'Authorization: Bearer ts-…'")
     owner = await run_in_threadpool(keys.owner_of, key) if len(key) <= MAX_KEY_CHARACTERS else None
     if owner is None:
         raise Unauthenticated("this API key is not valid")
     request.state.owner = owner
+
+
+def _azures_key(request: Request) -> str:
+    """What the one `api-key` header says; empty if there is another number of them, or another header for a key."""
+    keys = request.headers.getlist("api-key")
+    return keys[0].strip() if len(keys) == 1 and "authorization" not in request.headers else ""

@@ -6,11 +6,13 @@ resolved in `services.gateway.jobs.resolution`.
 
 import hashlib
 import json
+import re
 import types
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -26,6 +28,7 @@ from shared.frozen import Frozen
 from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
 
 MAX_METADATA_PAIRS = 16
+MAX_SUFFIX = 64
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64, pattern=r'^[^"\\\x00-\x1f]+$')]
 MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
@@ -45,6 +48,36 @@ class AutoMeansUnset:
 
 def _auto_to_none(value: Any) -> Any:
     return None if value == "auto" else value
+
+
+class NullMeans:
+    """Null means the same as leaving the field out."""
+
+    def __init__(self, default: str) -> None:
+        self._default = default
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._said, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"type": "null"}]}
+
+    def _said(self, value: Any) -> Any:
+        return self._default if value is None else value
+
+
+def _empty_to_none(value: Any) -> Any:
+    return None if value == "" else value
+
+
+def _as_a_name(suffix: Any) -> Any:
+    """A suffix as it can stand in a model's name: anything but letters, digits, `_`, `.` and `-` becomes a hyphen."""
+    if not isinstance(suffix, str) or len(suffix) > MAX_SUFFIX:
+        return suffix
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", suffix).strip("-")
+    if suffix and not re.search(r"[A-Za-z0-9]", name):
+        raise ValueError("it has no letter and no digit of ASCII to be part of a name")
+    return name or None
 
 
 class Request(BaseModel):
@@ -93,6 +126,14 @@ class MethodRequest(Request):
 
     type: Literal["supervised"]
     supervised: SupervisedRequest | None = None
+    dpo: Annotated[None, Field(description="not built: must be null")] = None
+    reinforcement: Annotated[None, Field(description="not built: must be null")] = None
+
+    @field_validator("dpo", "reinforcement", mode="before")
+    @classmethod
+    def _is_unsaid(cls, value: object) -> None:
+        if value not in (None, {}):
+            raise ValueError("this method is not built; 'supervised' is")
 
     @field_validator("type", mode="before")
     @classmethod
@@ -107,17 +148,21 @@ class JobRequest(Request):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     training_file: FileName
-    validation_file: FileName | None = None
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    validation_file: Annotated[FileName | None, BeforeValidator(_empty_to_none)] = None
+    suffix: Annotated[
+        Annotated[str, Field(max_length=MAX_SUFFIX)] | None,
+        BeforeValidator(_as_a_name),
+        Field(description="part of the model's name; what cannot stand in one becomes a hyphen"),
+    ] = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1), Strict()] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)] | None = None
     hyperparameters: HyperparametersRequest | None = None
     method: MethodRequest | None = None
     integrations: Annotated[list[Any], Field(max_length=0, description="not built: must be empty")] | None = None
-    preset: Literal["reference", "recommended"] = "reference"
+    preset: Annotated[Literal["reference", "recommended"], NullMeans("reference")] = "reference"
     lora: LoraRequest | None = None
-    base_precision: BasePrecision = "int8"
-    compute_dtype: ComputeDtype = "auto"
+    base_precision: Annotated[BasePrecision, NullMeans("int8")] = "int8"
+    compute_dtype: Annotated[ComputeDtype, NullMeans("auto")] = "auto"
     keep_checkpoints: KeepCheckpoints = None
 
     def fingerprint(self) -> str:

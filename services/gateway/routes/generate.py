@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.http.azure_paths import deployment_of
 from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.proxy import ProxyResponse
 from services.gateway.models.store import Target
@@ -104,6 +105,7 @@ async def _tgi(request: Request, forwarder: Forwarder, project: str, body: Gener
 async def _openai(
     request: Request, forwarder: Forwarder, project: str, body: ChatCompletionBody | CompletionBody
 ) -> Response:
+    body.model = deployment_of(request) or body.model
     named = "" if body.model is None or body.model in NO_MODEL_IN_PARTICULAR else body.model
     target = await forwarder.target(project, named, "model")
     body.model = (target.adapter or target.base) if named else ""

@@ -39,13 +39,13 @@ from services.gateway.routes.dependencies import (
 )
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response, stored_response
 from shared.errors import InvalidRequest
+from shared.http.event_stream import MEDIA_TYPE, UNBUFFERED
 from shared.jobs.store import JobStore
 
 router = APIRouter(
     route_class=AuthenticatedRoute, tags=["fine-tuning"], responses=OPENAI_ERRORS, dependencies=[NEEDS_KEY]
 )
 Limit = Annotated[int, Query(ge=1, le=100)]
-EVENT_STREAM = "text/event-stream"
 
 
 @router.post("/v1/fine_tuning/jobs", response_model=JobJson)
@@ -139,7 +139,7 @@ def resume_fine_tuning_job(
 @router.get(
     "/v1/fine_tuning/jobs/{job_id}/events",
     response_model=EventListJson,
-    responses={200: {"content": {EVENT_STREAM: {}}}, 204: {"description": "all of an ended job's events were seen"}},
+    responses={200: {"content": {MEDIA_TYPE: {}}}, 204: {"description": "all of an ended job's events were seen"}},
 )
 async def list_fine_tuning_events(
     database: DatabaseDep,
@@ -153,7 +153,7 @@ async def list_fine_tuning_events(
 ) -> Response:
     """Events, newest first; or, if `text/event-stream` is accepted, ascending and as they happen."""
     seen = None if after is None else event_number(job_id, after)
-    if EVENT_STREAM not in accept:
+    if MEDIA_TYPE not in accept:
 
         def page() -> Response:
             with database.read() as tx:
@@ -166,7 +166,7 @@ async def list_fine_tuning_events(
     if await stream.is_over():
         # What tells a browser's EventSource not to come back.
         return Response(status_code=204)
-    return StreamingResponse(stream, media_type=EVENT_STREAM, headers={"cache-control": "no-cache"})
+    return StreamingResponse(stream, media_type=MEDIA_TYPE, headers=UNBUFFERED)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", response_model=CheckpointListJson)

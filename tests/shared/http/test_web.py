@@ -60,12 +60,12 @@ def app(seen: list[tuple[str, str, int]]) -> FastAPI:
     app = FastAPI(middleware=[Middleware(RequestContext, observe=observe)])
     install_error_handlers(app)
 
-    @app.get("/raise/{name}")
+    @app.get("/health/raise/{name}")
     @app.get("/v1/raise/{name}")
     async def fail(name: str) -> None:
         raise ERRORS[name]
 
-    @app.post("/echo")
+    @app.post("/health/echo")
     @app.post("/v1/echo")
     async def echo(body: Annotated[Outer, Body()]) -> Outer:
         return body
@@ -88,7 +88,7 @@ def call(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response
      ("ours", 500, 500), ("bug", 500, 500)],
 )  # fmt: skip
 def test_each_path_speaks_its_dialect(app: FastAPI, name: str, status: int, tgi_status: int) -> None:
-    openai, tgi = call(app, "GET", f"/v1/raise/{name}"), call(app, "GET", f"/raise/{name}")
+    openai, tgi = call(app, "GET", f"/v1/raise/{name}"), call(app, "GET", f"/health/raise/{name}")
     assert (openai.status_code, tgi.status_code) == (status, tgi_status)
     assert set(openai.json()["error"]) >= {"message", "type", "param", "code"}
     assert isinstance(tgi.json()["error"], str)
@@ -102,9 +102,9 @@ def test_each_path_speaks_its_dialect(app: FastAPI, name: str, status: int, tgi_
 def test_details_and_retry_after(app: FastAPI) -> None:
     body = call(app, "GET", "/v1/raise/dataset").json()["error"]
     assert (body["error_count"], body["errors"][0]["line"]) == (7, 3)
-    for path in ("/raise/full", "/v1/raise/full"):
+    for path in ("/health/raise/full", "/v1/raise/full"):
         assert call(app, "GET", path).headers["retry-after"] == "7"
-    assert call(app, "GET", "/raise/invalid").json()["error"] == "n_epochs must be positive"
+    assert call(app, "GET", "/health/raise/invalid").json()["error"] == "n_epochs must be positive"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_details_and_retry_after(app: FastAPI) -> None:
     ],
 )
 def test_bad_bodies_name_the_field_and_never_echo(app: FastAPI, body: bytes, words: str) -> None:
-    for path, status in (("/echo", 422), ("/v1/echo", 400)):
+    for path, status in (("/health/echo", 422), ("/v1/echo", 400)):
         answer = call(app, "POST", path, content=body, headers={"content-type": "application/json"})
         assert 400 <= answer.status_code <= status
         assert "detail" not in answer.json()
@@ -138,9 +138,11 @@ def test_bad_bodies_name_the_field_and_never_echo(app: FastAPI, body: bytes, wor
 
 
 def test_unknown_paths_and_methods(app: FastAPI) -> None:
-    assert call(app, "GET", "/v1/none").json()["error"]["code"] == "not_found"
-    assert call(app, "GET", "/none").status_code == 404
-    wrong = call(app, "GET", "/echo")
+    for path in ("/v1/none", "/none"):
+        assert call(app, "GET", path).json()["error"]["code"] == "not_found"
+        assert call(app, "GET", path).status_code == 404
+    assert "error_type" in call(app, "GET", "/health/none").json()
+    wrong = call(app, "GET", "/health/echo")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
 
@@ -157,20 +159,24 @@ def test_unknown_paths_and_methods(app: FastAPI) -> None:
     ],
 )
 def test_harmless_request_ids_are_kept(app: FastAPI, given: str, kept: bool) -> None:
-    answer = call(app, "GET", "/raise/missing", headers={"x-request-id": given.encode("latin-1")})
+    answer = call(app, "GET", "/health/raise/missing", headers={"x-request-id": given.encode("latin-1")})
     assert (answer.headers["x-request-id"] == given) == kept
     assert answer.headers["x-request-id"]
 
 
 def test_answers_are_observed_by_route_template(app: FastAPI, seen: list[tuple[str, str, int]]) -> None:
-    call(app, "GET", "/raise/missing")
+    call(app, "GET", "/health/raise/missing")
     call(app, "GET", "/nowhere/at/all")
-    call(app, "GET", "/raise/bug")
-    assert seen == [("GET", "/raise/{name}", 404), ("GET", "unmatched", 404), ("GET", "/raise/{name}", 500)]
+    call(app, "GET", "/health/raise/bug")
+    assert seen == [
+        ("GET", "/health/raise/{name}", 404),
+        ("GET", "unmatched", 404),
+        ("GET", "/health/raise/{name}", 500),
+    ]
 
 
 def test_a_bug_is_logged_with_its_trace(app: FastAPI, logs: list[Any]) -> None:
-    assert call(app, "GET", "/raise/bug").json() == {"error": "internal error", "error_type": "generation"}
+    assert call(app, "GET", "/health/raise/bug").json() == {"error": "internal error", "error_type": "generation"}
     (entry,) = [entry for entry in logs if entry["event"] == "unexpected error"]
     assert entry["exc_info"] is ERRORS["bug"]
 
@@ -178,6 +184,6 @@ def test_a_bug_is_logged_with_its_trace(app: FastAPI, logs: list[Any]) -> None:
 def test_a_method_of_any_name_makes_no_series_and_no_log(
     app: FastAPI, seen: list[tuple[str, str, int]], logs: list[Any]
 ) -> None:
-    assert call(app, "SECRET-WORD", "/raise/ours").status_code == 405
-    assert seen == [("other", "/raise/{name}", 405)]
+    assert call(app, "SECRET-WORD", "/health/raise/ours").status_code == 405
+    assert seen == [("other", "/health/raise/{name}", 405)]
     assert "SECRET" not in str([entry for entry in logs if entry["event"] == "request"])

@@ -96,7 +96,11 @@ def test_methods_and_paths_that_are_none(gateway: Gateway) -> None:
         assert "error" in answer.json()
         assert answer.headers["x-request-id"]
     # Every method of the path, not only the first route's.
-    for path, methods in ((PATH, "GET, POST"), ("/v1/files/x", "DELETE, GET"), ("/v1/models/a/b", "DELETE, GET")):
+    for path, methods in (
+        (PATH, "GET, HEAD, POST"),
+        ("/v1/files/x", "DELETE, GET, HEAD"),
+        ("/v1/models/a/b", "DELETE, GET, HEAD"),
+    ):
         assert gateway.http.patch(path).headers["allow"] == methods
 
 

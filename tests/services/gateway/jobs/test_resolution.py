@@ -84,6 +84,29 @@ def test_auto_and_null_are_unsaid() -> None:
     assert resolve(hyperparameters=auto, seed=None, suffix=None, metadata=None, integrations=[]) == resolve()
     assert resolve(method={"type": "supervised", "supervised": {"hyperparameters": auto}}) == resolve()
     assert resolve(method={"type": "supervised"}, hyperparameters={}, lora={}) == resolve()
+    unbuilt = {"type": "supervised", "supervised": None, "dpo": None, "reinforcement": None}
+    assert resolve(method=unbuilt, hyperparameters=None, lora=None, integrations=None, suffix="") == resolve()
+    assert resolve(preset=None, base_precision=None, compute_dtype=None, keep_checkpoints=None) == resolve()
+    assert resolve(validation_file="") == resolve()
+
+
+@pytest.mark.parametrize(
+    ("written", "suffix"),
+    [
+        ("docs", "docs"),
+        ("my first model", "my-first-model"),
+        ("a:b/c", "a-b-c"),
+        (" v1.2_x ", "v1.2_x"),
+        ("K\u00f6ln", "K-ln"),
+    ],
+)
+def test_a_suffix_becomes_part_of_a_name(written: str, suffix: str) -> None:
+    assert resolve(suffix=written).suffix == suffix
+
+
+def test_a_method_that_is_not_built_is_refused_with_its_settings() -> None:
+    with pytest.raises(ValidationError, match="not built"):
+        resolve(method={"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.1}}})
 
 
 def test_the_multiplier_is_the_presets() -> None:

@@ -357,10 +357,19 @@ def test_info_health_models_and_metrics(server: Server, adapters: list[str]) -> 
 
 
 def test_unknown_paths_and_methods_speak_the_dialect(server: Server) -> None:
-    assert set(server.http.get("/nowhere").json()) == {"error", "error_type"}
-    assert server.http.get("/nowhere").status_code == 404
+    assert set(server.http.get("/generate").json()) == {"error", "error_type"}
     assert server.http.get("/generate").status_code == 405
-    assert set(server.http.get("/v1/nowhere").json()["error"]) == {"message", "type", "param", "code"}
+    for path in ("/nowhere", "/v1/nowhere", "/chat/completions"):
+        assert set(server.http.get(path).json()["error"]) == {"message", "type", "param", "code"}
+        assert server.http.get(path).status_code == 404
+
+
+def test_head_is_answered_wherever_get_is(server: Server) -> None:
+    for path in ("/health", "/health/live", "/info", "/v1/models", "/metrics", "/openapi.json", "/generate"):
+        whole, head = server.http.get(path), server.http.head(path)
+        assert (head.status_code, head.content) == (whole.status_code, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert head.headers["x-request-id"]
 
 
 def test_ready_is_a_real_token(server: Server) -> None:
