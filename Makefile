@@ -24,7 +24,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ test-avx2: .venv/ready ## the numeric tests with the kernels of a processor that
 test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the newest OpenAI client and under openai<3
 	$(BIN)/pytest tests/contract
 
+test-clients: .venv/ready ## programs of public clients, each in an environment of its own (.venv-clients; needs node for some)
+	$(BIN)/pytest tests/clients
+
 chaos: .venv/ready ## every part killed at random moments, what else befalls machines, and how soon trainings go on
 	$(BIN)/pytest tests/chaos --chaos-rounds 3 --chaos-result benchmarks/results/chaos.json
 
@@ -111,5 +114,5 @@ docs: .venv/ready ## write the tree of the code in docs/architecture.md
 pin: .venv/ready ## write down image digests and package hashes, as the network gives them (TORCH_INDEX as for demo)
 	$(BIN)/python docker/pin.py $(TORCH_INDEX)
 
-clean: ## remove the environment and the local stack's data
-	rm -rf .venv .venv-openai2 .venv-bench .tunesmith
+clean: ## remove the environments and the local stack's data
+	rm -rf .venv .venv-openai2 .venv-bench .venv-clients .tunesmith

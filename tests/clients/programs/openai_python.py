@@ -1,0 +1,53 @@
+"""OpenAI's own client, as its examples use it: history, streams, batches, parsed answers."""
+
+import os
+from typing import Literal
+
+import openai
+from openai import OpenAI
+from pydantic import BaseModel
+
+client = OpenAI(base_url=f"{os.environ['URL']}/v1", api_key=os.environ["KEY"], max_retries=0)
+BASE = os.environ["BASE"]
+
+messages = [{"role": "user", "content": "Hello"}]
+first = client.chat.completions.create(model=BASE, messages=messages, max_tokens=8, temperature=0)
+messages += [first.choices[0].message, {"role": "user", "content": "And again?"}]
+second = client.chat.completions.create(model=BASE, messages=messages, max_tokens=8, store=False, service_tier="auto")
+assert second.choices[0].message.role == "assistant"
+
+pieces = client.chat.completions.create(
+    model=BASE,
+    messages=[messages[0]],
+    max_tokens=8,
+    temperature=0,
+    stream=True,
+    stream_options={"include_usage": True},
+)
+chunks = list(pieces)
+text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+assert text == first.choices[0].message.content
+assert chunks[-1].usage.completion_tokens == first.usage.completion_tokens
+
+several = client.completions.create(model=BASE, prompt=["a", "b"], n=2, max_tokens=3, seed=1)
+assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+
+
+class Verdict(BaseModel):
+    yes: bool
+    colour: Literal["red", "green"]
+
+
+if int(openai.__version__.split(".")[0]) >= 2:
+    parse = client.chat.completions.parse
+else:
+    parse = client.beta.chat.completions.parse
+answer = parse(model=BASE, messages=[messages[0]], response_format=Verdict, max_tokens=200, temperature=0)
+assert isinstance(answer.choices[0].message.parsed, Verdict)
+
+code = None
+try:
+    client.chat.completions.create(model="unknown", messages=[messages[0]])
+except openai.NotFoundError as error:
+    code = error.code
+assert code == "model_not_found"

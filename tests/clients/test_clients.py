@@ -1,0 +1,46 @@
+"""`make test-clients`: programs written for other servers, with public clients unchanged, on a running stack.
+
+Not in `make test`: each client wants an environment of its own, some of them heavy. What is held here is that the
+client works through; what a field means is held where it is built.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.clients.environments import Client, read_clients
+from tests.cluster import Cluster
+from tests.contract.server import trained
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
+CLIENTS = read_clients()
+
+
+@pytest.fixture(scope="module")
+def variables(tiny_stack: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What programs are told of the server."""
+    job = trained(tiny_stack)
+    with tiny_stack.client() as http:
+        adapter = http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
+    return {
+        "URL": tiny_stack.url,
+        "KEY": tiny_stack.key,
+        "BASE": "tiny",
+        "ADAPTER": adapter,
+        "TOKENIZER": str(tiny_stack.model),
+        # What programs keep of their own.
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "LLM_USER_PATH": str(tmp_path_factory.mktemp("llm")),
+    }
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
+def test_client(client: Client, variables: dict[str, str]) -> None:
+    client.install()
+    done = client.run(variables)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+
+
+def test_every_program_is_run() -> None:
+    programs = {path.name for path in (Path(__file__).parent / "programs").iterdir() if path.suffix in (".py", ".mjs")}
+    assert programs == {client.program for client in CLIENTS}
