@@ -87,7 +87,7 @@ class RequestedAction(StrEnum):
 
 # As many as OpenAI keeps.
 DEFAULT_KEEP_CHECKPOINTS = 3
-MAX_LENGTH = 32_768
+MIN_LENGTH, MAX_LENGTH = 8, 32_768
 
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -124,7 +124,7 @@ class Hyperparameters(Frozen):
     n_epochs: int = Field(3, ge=1, le=50)
     batch_size: int = Field(8, ge=1, le=256)
     learning_rate: float = Field(2e-4, gt=0, le=1)
-    max_length: int = Field(512, ge=8, le=MAX_LENGTH)
+    max_length: int = Field(512, ge=MIN_LENGTH, le=MAX_LENGTH)
     max_steps: int | None = Field(None, ge=1, le=10_000_000)
     warmup_ratio: float = Field(0, ge=0, lt=1)
     scheduler: Scheduler = "linear"

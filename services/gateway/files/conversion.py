@@ -27,7 +27,7 @@ ENVELOPE_BYTES = 64
 class Limits:
     """What the process may take: bytes of address space, seconds, rows."""
 
-    memory: int = 2 << 30
+    memory: int = 1 << 30
     seconds: int = 600
     rows: int = 10_000_000
 

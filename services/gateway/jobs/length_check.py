@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from services.gateway.bases.tokenised import SAMPLED_ROWS, Tokenizers, tokenised_rows
 from services.gateway.files.store import StoredFile
 from shared.datasets.loss_mask import MaskedTokens, fitted
-from shared.errors import InvalidRequest
-from shared.jobs.spec import MAX_LENGTH, Hyperparameters, JobSpec
+from shared.errors import InvalidRequest, Overloaded
+from shared.jobs.spec import MAX_LENGTH, MIN_LENGTH, Hyperparameters, JobSpec
 from shared.storage.artifacts import LocalArtifactStore
 
 SECONDS = 1.0
+WAIT_SECONDS = 10.0
 AT_ONCE = 2
 CUT = {"cut_end": "lose their end, so that the model is not taught to stop", "cut_start": "lose their start"}
 
@@ -101,33 +102,78 @@ class LengthCheck:
         """
         if not self._slots.acquire(blocking=False):
             return []
-        most = min(MAX_LENGTH, context or MAX_LENGTH)
         try:
-            found = [self._look(spec, training, "training_file").warning(training.dataset["rows"], most)]
-            if validation:
-                told = self._look(spec, validation, "validation_file").warning(validation.dataset["rows"], most)
-                found.append(told and f"validation file: {told}")
+            if not self._prepared(spec.base):
+                # The worker will tell.
+                return []
+            looks = self._looks(spec.base, spec.hyperparameters, training, validation)
         finally:
             self._slots.release()
-        return [text for text in found if text]
+        most = min(MAX_LENGTH, context or MAX_LENGTH)
+        found = [look.warning(file.dataset["rows"], most) for file, look in looks]
+        return [text if n == 0 else f"validation file: {text}" for n, text in enumerate(found) if text]
 
-    def _look(self, spec: JobSpec, file: StoredFile, param: str) -> Look:
-        look = Look(spec.hyperparameters)
+    def longest(
+        self,
+        base_id: str,
+        hyper: Hyperparameters,
+        training: StoredFile,
+        validation: StoredFile | None,
+        context: int | None,
+    ) -> int:
+        """The `max_length` that cuts nothing of what is looked at, if the base takes as much.
+
+        Of texts, which are divided, it is the one of `hyper`.
+
+        Raises:
+            InvalidRequest: as `warnings`; or the base has not been prepared here.
+            Overloaded: others look for too long.
+        """
+        if not self._slots.acquire(timeout=WAIT_SECONDS):
+            raise Overloaded("too many jobs are created at once; try again in a moment", retry_after=2)
+        try:
+            if not self._prepared(base_id):
+                raise InvalidRequest(
+                    f"max_length 'auto' needs {base_id} to be prepared on this installation; its first job does that",
+                    param="hyperparameters.max_length",
+                    code="base_not_prepared",
+                )
+            looks = self._looks(base_id, hyper, training, validation)
+        finally:
+            self._slots.release()
+        found = max(look.longest for _, look in looks) or hyper.max_length
+        return max(MIN_LENGTH, min(found, MAX_LENGTH, context or MAX_LENGTH))
+
+    def _prepared(self, base_id: str) -> bool:
+        try:
+            self._tokenizers.get(base_id)
+        except InvalidRequest:
+            return False
+        return True
+
+    def _looks(
+        self, base_id: str, hyper: Hyperparameters, training: StoredFile, validation: StoredFile | None
+    ) -> list[tuple[StoredFile, Look]]:
+        looks = [(training, self._look(base_id, hyper, training, "training_file"))]
+        if validation:
+            looks.append((validation, self._look(base_id, hyper, validation, "validation_file")))
+        return looks
+
+    def _look(self, base_id: str, hyper: Hyperparameters, file: StoredFile, param: str) -> Look:
+        look = Look(hyper)
         if file.dataset["format"] == "text":
             # Divided, never cut.
             return look
-        try:
-            tokenizer = self._tokenizers.get(spec.base)
-        except InvalidRequest:
-            # Not prepared yet: the worker will tell.
-            return look
-        whole = spec.hyperparameters.model_copy(update={"max_length": sys.maxsize, "truncation": "cut_end"})
-        deadline = self._clock() + self._seconds
+        whole = hyper.model_copy(update={"max_length": sys.maxsize, "truncation": "cut_end"})
+        tokenizer, deadline = self._tokenizers.get(base_id), self._clock() + self._seconds
         try:
             for row in tokenised_rows(self._artifacts.file_rows(file.id), tokenizer, whole, lambda: None):
                 look.add(row.tokens)
                 if row.number >= SAMPLED_ROWS or self._clock() > deadline:
                     break
+        except FileNotFoundError:
+            # Deleted meanwhile, which whoever creates the job will notice.
+            return look
         except InvalidRequest as error:
             raise InvalidRequest(f"{param}: {error.message}", param=param, code=error.code) from error
         return look

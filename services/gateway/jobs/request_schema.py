@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import types
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -44,6 +45,19 @@ class AutoMeansUnset:
         inner = handler(schema)
         inner["anyOf"].append({"type": "string", "const": "auto"})
         return inner
+
+
+class AutoStays(AutoMeansUnset):
+    """ "auto" is a value of its own beside the numbers."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # As it is, since a number's own serializer would warn of the word.
+        written = core_schema.plain_serializer_function_ser_schema(lambda value: value)
+        return core_schema.no_info_wrap_validator_function(_auto_or_valid, handler(source), serialization=written)
+
+
+def _auto_or_valid(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return value if value == "auto" else validate(value)
 
 
 def _auto_to_none(value: Any) -> Any:
@@ -98,13 +112,18 @@ def _as_requested(info: FieldInfo, *, auto: bool) -> tuple[Any, Any]:
 
 def _part(name: str, spec: type[Frozen], doc: str, *, auto: bool = False, **extra: Any) -> type[Request]:
     fields: dict[str, Any] = {field: _as_requested(info, auto=auto) for field, info in spec.model_fields.items()}
-    return create_model(name, __base__=Request, __doc__=doc, **fields, **extra)
+    return create_model(name, __base__=Request, __doc__=doc, **(fields | extra))
 
 
 _multiplier = Annotated[
     Annotated[float, Field(gt=0, le=10_000), Strict()] | None,
     AutoMeansUnset(),
     Field(description="OpenAI's: times the preset's learning rate; not together with learning_rate"),
+]
+_max_length: Any = Annotated[
+    _as_requested(Hyperparameters.model_fields["max_length"], auto=False)[0],
+    AutoStays(),
+    Field(description='tokens of one example; "auto": of the longest that a look at the files finds'),
 ]
 KeepCheckpoints: Any = _as_requested(JobSpec.model_fields["keep_checkpoints"], auto=False)[0]
 LoraRequest: Any = _part("LoraRequest", LoraSpec, "LoRA's shape; what is left out comes from the preset.")
@@ -114,6 +133,7 @@ HyperparametersRequest: Any = _part(
     'Hyperparameters; what is left out or "auto" comes from the preset.',
     auto=True,
     learning_rate_multiplier=(_multiplier, None),
+    max_length=(_max_length, None),
 )
 
 

@@ -85,7 +85,10 @@ class JobResolver:
         preset = PRESETS[request.preset]
         metadata = self._metadata(base.id)
         lora = _lora(request, preset, base, parent, metadata)
-        hyperparameters = _hyperparameters(request, preset)
+        hyperparameters, fit_length = _hyperparameters(request, preset)
+        if fit_length:
+            context = metadata.context if metadata else None
+            hyperparameters = self._fitted(base, hyperparameters, training, validation, context)
         _check_validation(hyperparameters, validation)
         _check_fit(base, metadata, lora, hyperparameters, training, validation)
         spec = JobSpec(
@@ -106,6 +109,19 @@ class JobResolver:
             keep_checkpoints=request.keep_checkpoints or DEFAULT_KEEP_CHECKPOINTS,
         )
         return Resolved(spec, [*self._cut(spec, training, validation), *_warnings(spec, training, validation)])
+
+    def _fitted(
+        self,
+        base: Base,
+        hyperparameters: Hyperparameters,
+        training: StoredFile,
+        validation: StoredFile | None,
+        context: int | None,
+    ) -> Hyperparameters:
+        if self._lengths is None:
+            raise InvalidRequest("max_length 'auto' is not supported here", param="hyperparameters.max_length")
+        longest = self._lengths.longest(base.id, hyperparameters, training, validation, context)
+        return hyperparameters.model_copy(update={"max_length": longest})
 
     def _cut(self, spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
         metadata = self._metadata(spec.base)
@@ -176,7 +192,8 @@ def _lora(
     return _validated(LoraSpec, effective, "lora")
 
 
-def _hyperparameters(request: JobRequest, preset: Preset) -> Hyperparameters:
+def _hyperparameters(request: JobRequest, preset: Preset) -> tuple[Hyperparameters, bool]:
+    """What is requested over the preset, and whether `max_length` is to fit the data."""
     supervised = request.method.supervised if request.method else None
     nested = supervised.hyperparameters if supervised else None
     if request.hyperparameters is not None and nested is not None:
@@ -187,6 +204,9 @@ def _hyperparameters(request: JobRequest, preset: Preset) -> Hyperparameters:
     place = "method.supervised.hyperparameters" if nested is not None else "hyperparameters"
     chosen = request.hyperparameters if nested is None else nested
     requested: dict[str, Any] = chosen.model_dump(exclude_none=True) if chosen else {}
+    fit_length = requested.get("max_length") == "auto"
+    if fit_length:
+        del requested["max_length"]
     multiplier = requested.pop("learning_rate_multiplier", None)
     if multiplier is not None:
         if "learning_rate" in requested:
@@ -199,7 +219,7 @@ def _hyperparameters(request: JobRequest, preset: Preset) -> Hyperparameters:
                 f"times the preset's {preset.hyperparameters.learning_rate:g} the learning rate is above 1",
                 param=f"{place}.learning_rate_multiplier",
             )
-    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | requested, place)
+    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | requested, place), fit_length
 
 
 def _validated(model: type[M], values: dict[str, Any], place: str) -> M:

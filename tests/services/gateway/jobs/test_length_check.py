@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from services.gateway.bases.tokenised import Tokenizers
+from services.gateway.jobs import length_check
 from services.gateway.jobs.length_check import LengthCheck, Look
 from services.gateway.settings import GatewaySettings
 from shared.bases.base_model import prepare_base
 from shared.datasets.loss_mask import MaskedTokens
+from shared.errors import InvalidRequest, Overloaded
 from shared.jobs.spec import Hyperparameters, JobSpec
 from shared.storage.artifacts import LocalArtifactStore
 from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
@@ -72,6 +74,24 @@ def test_the_validation_file_is_looked_at_too(gateway: Gateway) -> None:
     assert warning.endswith("and 512 is the most that can be trained")
 
 
+def test_auto_takes_what_cuts_none_and_no_more_than_the_base_does(gateway: Gateway) -> None:
+    auto = {"hyperparameters": {"max_length": "auto"}}
+    rows = [{"instruction": f"{n}?", "output": "7 " * n} for n in range(1, 60)]
+    (warning,) = of_cutting(created(gateway, rows, hyperparameters={"max_length": 8}))
+    job = created(gateway, rows, **auto)
+    assert warning.endswith(f"max_length {job['hyperparameters']['max_length']} would cut none")
+    assert of_cutting(job) == []
+    # The validation file counts, the base's context is the most, and a text is divided as it is without.
+    assert (
+        created(gateway, ROWS, validation_file=gateway.uploaded(rows), **auto)["hyperparameters"]
+        == job["hyperparameters"]
+    )
+    (warning,) = of_cutting(job := created(gateway, [{"instruction": "a", "output": "b " * 600}], **auto))
+    assert job["hyperparameters"]["max_length"] == 512
+    assert "512 is the most that can be trained" in warning
+    assert created(gateway, [{"text": "a b c " * 400}], **auto)["hyperparameters"]["max_length"] == 512
+
+
 def test_texts_are_divided_and_not_cut(gateway: Gateway) -> None:
     assert of_cutting(created(gateway, [{"text": "a b c " * 400}])) == []
 
@@ -95,7 +115,9 @@ def test_rows_that_the_bases_template_has_no_place_for_are_refused(gateway: Gate
     assert created(gateway, ROWS)["status"] in ("validating_files", "queued")
 
 
-def test_a_look_ends_after_its_seconds_and_says_how_far_it_came(gateway: Gateway) -> None:
+def test_a_look_ends_after_its_seconds_and_says_how_far_it_came(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = gateway.uploaded([{"instruction": f"{n}?", "output": "7 " * 100} for n in range(40)])
     with gateway.services.database.read() as tx:
         stored = gateway.services.files.get(tx, "default", file)
@@ -115,6 +137,14 @@ def test_a_look_ends_after_its_seconds_and_says_how_far_it_came(gateway: Gateway
     with check._slots, check._slots:
         assert check.warnings(spec, stored, None, 512) == []
     assert check.warnings(spec.model_copy(update={"base": "unknown"}), stored, None, 512) == []
+    with pytest.raises(InvalidRequest) as refused:
+        check.longest("unknown", spec.hyperparameters, stored, None, 512)
+    assert (refused.value.param, refused.value.code) == ("hyperparameters.max_length", "base_not_prepared")
+    monkeypatch.setattr(length_check, "WAIT_SECONDS", 0.01)
+    with check._slots, check._slots, pytest.raises(Overloaded):
+        check.longest("tiny", spec.hyperparameters, stored, None, 512)
+    store.remove(store.file(file))
+    assert check.warnings(spec, stored, None, 512) == []
 
 
 def test_a_look_at_rows_of_every_kind() -> None:
