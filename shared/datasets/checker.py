@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shared.datasets.examples import Example, Format, format_of, needs_of, texts_of
+from shared.datasets.examples import Example, Format, format_of, texts_of
 from shared.datasets.forms import parse_row
 from shared.datasets.reader import Row, RowError, RowReader
 from shared.errors import InvalidDataset
@@ -31,7 +31,6 @@ class DatasetReport:
     Attributes:
         skipped_rows: bad rows that are left out; none unless that was asked for.
         skipped: the first of them, each `{line, path, code, message}`.
-        needs: what a chat template must have a place for: `tools`, `reasoning_content`.
         derived: how the rows that are learnt from were made, if they are not the file's own bytes.
     """
 
@@ -42,7 +41,6 @@ class DatasetReport:
     warnings: list[str] = field(default_factory=list)
     skipped_rows: int = 0
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    needs: list[str] = field(default_factory=list)
     derived: dict[str, Any] | None = None
 
 
@@ -66,7 +64,6 @@ class DatasetChecker:
         self._duplicates = 0
         self._counts = [0] * (len(HISTOGRAM_EDGES) + 1)
         self._unused: Counter[str] = Counter()
-        self._needs: set[str] = set()
 
     @property
     def bad_rows(self) -> int:
@@ -105,7 +102,6 @@ class DatasetChecker:
             self._warnings(),
             skipped_rows=self._error_count,
             skipped=self._errors,
-            needs=sorted(self._needs),
         )
 
     def take(self, row: Row) -> None:
@@ -148,7 +144,6 @@ class DatasetChecker:
             self._duplicates += 1
         elif len(self._seen) < MAX_ROWS_COMPARED:
             self._seen.add(digest)
-        self._needs |= needs_of(example)
 
     def _add_error(self, row: Row) -> None:
         assert row.error is not None

@@ -92,15 +92,3 @@ def texts_of(example: Example) -> list[str]:
 def _texts_of(message: Message) -> list[str]:
     calls = [text for call in message.tool_calls for text in (call.name, json.dumps(call.arguments))]
     return [message.role, *filter(None, [message.reasoning_content]), message.content, *calls]
-
-
-def needs_of(example: Example) -> set[str]:
-    """What a chat template must have a place for, beside roles and contents."""
-    needs: set[str] = set()
-    if not isinstance(example, Chat):
-        return needs
-    if example.tools or any(message.tool_calls or message.role == "tool" for message in example.messages):
-        needs.add("tools")
-    if any(message.reasoning_content for message in example.messages):
-        needs.add("reasoning_content")
-    return needs

@@ -40,7 +40,6 @@ class DatasetJson(BaseModel):
     warnings: list[str]
     skipped_rows: Annotated[int, Field(description="bad rows left out, with on_bad_rows=skip")] = 0
     skipped: Annotated[list[SkippedRow], Field(description="the first hundred of them")] = []
-    needs: Annotated[list[str], Field(description="what a chat template must have a place for")] = []
     derived: DerivedJson | None = None
 
 

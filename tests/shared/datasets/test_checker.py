@@ -244,14 +244,3 @@ def test_unused_keys_are_named_once_with_their_rows() -> None:
     (warning,) = check(b"\n".join(rows)).warnings
     assert warning.startswith("keys that are not learnt from: 'id' (100 rows), 'k0' (1 rows), ")
     assert warning.endswith(" and 89 more")
-
-
-def test_the_report_says_what_a_template_needs() -> None:
-    chat = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"%b}]%b}'
-    assert check(chat % (b"", b"")).needs == []
-    assert check(chat % (b', "reasoning_content": "c"', b"")).needs == ["reasoning_content"]
-    tools = b', "tools": [{"type": "function", "function": {"name": "w"}}]'
-    assert check(chat % (b"", b"") + b"\n" + chat % (b', "thinking": "c"', tools)).needs == [
-        "reasoning_content",
-        "tools",
-    ]

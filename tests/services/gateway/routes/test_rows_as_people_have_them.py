@@ -87,6 +87,13 @@ def test_sharegpt(gateway: Gateway, keys: tuple[str, str, str, str]) -> None:
     assert learns(learnt, "hello")
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_was_thought_is_learnt_before_the_answer(gateway: Gateway, key: str) -> None:
+    answer = {"role": "assistant", key: "add them", "content": "4"}
+    _, learnt = previewed(gateway, [{"messages": [{"role": "user", "content": "2+2?"}, answer]}])
+    assert learns(learnt, "<think>add them</think>4")
+
+
 def test_text(gateway: Gateway) -> None:
     text, learnt = previewed(gateway, [{"text": "### Human: a ### Assistant: b"}])
     assert text == "### Human: a ### Assistant: b" + EOS
