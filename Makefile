@@ -103,13 +103,13 @@ bench-gpu: .venv/ready ## training speed on a CUDA device
 
 check: .venv/ready ## ruff, mypy strict, import contracts, OpenAPI freshness
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	$(BIN)/python -m services.openapi --check && $(BIN)/python -m docs.tree --check
+	$(BIN)/python -m services.openapi --check && $(BIN)/python -m docs.tree --check && $(BIN)/python -m docs.fields --check
 
 openapi: .venv/ready ## write openapi/*.json
 	$(BIN)/python -m services.openapi
 
-docs: .venv/ready ## write the tree of the code in docs/architecture.md
-	$(BIN)/python -m docs.tree
+docs: .venv/ready ## write the tree of the code in docs/architecture.md and the fields in docs/compatibility.md
+	$(BIN)/python -m docs.tree && $(BIN)/python -m docs.fields
 
 pin: .venv/ready ## write down image digests and package hashes, as the network gives them (TORCH_INDEX as for demo)
 	$(BIN)/python docker/pin.py $(TORCH_INDEX)

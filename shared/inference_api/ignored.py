@@ -43,6 +43,7 @@ class Only:
 
     def __init__(self, *neutral: Any, unsaid: tuple[Any, ...] = UNSAID, instead: str = "") -> None:
         self.neutral = (*unsaid, *(neutral or (False, 0)))
+        self.instead = instead
         self._refusal = "not supported by this server" + (f"; {instead}" if instead else "")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
