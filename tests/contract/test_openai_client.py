@@ -3,11 +3,12 @@
 The same file runs under the newest client and under `openai<3` (test_client_versions.py).
 """
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field
 
 from tests.contract.server import DATA, ROWS, Server
 
@@ -133,6 +134,54 @@ def test_completions(client: OpenAI) -> None:
         model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, stream=True
     )
     assert [piece.choices[0].finish_reason for piece in pieces][-1] in ("stop", "length")
+
+
+class Thing(BaseModel):
+    """What an answer is parsed to."""
+
+    colour: Literal["red", "blue"]
+    sizes: Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(max_length=3)]
+    inner: "Inner | None"
+
+
+class Inner(BaseModel):
+    """A part of it, which its schema refers to."""
+
+    ok: bool
+
+
+def test_answers_are_parsed(client: OpenAI, server: Server) -> None:
+    """`.parse` sends the model's schema, strict, and the answer is an object of it; base and adapter, also streamed."""
+    tuned = client.fine_tuning.jobs.retrieve(server.job).fine_tuned_model
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    for model in ("tiny", str(tuned)):
+        asked: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": 100, "seed": 3}
+        answer = client.chat.completions.parse(**asked, response_format=Thing, n=2)
+        values = [choice.message.parsed for choice in answer.choices]
+        assert all(isinstance(value, Thing) for value in values)
+        with client.chat.completions.stream(**asked, response_format=Thing) as stream:
+            for _ in stream:
+                pass
+            assert stream.get_final_completion().choices[0].message.parsed == values[0]
+    plain = client.chat.completions.create(**asked, response_format={"type": "json_object"})
+    assert (plain.choices[0].message.content or "").startswith("{")
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "strin"}}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked, response_format=bad)
+    assert (refused.value.code, refused.value.param) == ("invalid_grammar", "response_format")
+
+
+def test_several_prompts_choices_and_echo(client: OpenAI) -> None:
+    several = client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=2, n=2, seed=1)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    # The first token's null is OpenAI's own, and against its client's types.
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "presence_penalty": 0.6, "logit_bias": {"50": 5}}
+    with OpenAI(base_url=client.base_url, api_key=client.api_key, max_retries=0) as lenient:
+        read = lenient.completions.create(**asked, prompt=[[5, 6, 7]], echo=True, logprobs=1)
+    told = read.choices[0].logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert [value is None for value in told.token_logprobs] == [True, False, False]
 
 
 def test_a_key_makes_a_creation_safe_to_repeat(client: OpenAI, file: str) -> None:
