@@ -324,7 +324,6 @@ PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "messages empty": ({"messages": []}, "messages"),
     "message of unknown role": ({"messages": [{"role": "root", "content": "a"}]}, "messages.0.role"),
     "message without content": ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    "assistant last": ({"messages": [USER, ASSISTANT]}, "messages"),
     "unknown key": ({"inputs": "a", "trust_remote_code": True}, "trust_remote_code"),
     "parameters no object": ({"inputs": "a", "parameters": [1]}, "parameters"),
     "stream no boolean": ({"inputs": "a", "stream": "maybe"}, "stream"),

@@ -57,12 +57,14 @@ class ChatSource:
     Attributes:
         tools: functions that may be called, as in `Template.chat`.
         variables: for the chat template; see there.
+        effort: `reasoning_effort`, for templates that have a switch for it; `variables` go before it.
         continue_final: whether an assistant's last message is to be continued; else it is history like the others.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
     continue_final: bool = True
 
     @property
@@ -107,6 +109,5 @@ def _prompt(source: RawText | InstructionSource | ChatSource, template: Template
         return Prompt(source.text)
     if isinstance(source, InstructionSource):
         return template.instruction(source.instruction, source.input)
-    return template.chat(
-        source.messages, tools=source.tools, variables=source.variables, continue_final=source.continue_final
-    )
+    variables = {**(template.effort(source.effort) if source.effort else {}), **source.variables}
+    return template.chat(source.messages, tools=source.tools, variables=variables, continue_final=source.continue_final)

@@ -441,6 +441,8 @@ class _Conversation:
     def begun_reply(self) -> str:
         """The conversation up to where its last message breaks off, as transformers' `continue_final_message`."""
         last = self._messages[-1]
+        if last.get("tool_calls"):
+            raise InvalidRequest("a message that calls tools cannot be continued", param="messages")
         # A blank after the mark tells whether the template trims.
         tagged = {**last, "content": f"{last['content']}{self._end} "}
         whole = self._template._render(

@@ -79,6 +79,10 @@ class Template(Protocol):
         """What to train on. Raises InvalidRequest if the example does not fit the format."""
         ...
 
+    def effort(self, level: str) -> Mapping[str, Any]:
+        """A `reasoning_effort` as variables for `chat`; empty if the format has no switch for it."""
+        ...
+
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         """The prompt for one instruction."""
         ...
@@ -128,6 +132,9 @@ class InstructionTemplate:
         last = _asked(self, [question, example.instruction], example.input, first=not turns)
         return Lesson((*turns, Turn(last, _answer(example.output))))
 
+    def effort(self, level: str) -> Mapping[str, Any]:
+        return {}
+
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         middle = f"### Input:\n{input}\n\n" if input else ""
         return Prompt(f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", source="user")
@@ -154,6 +161,9 @@ class CompletionTemplate:
         if not isinstance(example, Completion):
             raise wrong_form(self.id, example)
         return Lesson((Turn(Prompt(example.prompt), Prompt(example.completion, add_special_tokens=False)),))
+
+    def effort(self, level: str) -> Mapping[str, Any]:
+        return {}
 
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         return Prompt(f"{instruction}\n{input}" if input else instruction, source="user")

@@ -106,7 +106,7 @@ class ChatMessage(Body):
     function_call: NotBuilt = None
     tool_call_id: NotBuilt = None
     audio: NotBuilt = None
-    prefix: NotBuilt = None
+    prefix: Annotated[Any, Ignored("an assistant's last message is continued")] = None
     name: Annotated[Any, Ignored("prompts have no names of speakers")] = None
     annotations: Annotated[Any, Ignored("sources of an answer are not part of its text")] = None
     reasoning: Annotated[Any, Ignored("earlier thoughts are left out of prompts")] = None
@@ -140,10 +140,4 @@ class ChatMessage(Body):
         return self
 
 
-def _awaits_an_answer(messages: list[ChatMessage]) -> list[ChatMessage]:
-    if messages[-1].role == "assistant":
-        raise ValueError("the last message must not be the assistant's")
-    return messages
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=1024), AfterValidator(_awaits_an_answer)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]

@@ -40,6 +40,7 @@ from shared.inference_api.other_servers import (
     VllmChatFields,
     VllmCompletionFields,
 )
+from shared.inference_api.prompting import PromptingFields
 from shared.inference_api.structured import ResponseFormat
 
 CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -109,7 +110,7 @@ class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
         return self
 
 
-class ChatCompletionBody(_OpenAIBody, VllmChatFields):
+class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
     """`max_tokens` unset: up to 512 new tokens, as far as the context goes."""
 
     messages: Messages
@@ -123,7 +124,6 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields):
     parallel_tool_calls: Annotated[Any, Ignored("it counts with tools only")] = None
     functions: NotBuilt = None
     function_call: Annotated[Any, Only("none", "auto")] = None
-    reasoning_effort: NotBuilt = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -21,7 +21,7 @@ from services.inference.routes.dependencies import ClientsModelName, ProjectTag,
 from services.inference.routes.respond import respond
 from services.inference.serving import ServedBase, Serving
 from shared.datasets.tokens import Tokenizer
-from shared.errors import TunesmithError
+from shared.errors import InvalidRequest, TunesmithError
 from shared.http.event_stream import DONE
 from shared.inference_api.administration import ServedModelJson, ServedModelListJson
 from shared.inference_api.documented import CHAT_ANSWERS, COMPLETION_ANSWERS
@@ -73,7 +73,14 @@ async def chat_completions(
     """Answer a conversation with the base or an adapter (`model`)."""
     grammar = body.response_format.grammar if body.response_format else None
     asked = PromptRequest(
-        [ChatSource(plain(body.messages))],
+        [
+            ChatSource(
+                plain(body.messages),
+                variables=body.variables,
+                effort=body.reasoning_effort,
+                continue_final=body.continues,
+            )
+        ],
         adapter_of(body.model, serving.base),
         _generation_request(body, body.top_logprobs or 0),
         body.max_completion_tokens or body.max_tokens,
@@ -85,7 +92,8 @@ async def chat_completions(
         grammar=GrammarText(*grammar) if grammar else None,
     )
     dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs))
-    return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=take_ignored(body))
+    ignored = [*take_ignored(body), *_unheard(body, serving)]
+    return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=ignored)
 
 
 async def completions(
@@ -125,6 +133,19 @@ def adapter_of(model: str | None, base: ServedBase) -> str | None:
     return (
         None if model is None or model in NO_MODEL_IN_PARTICULAR or model == base.id or model in base.aliases else model
     )
+
+
+def _unheard(body: ChatCompletionBody, serving: Serving) -> list[str]:
+    """What is said to the base's chat template that it has no ear for; other formats have none at all."""
+    chat = serving.tokenizer.chat
+    if not body.variables and body.reasoning_effort is None:
+        return []
+    try:
+        names, effort = (chat.names, chat.effort(body.reasoning_effort or "")) if chat else (frozenset(), {})
+    except InvalidRequest:
+        return []
+    unheard = [f"chat_template_kwargs.{name}" for name in body.variables if name not in names]
+    return unheard if effort or body.reasoning_effort is None else [*unheard, "reasoning_effort"]
 
 
 def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives: int) -> GenerationRequest:

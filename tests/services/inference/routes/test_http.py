@@ -220,7 +220,6 @@ def test_an_unknown_adapter_is_404_and_never_the_base(server: Server, name: str)
         ({"inputs": "abc " * 400}, "inputs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 10**30}}, "max_new_tokens"),
         ({"inputs": "a", "parameters": {"temperature": -0.1}}, "temperature"),
