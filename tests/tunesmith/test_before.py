@@ -23,6 +23,7 @@ PREVIEW = {
         },
         {"row": 2, "template": "instruction-v1", "tokens": 0, "supervised_tokens": 0, "dropped": True, "pieces": []},
     ],
+    "lengths": {"rows": 60, "longest": 900, "cut": 7, "dropped": 1, "histogram": [{"up_to": 1024, "rows": 60}]},
 }
 
 
@@ -30,7 +31,11 @@ def test_preview_marks_supervised_text_and_prints_no_foreign_escape() -> None:
     with FakeGateway({"GET /v1/files/file-1/preview": (200, PREVIEW)}) as gateway:
         code, out, err = run(gateway, "preview", "file-1", "--model", "tiny")
         assert (code, out) == (0, "### Instruction:\nHi [31m\n»Hello<eos>«\n\n")
-        assert err == "row 1: 9 tokens, 3 supervised\nrow 2: 0 tokens, dropped: no supervised token is left\n"
+        assert err.splitlines() == [
+            "row 1: 9 tokens, 3 supervised",
+            "row 2: 0 tokens, dropped: no supervised token is left",
+            "of 60 rows looked at, 7 would be cut and 1 dropped at max_length 512; the longest has 900 tokens",
+        ]
         code, out, _ = run(gateway, "preview", "file-1", "--model", "tiny", "--json")
         assert (code, json.loads(out)) == (0, PREVIEW)
 

@@ -33,6 +33,11 @@ def preview(
         result = "dropped: no supervised token is left" if row["dropped"] else supervised
         say(f"row {row['row']}: {row['tokens']} tokens, {result}")
         print("".join(map(_marked, row["pieces"])))
+    lengths = answer["lengths"]
+    say(
+        f"of {lengths['rows']} rows looked at, {lengths['cut']} would be cut and {lengths['dropped']} dropped at "
+        f"max_length {max_length}; the longest has {lengths['longest']} tokens"
+    )
 
 
 def _marked(piece: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from shared.paging import Page
 
 
 class LengthBin(BaseModel):
-    """Rows whose texts have at most `up_to` characters and more than the bin before; null is the last bin."""
+    """Rows that have at most `up_to` characters and more than the bin before; null is the last bin."""
 
     up_to: int | None
     rows: int

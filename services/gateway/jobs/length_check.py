@@ -3,12 +3,16 @@
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from services.gateway.bases.tokenised import SAMPLED_ROWS, Tokenizers, tokenised_rows
 from services.gateway.files.store import StoredFile
+from shared.datasets.checker import HISTOGRAM_EDGES
 from shared.datasets.loss_mask import MaskedTokens, fitted
+from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, Overloaded
 from shared.jobs.spec import MAX_LENGTH, MIN_LENGTH, Hyperparameters, JobSpec
 from shared.storage.artifacts import LocalArtifactStore
@@ -26,6 +30,7 @@ class Look:
     Attributes:
         cut, dropped: rows that are trained on in part, and not at all.
         longest: tokens of the longest row.
+        counts: rows by the first of `HISTOGRAM_EDGES` that they do not pass; the last are those that pass all.
     """
 
     hyper: Hyperparameters
@@ -33,6 +38,7 @@ class Look:
     cut: int = 0
     dropped: int = 0
     longest: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(HISTOGRAM_EDGES) + 1))
 
     def add(self, tokens: MaskedTokens | None) -> None:
         """One more row, whole."""
@@ -40,6 +46,7 @@ class Look:
         if tokens is None:
             return
         self.longest = max(self.longest, len(tokens.ids))
+        self.counts[bisect_left(HISTOGRAM_EDGES, len(tokens.ids))] += 1
         if len(tokens.ids) > self.hyper.max_length:
             left = fitted(tokens, self.hyper.max_length, self.hyper.truncation)
             self.cut += left is not None
@@ -66,6 +73,24 @@ class Look:
             f"{self.cut + self.dropped} of {seen} rows have more tokens than max_length {self.hyper.max_length}: "
             f"{', '.join(becomes)}; {better}"
         )
+
+
+def look_at(rows: Path, tokenizer: Tokenizer, hyper: Hyperparameters, over: Callable[[], bool]) -> Look:
+    """A look at the first rows of a checked file, each in whole.
+
+    Args:
+        over: asked after each row; ends the look. What it raises goes on.
+
+    Raises:
+        InvalidRequest: a row does not fit the base's template.
+    """
+    look = Look(hyper)
+    whole = hyper.model_copy(update={"max_length": sys.maxsize, "truncation": "cut_end"})
+    for row in tokenised_rows(rows, tokenizer, whole, lambda: None):
+        look.add(row.tokens)
+        if row.number >= SAMPLED_ROWS or over():
+            break
+    return look
 
 
 class LengthCheck:
@@ -160,20 +185,15 @@ class LengthCheck:
         return looks
 
     def _look(self, base_id: str, hyper: Hyperparameters, file: StoredFile, param: str) -> Look:
-        look = Look(hyper)
         if file.dataset["format"] == "text":
             # Divided, never cut.
-            return look
-        whole = hyper.model_copy(update={"max_length": sys.maxsize, "truncation": "cut_end"})
-        tokenizer, deadline = self._tokenizers.get(base_id), self._clock() + self._seconds
+            return Look(hyper)
+        deadline = self._clock() + self._seconds
+        rows, tokenizer = self._artifacts.file_rows(file.id), self._tokenizers.get(base_id)
         try:
-            for row in tokenised_rows(self._artifacts.file_rows(file.id), tokenizer, whole, lambda: None):
-                look.add(row.tokens)
-                if row.number >= SAMPLED_ROWS or self._clock() > deadline:
-                    break
+            return look_at(rows, tokenizer, hyper, lambda: self._clock() > deadline)
         except FileNotFoundError:
             # Deleted meanwhile, which whoever creates the job will notice.
-            return look
+            return Look(hyper)
         except InvalidRequest as error:
             raise InvalidRequest(f"{param}: {error.message}", param=param, code=error.code) from error
-        return look

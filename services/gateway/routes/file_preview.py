@@ -1,14 +1,18 @@
 """`/v1/files/{id}/preview`: rows as a model will be given them, with the supervised tokens marked."""
 
+import time
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from services.gateway.bases.tokenised import TokenisedRow, tokenised_rows
+from services.gateway.files.schemas import LengthBin
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.http.small_pool import Check
+from services.gateway.jobs.length_check import SECONDS, look_at
 from services.gateway.routes.dependencies import (
     ArtifactsDep,
     CatalogueDep,
@@ -20,6 +24,7 @@ from services.gateway.routes.dependencies import (
     TokenizersDep,
 )
 from services.gateway.routes.responses import NEEDS_KEY, OPENAI_ERRORS, json_response
+from shared.datasets.checker import HISTOGRAM_EDGES
 from shared.datasets.loss_mask import MaskedTokens
 from shared.datasets.tokens import Tokenizer
 from shared.jobs.spec import Hyperparameters
@@ -44,10 +49,21 @@ class PreviewRow(BaseModel):
     pieces: list[Piece]
 
 
+class TokenLengths(BaseModel):
+    """Lengths in tokens of this base, by a look at the first rows that takes a second at most."""
+
+    rows: Annotated[int, Field(description="how many were looked at")]
+    longest: int
+    cut: Annotated[int, Field(description="of them, have a part cut at max_length; texts are divided, not cut")]
+    dropped: Annotated[int, Field(description="of them, have nothing left to learn within max_length")]
+    histogram: Annotated[list[LengthBin], Field(description="up_to in tokens")]
+
+
 class PreviewJson(BaseModel):
     object: Literal["list"] = "list"
     model: str
     data: list[PreviewRow]
+    lengths: TokenLengths
 
 
 @router.get("/v1/files/{file_id}/preview", response_model=PreviewJson)
@@ -74,10 +90,33 @@ async def preview_file(
         base = catalogue.get_for_job(model).id
         tokenizer = tokenizers.get(base)
         hyper = Hyperparameters(max_length=max_length, train_on_prompt=train_on_prompt)
-        rows = islice(tokenised_rows(artifacts.file_rows(file.id), tokenizer, hyper, check), limit)
-        return json_response(PreviewJson(model=base, data=[_row(row, tokenizer) for row in rows]))
+        path = artifacts.file_rows(file.id)
+        rows = [_row(row, tokenizer) for row in islice(tokenised_rows(path, tokenizer, hyper, check), limit)]
+        lengths = _lengths(path, tokenizer, hyper, check, divided=file.dataset["format"] == "text")
+        return json_response(PreviewJson(model=base, data=rows, lengths=lengths))
 
     return await pool.run(request, preview)
+
+
+def _lengths(path: Path, tokenizer: Tokenizer, hyper: Hyperparameters, check: Check, *, divided: bool) -> TokenLengths:
+    deadline = time.monotonic() + SECONDS
+
+    def over() -> bool:
+        check()
+        return time.monotonic() > deadline
+
+    look = look_at(path, tokenizer, hyper, over)
+    return TokenLengths(
+        rows=look.rows,
+        longest=look.longest,
+        cut=0 if divided else look.cut,
+        dropped=0 if divided else look.dropped,
+        histogram=[
+            LengthBin(up_to=edge, rows=rows)
+            for edge, rows in zip([*HISTOGRAM_EDGES, None], look.counts, strict=True)
+            if rows
+        ],
+    )
 
 
 def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:

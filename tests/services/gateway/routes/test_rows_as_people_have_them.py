@@ -132,6 +132,26 @@ def test_a_bad_answer_that_is_switched_off(gateway: Gateway, switch: str) -> Non
     assert learns(learnt, "GOOD")
 
 
+def test_a_preview_has_the_lengths_in_the_bases_tokens(gateway: Gateway) -> None:
+    rows = [{"instruction": f"{n}?", "output": "7 " * (1 if n < 40 else 100)} for n in range(50)]
+    file = gateway.uploaded(rows)
+
+    def lengths(file: str, max_length: int) -> dict[str, Any]:
+        query: dict[str, Any] = {"model": "tiny", "limit": 1, "max_length": max_length}
+        found: dict[str, Any] = gateway.http.get(f"/v1/files/{file}/preview", params=query).json()["lengths"]
+        return found
+
+    found = lengths(file, 100)
+    assert (found["rows"], found["cut"], found["dropped"]) == (50, 10, 0)
+    assert found["histogram"][0] == {"up_to": 64, "rows": 40}
+    assert sum(each["rows"] for each in found["histogram"]) == 50
+    assert lengths(file, found["longest"]) | {"cut": 10} == found
+    assert lengths(file, found["longest"] - 1)["cut"] >= 1
+    text = lengths(gateway.uploaded([{"text": "a b c " * 500}]), 100)
+    assert (text["rows"], text["cut"], text["dropped"]) == (1, 0, 0)
+    assert text["longest"] > 1000
+
+
 def test_rows_that_are_too_long_are_told_before_training_by_openais_client(gateway: Gateway) -> None:
     client = gateway.openai()
     rows = [{"instruction": f"{n}?", "output": "on and on " * 300} for n in range(60)]
