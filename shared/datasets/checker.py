@@ -1,6 +1,7 @@
 """The check of a whole dataset while its bytes stream by, and reading again what was checked."""
 
 import hashlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ class DatasetChecker:
         self._format = form
         self._rows += 1
         self._measure(example)
-        for key in set(unused):
+        for key in set(unused) if unused else ():
             if key in self._unused or len(self._unused) < MAX_UNUSED_COUNTED:
                 self._unused[key] += 1
 
@@ -137,8 +138,7 @@ class DatasetChecker:
 
     def _measure(self, example: Example) -> None:
         texts = texts_of(example)
-        length = sum(map(len, texts))
-        self._counts[sum(length > edge for edge in HISTOGRAM_EDGES)] += 1
+        self._counts[bisect_left(HISTOGRAM_EDGES, sum(map(len, texts)))] += 1
         digest = hashlib.blake2b("\x00".join(texts).encode(), digest_size=8).digest()
         if digest in self._seen:
             self._duplicates += 1

@@ -32,6 +32,7 @@ PARTS = ("text", "input_text", "output_text")
 SWITCHES = ("train", "training", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _MEANT = {"role", "content", "from", "value", "weight", "tool_calls", "function_call", "tool_call_id"}
+_PLAIN = {"role", "content"}
 _KNOWN = _MEANT | {*SWITCHES, *REASONING}
 
 
@@ -78,6 +79,10 @@ def parse_messages(value: object, key: str, unused: Unused) -> tuple[Message, ..
 
 
 def _message(item: dict[str, Any], path: str, any_path: str, unused: Unused) -> Message:
+    plain = ROLES.get(item["role"]) if item.keys() == _PLAIN and isinstance(item["role"], str) else None
+    if plain is not None and isinstance(item["content"], str):
+        # Most messages say nothing else, and there may be millions.
+        return Message(plain, text_field(item, "content", path=path, blank=plain in ("system", "tool")))
     sharegpt = item.get("role") is None and item.get("from") is not None
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     roles, speaker = SPEAKERS if sharegpt else ROLES, item.get(role_key)

@@ -90,5 +90,7 @@ def texts_of(example: Example) -> list[str]:
 
 
 def _texts_of(message: Message) -> list[str]:
+    if not (message.tool_calls or message.reasoning_content):
+        return [message.role, message.content]
     calls = [text for call in message.tool_calls for text in (call.name, json.dumps(call.arguments))]
     return [message.role, *filter(None, [message.reasoning_content]), message.content, *calls]

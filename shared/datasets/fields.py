@@ -44,13 +44,12 @@ def text_field(row: dict[str, Any], key: str, *, path: str = "", optional: bool 
 
 def check_text(text: str, path: str) -> None:
     """Raises RowError: `invalid_text`: what tokenizers cannot encode."""
-    name = _last(path)
     if "\x00" in text:
-        raise RowError(path, "invalid_text", f"'{name}' contains a NUL character")
+        raise RowError(path, "invalid_text", f"'{_last(path)}' contains a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RowError(path, "invalid_text", f"'{name}' contains a lone surrogate") from None
+        raise RowError(path, "invalid_text", f"'{_last(path)}' contains a lone surrogate") from None
 
 
 def json_field(value: object, path: str) -> Any:

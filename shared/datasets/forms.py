@@ -41,19 +41,26 @@ def parse_row(row: object, unused: Unused = lambda key: None) -> Example:
     if not isinstance(row, dict):
         raise RowError("", "not_an_object", f"a row must be a JSON object, not {kind_of(row)}")
     # What a table filled up with nulls is known by the columns it filled.
-    form = _form({key for key, value in row.items() if value is not None}) or _form(set(row))
+    form = next((form for key, form in _FORMS.items() if row.get(key) is not None), None)
+    form = form or next((form for key, form in _FORMS.items() if key in row), None)
     if form is None:
         raise RowError("", "unknown_form", f"expected keys {FORMS}; got {_names(row)}{_hint(row)}")
     read, used, renamed = form
+    if not row.keys() <= used:
+        _other_keys(row, used, renamed, unused)
+    return read(row, unused)
+
+
+def _other_keys(row: dict[str, Any], used: frozenset[str], renamed: frozenset[str], unused: Unused) -> None:
     refuse_keys(row, MEDIA, "is not supported: only text is learnt")
     refuse_keys(row, ("chosen", "rejected"), "is not supported: preferences are not learnt")
-    for key, name in RENAMED.items():
-        if name in renamed and said(row.get(key)) and not said(row.get(name)):
-            raise RowError(key, "unsupported_key", f"'{key}' is not a key of these rows; rename it to '{name}'")
     for key, value in row.items():
-        if key not in used and said(value):
-            unused(key)
-    return read(row, unused)
+        if key in used or not said(value):
+            continue
+        name = RENAMED.get(key, "")
+        if name in renamed and not said(row.get(name)):
+            raise RowError(key, "unsupported_key", f"'{key}' is not a key of these rows; rename it to '{name}'")
+        unused(key)
 
 
 def _instruction(row: dict[str, Any], unused: Unused) -> Example:
@@ -132,10 +139,6 @@ _FORMS: dict[str, _Form] = {
     "prompt": (_completion, frozenset({"prompt", "completion", "system", *_TOOLS}), frozenset({"system"})),
     "text": (_text, frozenset({"text"}), frozenset({"system"})),
 }
-
-
-def _form(keys: set[str]) -> _Form | None:
-    return next((form for key, form in _FORMS.items() if key in keys), None)
 
 
 def _names(row: dict[str, Any]) -> str:
