@@ -5,7 +5,7 @@ Supervised are the response and its end; they are marked by place, never by toke
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -27,12 +27,16 @@ class MaskedTokens:
         supervised: for each id, whether predicting it counts in the loss; never true for the first.
         cut: whether tokens of the example are missing.
         last_turn_only: see `Lesson`.
+        control_as_text: control tokens in people's texts that were encoded as text.
+        control_as_tokens: those in the assistant's that stayed what they say.
     """
 
     ids: list[int]
     supervised: list[bool]
     cut: bool = False
     last_turn_only: bool = False
+    control_as_text: int = 0
+    control_as_tokens: int = 0
 
     @property
     def supervised_count(self) -> int:
@@ -70,7 +74,21 @@ def masked_tokens(
         supervised += [train_on_prompt] * len(prompt) + [turn.supervised] * len(response)
         if wanted is not None and len(ids) >= wanted:
             break
-    return fitted(MaskedTokens(ids, supervised, last_turn_only=lesson.last_turn_only), max_length, truncation)
+    whole = MaskedTokens(ids, supervised, False, lesson.last_turn_only, *_control_tokens(tokenizer, lesson))
+    return fitted(whole, max_length, truncation)
+
+
+def _control_tokens(tokenizer: Tokenizer, lesson: Lesson) -> tuple[int, int]:
+    """(as text, as tokens) in what is not the template's own."""
+    control, as_text, as_tokens = tokenizer.control, 0, 0
+    for turn in lesson.turns:
+        for part in (turn.prompt, turn.response):
+            literal = tokenizer.literal(part)
+            as_text += sum(part.text[start:end] in control.all for start, end in literal)
+            if part is turn.response and part.source != "author":
+                meant = control.meant(part.text, literal)
+                as_tokens += sum(part.text[start:end] not in control.special for start, end in meant)
+    return as_text, as_tokens
 
 
 def fitted(whole: MaskedTokens, max_length: int, truncation: Truncation) -> MaskedTokens | None:
@@ -82,7 +100,7 @@ def fitted(whole: MaskedTokens, max_length: int, truncation: Truncation) -> Mask
     ids, supervised = whole.ids[part], whole.supervised[part]
     # No token comes before the first to predict it from.
     supervised[:1] = [False]
-    return MaskedTokens(ids, supervised, cut, whole.last_turn_only) if any(supervised) else None
+    return replace(whole, ids=ids, supervised=supervised, cut=cut) if any(supervised) else None
 
 
 def _apart(

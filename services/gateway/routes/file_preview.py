@@ -46,6 +46,10 @@ class PreviewRow(BaseModel):
     last_turn_only: Annotated[
         bool, Field(description="the chat template lets only the last of several replies be learnt")
     ]
+    control_as_text: Annotated[
+        int, Field(description="control tokens in people's texts of this row, which are encoded as text")
+    ]
+    control_as_tokens: Annotated[int, Field(description="those in the assistant's texts that stay tokens")]
     pieces: list[Piece]
 
 
@@ -128,6 +132,8 @@ def _row(row: TokenisedRow, tokenizer: Tokenizer) -> PreviewRow:
         supervised_tokens=tokens.supervised_count if tokens else 0,
         dropped=tokens is None,
         last_turn_only=tokens is not None and tokens.last_turn_only,
+        control_as_text=tokens.control_as_text if tokens else 0,
+        control_as_tokens=tokens.control_as_tokens if tokens else 0,
         pieces=pieces(tokens, tokenizer) if tokens else [],
     )
 

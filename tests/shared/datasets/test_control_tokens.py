@@ -237,6 +237,7 @@ def test_an_answer_may_think_and_may_not_end_its_turn(ours: Tokenizer) -> None:
             ours.fast.id_to_token(id) for id in learnt if id in control_ids(ours, (*SPECIAL, "<think>", "</think>"))
         ]
         assert names == ["<think>", "</think>", "<|im_end|>"]
+        assert (tokens.control_as_text, tokens.control_as_tokens) == (1, 2)
         assert learnt[-1] == ours.eos_id
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from services.gateway.bases.tokenised import tokenised_rows
+from shared.bases.base_model import prepare_base
 from shared.datasets.chat_template import ChatTemplate
-from shared.datasets.examples import Chat, Message, ToolCall
+from shared.datasets.examples import Chat, Instruction, Message, ToolCall
 from shared.datasets.loss_mask import MaskedTokens, masked_tokens
-from shared.datasets.templates import Lesson
-from shared.datasets.tokens import Tokenizer
+from shared.datasets.templates import InstructionTemplate, Lesson, template_for
+from shared.datasets.tokens import Tokenizer, chat_templates
 from shared.errors import InvalidRequest
 from shared.jobs.spec import Hyperparameters
+from shared.storage.artifacts import LocalArtifactStore
 from tests.shared.datasets.family_templates import FAMILIES, Family
 from tests.shared.datasets.family_tokenizers import write
+from tests.tiny import CHAT_TEMPLATE, tiny_catalogue, write_tiny_model
 
 
 @dataclass(frozen=True)
@@ -295,3 +299,64 @@ def test_refusals_of_a_template_name_it(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no system messages here") as refused:
         chat.chat([Message("system", "x"), Message("user", "y")])
     assert refused.value.code == "template_error"
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% generation %}"])
+def test_a_template_that_does_not_compile_spoils_nothing_else(tmp_path: Path, source: str) -> None:
+    """Trial T17: jobs of instruction rows need no chat template."""
+    family = FAMILIES["qwen-2.5"]
+    ours = Tokenizer(write(tmp_path, family.tokenizer(), template=source, eos_token=family.eos))
+    assert ours.stop_ids == {ours.eos_id}
+    row = Instruction("Say 7 twice.", "7 7")
+    assert masked_tokens(ours, InstructionTemplate().lesson(row), max_length=100) is not None
+    assert ours.chat is not None
+    with pytest.raises(InvalidRequest, match="does not compile") as refused:
+        ours.chat.chat([Message("user", "x")])
+    assert refused.value.code == "template_error"
+
+
+def test_templates_in_files_come_first(tmp_path: Path) -> None:
+    family = FAMILIES["hermes"]
+    named = write(tmp_path / "named", family.tokenizer(), template=family.template, eos_token=family.eos)
+    assert sorted(chat_templates(named)) == ["default", "tool_use"]
+    (named / "chat_template.jinja").write_text("file")
+    assert chat_templates(named) == {"default": "file"}
+    (named / "additional_chat_templates").mkdir()
+    (named / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert (
+        chat_templates(named)
+        == {"default": "file", "tool_use": "tools"}
+        == AutoTokenizer.from_pretrained(named).chat_template
+    )
+    none = write(tmp_path / "none", family.tokenizer(), eos_token=family.eos)
+    assert chat_templates(none) == {}
+    assert Tokenizer(none).chat is None
+
+
+def test_several_templates_are_prepared_with_the_base(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    store = LocalArtifactStore(tmp_path / "artifacts")
+    prepare_base(tiny_catalogue(folder).get("tiny"), store)
+    assert chat_templates(store.base("tiny")) == {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+
+
+def test_no_default_among_several_is_named(tmp_path: Path) -> None:
+    family = FAMILIES["hermes"]
+    template = [{"name": "rag", "template": "x"}]
+    chat = Tokenizer(write(tmp_path, family.tokenizer(), template=template, eos_token=family.eos)).chat
+    assert chat is not None
+    with pytest.raises(InvalidRequest, match="named rag, and none named default"):
+        chat.chat([Message("user", "x")])
+
+
+def test_the_date_of_rows_is_their_files(tmp_path: Path) -> None:
+    family = FAMILIES["smollm-3"]
+    ours = Tokenizer(write(tmp_path, family.tokenizer(), template=family.template, eos_token=family.eos))
+    assert ours.chat is not None
+    moment = datetime(2024, 2, 29, 12).timestamp()
+    dated = template_for("chat", ours.chat, moment)
+    assert "Date: 29 February 2024" in dated.lesson(Chat(tuple(conversation(TALK[:2])))).turns[0].prompt.text
+    assert dated.id == ours.chat.id
+    assert f"Date: {datetime.now():%d %B %Y}" in ours.chat.chat([Message("user", "x")]).text

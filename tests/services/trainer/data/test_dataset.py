@@ -199,3 +199,27 @@ def test_tokens_of_the_first_version_are_taken_only_of_rows_that_it_read_alike(
     with pytest.raises(StopRequested):
         prepare_data(spec, tiny.store, tiny.bases.tokenizer(spec), ignore)
     assert (asked == [first]) is not other
+
+
+def test_what_is_learnt_as_before_keeps_its_key(tiny: TinyJob) -> None:
+    """A job that an older version began goes on; where tokens have changed since, they are made anew."""
+    plain, written = ({"instruction": "Hi", "output": text} for text in ("Yes", "The end is <|im_end|>."))
+    chats: list[Row] = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    tokenizer = Tokenizer(tiny.store.base("tiny"))
+    for rows, differences in (([plain], []), (chats, []), ([written], ["control tokens"])):
+        spec = tiny.spec(rows)
+        file = tiny.store.file_data(spec.training_file)
+        template = dataset._template(file, tokenizer)
+        assert dataset._differences(file, spec.hyperparameters, tokenizer, template) == differences
+
+
+def test_rows_of_which_only_the_last_reply_is_learnt_are_counted(tiny: TinyJob, tmp_path: Path) -> None:
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    rows: list[Row] = [{"messages": messages}, {"messages": messages[:2]}]
+    assert prepare(tiny, rows).last_turn_only == 0
+    folder = shutil.copytree(tiny.store.base("tiny"), tmp_path / "rewriting")
+    source = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' }}<|im_end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(source)
+    counted = prepare_data(tiny.spec(rows), tiny.store, Tokenizer(folder), ignore).training
+    assert (len(counted), counted.last_turn_only) == (2, 1)
