@@ -158,7 +158,10 @@ class DatasetChecker:
         first = self._errors[0]
         where = f"line {first['line']}" + (f", {first['path']}" if first["path"] else "")
         more = f" (and {self._error_count - 1} more)" if self._error_count > 1 else ""
-        return InvalidDataset(f"{where}: {first['message']}{more}", self._errors, self._error_count)
+        # Not where skipping would not help: no good row yet, or none behind can be read.
+        skippable = self._rows and not self._skip and not self._reader.ended
+        hint = "; on_bad_rows=skip leaves such rows out" if skippable else ""
+        return InvalidDataset(f"{where}: {first['message']}{more}{hint}", self._errors, self._error_count)
 
     def _histogram(self) -> list[dict[str, int | None]]:
         edges: Iterable[int | None] = (*HISTOGRAM_EDGES, None)

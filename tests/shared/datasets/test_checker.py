@@ -209,8 +209,10 @@ def test_bad_rows_are_skipped_if_that_is_asked_for_and_told_by_line() -> None:
     codes = [(entry["line"], entry["code"]) for entry in report.skipped]
     assert codes == [*((line, "blank") for line in bad), (201, "invalid_json"), (202, "mixed_forms")]
     assert report.warnings[0] == f"{len(bad) + 2} bad rows were skipped (lines {', '.join(map(str, bad))}, …)"
-    # Without being asked for it, they are refused.
+    # Without being asked for it, they are refused, and the refusal says how to ask.
     assert len(errors_of(b"\n".join(lines))) == len(bad)
+    with pytest.raises(InvalidDataset, match="on_bad_rows=skip leaves such rows out"):
+        check(b"\n".join(lines))
 
 
 def test_of_many_skipped_rows_the_first_hundred_are_named() -> None:
@@ -225,8 +227,10 @@ def test_of_many_skipped_rows_the_first_hundred_are_named() -> None:
 )
 def test_what_cannot_be_skipped_is_refused(data: bytes) -> None:
     """No good row at all, or one behind which nothing can be trusted."""
-    with pytest.raises(InvalidDataset):
-        check(data, checker=DatasetChecker(skip_bad_rows=True))
+    for checker in (DatasetChecker(skip_bad_rows=True), DatasetChecker()):
+        with pytest.raises(InvalidDataset) as refused:
+            check(data, checker=checker)
+        assert "on_bad_rows" not in refused.value.message
 
 
 def test_what_a_keeper_refuses_is_a_bad_row() -> None:
