@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,22 @@ class Tokenizer:
         return (ids + self.encoded(prompt, at_most=at_most).ids)[:at_most]
 
     def response_ids(self, turn: Turn, *, at_most: int | None = None) -> list[int]:
-        """A response by itself, with EOS if it has no other end."""
-        return [*self.encoded(turn.response, at_most=at_most).ids[:at_most], *([] if turn.ended else [self.eos_id])]
+        """A response by itself, with one EOS if it has no other end, also where its author has written the end."""
+        if turn.ended:
+            return self.encoded(turn.response, at_most=at_most).ids[:at_most]
+        ids = self.encoded(self._without_end(turn.response), at_most=at_most).ids[:at_most]
+        return ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
+
+    def _without_end(self, response: Prompt) -> Prompt:
+        text = response.text
+        while response.source == "assistant" and (kept := text.rstrip()).endswith(self._ends):
+            text = next(kept.removesuffix(end) for end in self._ends if kept.endswith(end))
+        return response if text == response.text else replace(response, text=text)
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        eos = self.fast.id_to_token(self.eos_id) or ""
+        return tuple(end for end in (eos, self.chat.end if self.chat else None) if end)
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, told without encoding it; 0 where that cannot be told."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from services.trainer.contract import Check
 from shared.datasets.checker import read_examples
 from shared.datasets.examples import Example, format_of
-from shared.datasets.templates import CompletionTemplate, Template, template_for
+from shared.datasets.templates import Template, template_for
 from shared.datasets.tokens import Tokenizer
 from shared.datasets.training_rows import training_rows
 from shared.errors import InvalidRequest, JobFailed, NotFound, Unavailable
@@ -171,7 +171,7 @@ def _differences(file: Path, hyper: Hyperparameters, tokenizer: Tokenizer, templ
         found.append(file.name)
     if _has_keys_once_ignored(file):
         found.append("keys")
-    if template.id != CompletionTemplate.id and _may_hold(file, tokenizer.control.all):
+    if _may_hold(file, tokenizer.control.all):
         found.append("control tokens")
     chat = tokenizer.chat
     if chat and template.id == chat.id:

@@ -241,6 +241,22 @@ def test_an_answer_may_think_and_may_not_end_its_turn(ours: Tokenizer) -> None:
         assert learnt[-1] == ours.eos_id
 
 
+def test_an_end_that_the_author_wrote_is_not_doubled(ours: Tokenizer) -> None:
+    """Trial T49, in the formats without roles."""
+    rows: list[tuple[Template, Callable[[str], Example]]] = [
+        (InstructionTemplate(), lambda text: Instruction("Say 7.", text)),
+        (CompletionTemplate(), lambda text: Completion("Say 7.", text)),
+    ]
+    for template, row in rows:
+        once, written = (
+            masked_tokens(ours, template.lesson(row(text)), max_length=500) for text in ("7", "7<|im_end|>")
+        )
+        assert once is not None
+        assert written is not None
+        assert (written.ids, written.supervised) == (once.ids, once.supervised)
+        assert once.ids.count(ours.eos_id) == 1
+
+
 def test_which_texts_are_control_tokens() -> None:
     added = {"</s>": True, "<think>": False, "<h1>": False, "\n\n": False, "▁▁": False, "<|fim|>": False, "ab": False}
     control = ControlTokens(added, "{{ '<think>' }}ab")
