@@ -25,6 +25,7 @@ from services.inference.engine.interface import (
     Token,
 )
 from services.inference.prompts import PromptSource
+from services.inference.tool_calls import CallForm, Tools
 from shared.errors import TunesmithError
 
 
@@ -42,7 +43,8 @@ class PromptRequest:
         candidates: how many sequences each prompt becomes.
         seeded: the client chose the seed: then a prompt gets the same answers whether it comes alone or with others.
             Else each prompt has a seed of its own.
-        grammar: what every answer must follow.
+        grammar: what every answer must follow; with tools, what `tools` says of that.
+        tools: functions that the answer may call.
     """
 
     sources: Sequence[PromptSource]
@@ -55,6 +57,7 @@ class PromptRequest:
     candidates: int = 1
     seeded: bool = True
     grammar: GrammarText | None = None
+    tools: Tools | None = None
 
     def candidate(self, prompt: int, place: int) -> GenerationRequest:
         """What the candidate at `place` of a prompt asks of the engine; the first of all has the request's own seed."""
@@ -117,6 +120,7 @@ class Generation:
     Args:
         candidates: all that the engine is to generate, by prompt.
         per_prompt: how many of them each prompt has.
+        call_form: how calls are written in their texts; None if no tools were offered.
         ended: called on the event loop as soon as the engine is done with all of them, however slowly they are read.
 
     Attributes:
@@ -133,7 +137,9 @@ class Generation:
         ended: Callable[[], None] | None = None,
         *,
         per_prompt: int = 1,
+        call_form: CallForm | None = None,
     ) -> None:
+        self.call_form = call_form
         self.candidates = list(candidates)
         self.per_prompt = per_prompt
         self.adapter_id = adapter.id if adapter else None

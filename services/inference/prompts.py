@@ -4,12 +4,13 @@ The template is the adapter's own, from its manifest. Without an adapter it is t
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.inference.engine.admission import prompt_too_long
-from shared.datasets.examples import Message
+from shared.datasets.examples import Message, ToolCall
 from shared.datasets.templates import InstructionTemplate, Prompt, Template
 from shared.datasets.tokens import Tokenizer
 from shared.inference_api.fields import ChatMessage
@@ -69,7 +70,8 @@ class ChatSource:
 
     @property
     def size_hint(self) -> int:
-        return sum(len(message.content) for message in self.messages) // 4 + 1
+        offered = sum(len(json.dumps(tool)) for tool in self.tools)
+        return (offered + sum(len(message.content) for message in self.messages)) // 4 + 1
 
 
 PromptSource = RawText | RawIds | InstructionSource | ChatSource
@@ -77,8 +79,26 @@ PromptSource = RawText | RawIds | InstructionSource | ChatSource
 
 
 def plain(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The messages as templates know them."""
-    return [Message("system" if each.role == "developer" else each.role, each.text) for each in messages]
+    """The messages as templates know them; what a function answered names the function that its call named."""
+    called: dict[str, str] = {}
+    made: list[Message] = []
+    for each in messages:
+        calls = tuple(
+            ToolCall(call.function.name, json.loads(call.function.arguments or "{}"), call.id or "")
+            for call in each.tool_calls or []
+        )
+        called |= {call.id: call.name for call in calls}
+        answers = each.tool_call_id or ""
+        made.append(
+            Message(
+                "system" if each.role == "developer" else each.role,
+                each.text,
+                tool_calls=calls,
+                tool_call_id=answers,
+                name=called.get(answers, ""),
+            )
+        )
+    return made
 
 
 async def ids_of(

@@ -15,10 +15,12 @@ from services.inference.adapters.registry import AdapterRegistry
 from services.inference.adapters.residency import Entry
 from services.inference.engine.admission import Admission, Permit
 from services.inference.engine.grammar import Grammar, Grammars
-from services.inference.engine.interface import Engine, GenerationRequest
+from services.inference.engine.interface import Engine, GenerationRequest, GrammarText
 from services.inference.engine.token_bytes import TokenBytes
 from services.inference.generation import Candidate, Generation, PromptRequest, Times
 from services.inference.prompts import ids_of
+from services.inference.tool_calls import CallForm, call_form
+from shared.datasets.templates import InstructionTemplate
 from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError, Unavailable
 
@@ -111,15 +113,18 @@ class Serving:
         load_ms: float | None = None
         handed_over = False
         try:
-            grammar = await self._grammars.compiled(asked.grammar) if asked.grammar else None
             if asked.adapter_id is not None:
                 adapter, load_ms = await self.adapters.acquire(asked.adapter_id)
+            form, grammar_text = self._form_of_answers(asked, adapter)
+            grammar = await self._grammars.compiled(grammar_text) if grammar_text else None
             candidates = await self._candidates(asked, adapter, grammar)
             for candidate, permit in zip(candidates, permits, strict=True):
                 permit.resize(len(candidate.request.prompt))
             # An adapter may be evicted again once the engine is done with it, which after a cancel is one step later.
             release = partial(self.adapters.release, adapter) if adapter else None
-            generation = Generation(candidates, adapter, load_ms, times, release, per_prompt=asked.candidates)
+            generation = Generation(
+                candidates, adapter, load_ms, times, release, per_prompt=asked.candidates, call_form=form
+            )
             times.submitted = time.perf_counter()
             handed_over = True
             handles = self._submit(generation, permits)
@@ -135,6 +140,16 @@ class Serving:
             for candidate, handle in zip(generation.candidates, handles, strict=True):
                 if not candidate.over:
                     self.engine.cancel(handle)
+
+    def _form_of_answers(
+        self, asked: PromptRequest, adapter: Entry | None
+    ) -> tuple[CallForm | None, GrammarText | None]:
+        """How calls are written, if there may be any, and what every answer must follow."""
+        if asked.tools is None:
+            return None, asked.grammar
+        template = (adapter.template if adapter else None) or self.tokenizer.chat or InstructionTemplate()
+        form = call_form(template, self.tokenizer)
+        return form, form.grammar(asked.tools)
 
     def _submit(self, generation: Generation, permits: list[Permit]) -> list[Any]:
         """Hand all candidates to the engine, or none: those before one that is refused are cancelled."""

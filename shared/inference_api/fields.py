@@ -4,9 +4,10 @@ A field that is not known is refused if it says something. What a dialect knows 
 too, so that it is refused by name (`Only`) or named in a header (`Ignored`) instead of being passed over.
 """
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from shared.http.validation import UNKNOWN_FIELD, named
@@ -50,6 +51,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
 TopK = Annotated[int | None, Field(ge=-1, le=1 << 20), AfterValidator(lambda k: k if k and k > 0 else None)]
 # 0 leaves the most likely token alone.
 TopP = Annotated[float, Field(ge=0, le=1)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 ModelName = Annotated[str, Field(max_length=MAX_MODEL_NAME)]
 # Sequences that one prompt may become, and one request altogether: each takes a row of the engine.
 MAX_CANDIDATES, MAX_PROMPTS, MAX_SEQUENCES = 16, 64, 128
@@ -93,18 +95,50 @@ class ChatPart(Body):
         return self
 
 
+class CalledFunction(Body):
+    """A call as it comes back in history.
+
+    Attributes:
+        arguments: a JSON object, as text.
+    """
+
+    name: FunctionName
+    arguments: Annotated[str, Field(max_length=MAX_TEXT)]
+    parsed_arguments: Annotated[Any, Ignored("it says again what arguments says")] = None
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_an_object(cls, arguments: str) -> str:
+        try:
+            if isinstance(json.loads(arguments or "{}"), dict):
+                return arguments
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("the arguments must be a JSON object, as text")
+
+
+class ToolCallBody(Body):
+    """A call that the assistant made."""
+
+    id: Annotated[str, Field(max_length=128)] | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+    index: Annotated[Any, Ignored("calls come in their order")] = None
+
+
 class ChatMessage(Body):
     """One message of a conversation; `developer` is OpenAI's later word for `system`.
 
     Answers come back as history with everything that the API, an SDK or a front end has put into them.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[ChatPart], Field(max_length=256)] | None = None
     refusal: Annotated[Text | None, Field(description="The assistant's words if it has no content.")] = None
-    tool_calls: NotBuilt = None
+    tool_calls: Annotated[list[ToolCallBody], Field(max_length=128)] | None = None
     function_call: NotBuilt = None
-    tool_call_id: NotBuilt = None
+    tool_call_id: Annotated[str, Field(max_length=128)] | None = None
+    parsed: Annotated[Any, Ignored("it says again what content says")] = None
     audio: NotBuilt = None
     prefix: Annotated[Any, Ignored("an assistant's last message is continued")] = None
     name: Annotated[Any, Ignored("prompts have no names of speakers")] = None
@@ -135,7 +169,9 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.role != "assistant" and self.content in (None, []):
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("calls", "only the assistant calls functions", named("tool_calls"))
+        if self.role not in ("assistant", "tool") and self.content in (None, []):
             raise PydanticCustomError("missing", "a text or a list of text parts is required", named("content"))
         return self
 

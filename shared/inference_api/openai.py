@@ -42,6 +42,7 @@ from shared.inference_api.other_servers import (
 )
 from shared.inference_api.prompting import PromptingFields
 from shared.inference_api.structured import ResponseFormat
+from shared.inference_api.tools import NamedTool, ToolCallDeltaJson, ToolCallJson, ToolChoice, Tools
 
 CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
@@ -118,10 +119,10 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: NotBuilt = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     tool_prompt: Annotated[Any, Ignored("it counts with tools only")] = None
-    parallel_tool_calls: Annotated[Any, Ignored("it counts with tools only")] = None
+    parallel_tool_calls: bool | None = None
     functions: NotBuilt = None
     function_call: Annotated[Any, Only("none", "auto")] = None
 
@@ -131,6 +132,13 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
             raise ValueError("max_tokens and max_completion_tokens are two names for one thing")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise PydanticCustomError("no_tools", "there are no tools to choose from", named("tool_choice"))
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("same_name", "two functions have one name", named("tools"))
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise PydanticCustomError("no_such_tool", "there is no such function in tools", named("tool_choice"))
         return self
 
 
@@ -183,7 +191,7 @@ class CompletionBody(_OpenAIBody, VllmCompletionFields):
         return self
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class UsageJson(BaseModel):
@@ -225,9 +233,12 @@ class CompletionLogprobsJson(BaseModel):
 
 
 class AssistantMessageJson(BaseModel):
+    """`content` is null where there are calls and nothing beside them."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCallJson] | None = None
 
 
 class DeltaJson(BaseModel):
@@ -235,6 +246,7 @@ class DeltaJson(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDeltaJson] | None = None
 
 
 class ChatChoiceJson(BaseModel):

@@ -153,6 +153,8 @@ def _source(text: GrammarText) -> str:
     Raises:
         InvalidRequest: a schema that is no JSON object, or too deep.
     """
+    if text.kind == "lark":
+        return str(LLMatcher.grammar_from_lark(text.source))
     if text.kind == "regex":
         return str(LLMatcher.grammar_from_regex(text.source))
     try:

@@ -61,11 +61,11 @@ class GrammarText:
     """What generated text must follow, as a client writes it.
 
     Attributes:
-        source: a JSON schema as JSON, or a regular expression. What is lenient of a schema are keywords that cannot be
-            followed: they are passed over.
+        source: a JSON schema as JSON, a regular expression, or llguidance's notation (of this server's making). What is
+            lenient of a schema are keywords that cannot be followed: they are passed over.
     """
 
-    kind: Literal["json_schema", "lenient_json_schema", "regex"]
+    kind: Literal["json_schema", "lenient_json_schema", "regex", "lark"]
     source: str
 
 

@@ -20,6 +20,7 @@ from services.inference.prompts import ChatSource, RawIds, RawText, plain
 from services.inference.routes.dependencies import ClientsModelName, ProjectTag, ServingDep
 from services.inference.routes.respond import respond
 from services.inference.serving import ServedBase, Serving
+from services.inference.tool_calls import CallParser, CallPiece, Tools
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, TunesmithError
 from shared.http.event_stream import DONE
@@ -48,6 +49,13 @@ from shared.inference_api.openai import (
     TopLogprobJson,
     UsageJson,
 )
+from shared.inference_api.tools import (
+    CalledFunctionDeltaJson,
+    CalledFunctionJson,
+    NamedTool,
+    ToolCallDeltaJson,
+    ToolCallJson,
+)
 
 CHAT_NEW_TOKENS, COMPLETION_NEW_TOKENS = 512, 16
 _REASONS: dict[EngineReason | None, FinishReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
@@ -72,10 +80,13 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation with the base or an adapter (`model`)."""
     grammar = body.response_format.grammar if body.response_format else None
+    bound = GrammarText(*grammar) if grammar else None
+    tools = _tools(body, bound)
     asked = PromptRequest(
         [
             ChatSource(
                 plain(body.messages),
+                tools=tools.functions if tools else (),
                 variables=body.variables,
                 effort=body.reasoning_effort,
                 continue_final=body.continues,
@@ -89,9 +100,10 @@ async def chat_completions(
         project_tag=project_tag,
         candidates=body.n or 1,
         seeded=body.seed is not None,
-        grammar=GrammarText(*grammar) if grammar else None,
+        grammar=bound,
+        tools=tools,
     )
-    dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs))
+    dialect = ChatDialect(serving, body, model_name, logprobs=bool(body.logprobs), tools=tools is not None)
     ignored = [*take_ignored(body), *_unheard(body, serving)]
     return await respond(request, serving, asked, dialect, stream=bool(body.stream), ignored=ignored)
 
@@ -148,6 +160,22 @@ def _unheard(body: ChatCompletionBody, serving: Serving) -> list[str]:
     return unheard if effort or body.reasoning_effort is None else [*unheard, "reasoning_effort"]
 
 
+def _tools(body: ChatCompletionBody, otherwise: GrammarText | None) -> Tools | None:
+    """What may be called; nothing is offered if nothing may."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    must = {"required": "any"}.get(body.tool_choice) if isinstance(body.tool_choice, str) else None
+    if isinstance(body.tool_choice, NamedTool):
+        must = body.tool_choice.function.name
+    return Tools(
+        [tool.written for tool in body.tools],
+        frozenset(tool.function.name for tool in body.tools if tool.function.strict),
+        must,
+        parallel=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
+        otherwise=otherwise,
+    )
+
+
 def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives: int) -> GenerationRequest:
     temperature = 1.0 if body.temperature is None else body.temperature
     sampling = Sampling(
@@ -194,6 +222,7 @@ class _OpenAIDialect:
 
     prefix: str
     fields: dict[str, str]
+    grammar_field = "response_format"
 
     def __init__(
         self, serving: Serving, body: ChatCompletionBody | CompletionBody, model_name: str, *, logprobs: bool
@@ -213,7 +242,7 @@ class _OpenAIDialect:
         if error.code in _ADAPTER_CODES:
             own.param = "model"
         elif error.code == "invalid_grammar":
-            own.param = "response_format"
+            own.param = self.grammar_field
         elif error.param is not None:
             own.param = self.fields.get(error.param, error.param)
         return own
@@ -229,26 +258,86 @@ class ChatDialect(_OpenAIDialect):
     prefix = "chatcmpl"
     fields: dict[str, str] = {"inputs": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
 
+    def __init__(
+        self, serving: Serving, body: ChatCompletionBody, model_name: str, *, logprobs: bool, tools: bool = False
+    ) -> None:
+        super().__init__(serving, body, model_name, logprobs=logprobs)
+        self._parsers: dict[int, CallParser] = {}
+        if tools:
+            self.grammar_field = "tools"
+
     def whole(self, generation: Generation) -> BaseModel:
-        choices = [
-            ChatChoiceJson(
-                index=candidate.index,
-                finish_reason=_REASONS[candidate.finish],
-                logprobs=self._logprobs(candidate.tokens, first=True),
-                message=AssistantMessageJson(role="assistant", content=candidate.text, refusal=None),
+        choices = []
+        for candidate in generation.candidates:
+            # Whether it calls is known once it is parsed.
+            message = self._message(generation, candidate)
+            logprobs = self._logprobs(candidate.tokens, first=True)
+            reason = self._reason(candidate)
+            choices.append(
+                ChatChoiceJson(index=candidate.index, finish_reason=reason, logprobs=logprobs, message=message)
             )
-            for candidate in generation.candidates
-        ]
         return ChatCompletionJson(**self._answer, object="chat.completion", choices=choices, usage=_usage(generation))
 
     def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
         first = len(candidate.tokens) == 1
-        if self._says_something(candidate):
+        if generation.call_form:
+            yield from self._call_events(generation, candidate, first=first)
+        elif self._says_something(candidate):
             text = candidate.tokens[-1].text
             delta = DeltaJson(role="assistant", content=text) if first else DeltaJson(content=text)
             yield self._chunk(candidate, delta, self._logprobs(candidate.tokens[-1:], first=first), None)
         if candidate.finish:
-            yield self._chunk(candidate, DeltaJson(), self._logprobs([], first=False), _REASONS[candidate.finish])
+            yield self._chunk(candidate, DeltaJson(), self._logprobs([], first=False), self._reason(candidate))
+
+    def _message(self, generation: Generation, candidate: Candidate) -> AssistantMessageJson:
+        if generation.call_form is None:
+            return AssistantMessageJson(role="assistant", content=candidate.text, refusal=None)
+        parser = self._parser(generation, candidate)
+        pieces = [*parser.push(candidate.text), *parser.flush()]
+        text = "".join(piece for piece in pieces if isinstance(piece, str))
+        message = AssistantMessageJson(role="assistant", content=text or None if parser.called else text, refusal=None)
+        if parser.called:
+            message.tool_calls = [
+                ToolCallJson(
+                    id=_call_id(),
+                    type="function",
+                    function=CalledFunctionJson(
+                        name=begun.name,
+                        arguments="".join(
+                            each.arguments
+                            for each in pieces
+                            if isinstance(each, CallPiece) and each.index == begun.index
+                        ),
+                    ),
+                )
+                for begun in pieces
+                if isinstance(begun, CallPiece) and begun.name
+            ]
+        return message
+
+    def _call_events(self, generation: Generation, candidate: Candidate, *, first: bool) -> Iterable[BaseModel]:
+        """Text and calls, as soon as they can be told apart; log probabilities come with their token in any case."""
+        parser = self._parser(generation, candidate)
+        pieces = parser.push(candidate.tokens[-1].text) if candidate.tokens else []
+        if candidate.finish:
+            pieces += parser.flush()
+        logprobs = self._logprobs(candidate.tokens[-1:], first=first)
+        deltas = [_delta(piece) for piece in pieces]
+        if first:
+            deltas = [DeltaJson(role="assistant", content=None), *deltas]
+        elif not deltas and logprobs:
+            deltas = [DeltaJson()]
+        for place, delta in enumerate(deltas):
+            yield self._chunk(candidate, delta, self._logprobs([], first=False) if place else logprobs, None)
+
+    def _parser(self, generation: Generation, candidate: Candidate) -> CallParser:
+        assert generation.call_form
+        return self._parsers.setdefault(candidate.index, CallParser(generation.call_form))
+
+    def _reason(self, candidate: Candidate) -> FinishReason:
+        reason = _REASONS[candidate.finish]
+        parser = self._parsers.get(candidate.index)
+        return "tool_calls" if parser and parser.called and reason == "stop" else reason
 
     def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
         if self._with_usage:
@@ -386,6 +475,22 @@ def _texts_of(ids: Sequence[int], text: str | None, tokenizer: Tokenizer) -> lis
         at += len(pieces[place])
     pieces[-1] += text[at:]
     return pieces
+
+
+def _delta(piece: str | CallPiece) -> DeltaJson:
+    if isinstance(piece, str):
+        return DeltaJson(content=piece)
+    if not piece.name:
+        call = ToolCallDeltaJson(index=piece.index, function=CalledFunctionDeltaJson(arguments=piece.arguments))
+    else:
+        function = CalledFunctionDeltaJson(name=piece.name, arguments="")
+        call = ToolCallDeltaJson(index=piece.index, id=_call_id(), type="function", function=function)
+    return DeltaJson(tool_calls=[call])
+
+
+def _call_id() -> str:
+    """Nine letters and digits: some templates take no other ids."""
+    return secrets.token_hex(5)[:9]
 
 
 def _joined(pieces: Iterable[_Piece]) -> str:

@@ -82,7 +82,7 @@ def test_an_assistant_without_content_has_said_nothing_or_its_refusal(server: Se
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        ([USER, ANSWER | {"tool_calls": [{"id": "c"}]}, USER], "messages.1.tool_calls"),
+        ([USER, ANSWER | {"tool_calls": [{"id": "c"}]}, USER], "messages.1.tool_calls.0.function"),
         ([USER, ANSWER | {"function_call": {"name": "f"}}, USER], "messages.1.function_call"),
         ([USER, ANSWER | {"audio": {"id": "a"}}, USER], "messages.1.audio"),
         ([USER, ANSWER | {"invented": 1}, USER], "messages.1.invented"),
@@ -108,7 +108,7 @@ HARMLESS: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"store": False, "metadata": {"a": "b"}, "user": "me"}, "metadata,store,user"),
     ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-    ({"parallel_tool_calls": True}, "parallel_tool_calls"),
+    ({"parallel_tool_calls": True}, ""),
     ({"cache_prompt": True, "mirostat": 0, "mirostat_tau": 5.0}, "cache_prompt,mirostat_tau"),
     ({"keep_alive": "5m"}, "keep_alive"),
     ({"modalities": ["text"], "audio": None, "web_search_options": None}, ""),
