@@ -74,6 +74,7 @@ def _chosen(logits: torch.Tensor, choosers: Sequence[Chooser], rows: Sequence[in
         return []
     own = [choosers[row] for row in rows]
     try:
+        # Indices make a copy of the rows.
         scores = processed(logits[list(rows)], own)
     except Exception as error:
         if len(rows) == 1:
@@ -84,8 +85,8 @@ def _chosen(logits: torch.Tensor, choosers: Sequence[Chooser], rows: Sequence[in
 
 def _drawn(scores: torch.Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
     """A token per row of `scores` [rows, vocabulary], which are as `processed` returns them."""
-    allowed = scores.amax(dim=-1).isfinite().tolist()
     tokens = scores.argmax(dim=-1)
+    allowed = scores.gather(1, tokens[:, None])[:, 0].isfinite().tolist()
     # A generator moves on only where there is something to draw, so that no row's failure shows in another's text.
     sampled = [row for row, ok in enumerate(allowed) if ok and choosers[row].sampling.do_sample]
     if sampled:
@@ -101,8 +102,8 @@ def _drawn(scores: torch.Tensor, choosers: Sequence[Chooser]) -> list[int | Exce
     ]
 
 
-def processed(logits: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
-    """The scores that rows choose from: [rows, vocabulary] → [rows, vocabulary], -inf where a token is ruled out.
+def processed(scores: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
+    """The scores that rows choose from: [rows, vocabulary], changed in place, -inf where a token is ruled out.
 
     Every stage computes the rows that ask for it, all at once, and leaves the others as they are.
 
@@ -110,7 +111,6 @@ def processed(logits: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor
         IndexError: a token id is outside the vocabulary.
         InvalidRequest: a grammar failed.
     """
-    scores = logits.clone()
     samplings = [chooser.sampling for chooser in choosers]
     _repetition_penalty(scores, choosers)
     _additions(scores, choosers)
