@@ -14,7 +14,17 @@ from starlette.middleware.cors import CORSMiddleware
 from services.gateway.http.azure_paths import AzurePaths
 from services.gateway.http.body_backpressure import CloseOnUnreadBody
 from services.gateway.metrics import Metrics
-from services.gateway.routes import estimates, file_preview, files, generate, job_metrics, jobs, models, operations
+from services.gateway.routes import (
+    estimates,
+    file_preview,
+    files,
+    generate,
+    job_metrics,
+    jobs,
+    model_responses,
+    models,
+    operations,
+)
 from services.gateway.services import open_services
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import Catalogue
@@ -60,7 +70,7 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
         )
     app.add_middleware(RequestContext, observe=metrics.answered)
     parts = (files.uploads, files.router, file_preview.router, jobs.router, job_metrics.router, estimates.router)
-    for part in (*parts, models.router, generate.router):
+    for part in (*parts, models.router, generate.router, model_responses.router):
         app.include_router(part)
     app.include_router(operations.health)
     app.include_router(operations.router)

@@ -29,6 +29,7 @@ from services.gateway.jobs.resolution import JobResolver
 from services.gateway.jobs.sources import JobSources
 from services.gateway.metrics import Metrics
 from services.gateway.models.store import ModelStore
+from services.gateway.responses.store import ResponseStore
 from services.gateway.settings import GatewaySettings
 from shared.adapters.store import AdapterStore
 from shared.bases.catalogue import Catalogue
@@ -64,6 +65,7 @@ class Services:
     models: ModelStore
     replicas: Replicas
     forwarder: Forwarder
+    responses: ResponseStore
     metrics: Metrics
     small_pool: SmallPool
 
@@ -130,6 +132,7 @@ def _opened(
             models=models,
             replicas=replicas,
             forwarder=Forwarder(database, models, replicas, ProjectTags(secret), settings.default_base),
+            responses=ResponseStore(settings.keep_responses_seconds),
             metrics=metrics,
             small_pool=SmallPool(),
         )
@@ -146,9 +149,10 @@ def _opened(
 def _forget(settings: GatewaySettings, services: Services) -> list[Callable[[Connection], object]]:
     """What drops rows that have been kept long enough."""
     days = settings.keep_events_days
+    always: list[Callable[[Connection], object]] = [services.idempotency.forget, services.responses.forget]
     if days is None:
-        return [services.idempotency.forget]
-    return [services.idempotency.forget, lambda tx: services.jobs.forget_events(tx, after_seconds=days * 86400)]
+        return always
+    return [*always, lambda tx: services.jobs.forget_events(tx, after_seconds=days * 86400)]
 
 
 def inference_client(read_timeout: float) -> httpx.AsyncClient:

@@ -28,6 +28,7 @@ class GatewaySettings(LeaseSettings):
             for everybody's; none if empty.
         inference_timeout: seconds without a byte from inference before a request is aborted.
         cache_bytes: of tokenised data that stay on disk; the least recently used goes first.
+        keep_responses_seconds: how long responses can be named by their ids; 0 keeps none.
         keep_events_days: events of jobs that ended longer ago are dropped, their metric series with them; empty: never.
     """
 
@@ -42,6 +43,7 @@ class GatewaySettings(LeaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     inference_timeout: float = Field(300, gt=0)
     cache_bytes: int = Field(DEFAULT_CACHE_BYTES, ge=0)
+    keep_responses_seconds: int = Field(3600, ge=0, le=31 * 86400)
     keep_events_days: int | None = Field(None, ge=1)
 
     @field_validator("inference_urls", "cors_origins", mode="before")

@@ -4,6 +4,7 @@ The only place that knows the format (WHATWG HTML, section "Server-sent events")
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -25,7 +26,7 @@ KEEP_ALIVE_SECONDS = 15.0
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-def encode_event(data: str, id: str = "") -> bytes:
+def encode_event(data: str, id: str = "", name: str = "") -> bytes:
     """One event.
 
     With a space after the colon: huggingface_hub knows the end of a chat stream only as `data: [DONE]`.
@@ -33,8 +34,9 @@ def encode_event(data: str, id: str = "") -> bytes:
     Args:
         data: JSON in one line, or `DONE`.
         id: what a client sends as `Last-Event-ID` to go on after this event; none if empty.
+        name: the event's type; none if empty.
     """
-    first = f"id: {id}\n" if id else ""
+    first = (f"id: {id}\n" if id else "") + (f"event: {name}\n" if name else "")
     return f"{first}data: {data}\n\n".encode()
 
 
@@ -77,6 +79,7 @@ class EventStreamResponse(Response):
         close: awaited at the end whatever happens, the client's leaving included.
         headers: added to `UNBUFFERED`.
         keep_alive: seconds of silence after which a comment is sent.
+        named: the data are JSON objects, whose `type` is the event's name too.
     """
 
     media_type = MEDIA_TYPE
@@ -87,10 +90,12 @@ class EventStreamResponse(Response):
         close: Callable[[], Awaitable[Any]],
         headers: dict[str, str],
         keep_alive: float = KEEP_ALIVE_SECONDS,
+        *,
+        named: bool = False,
     ) -> None:
         super().__init__(headers={**UNBUFFERED, **headers})
         del self.headers["content-length"]
-        self._events, self._close, self._keep_alive = events, close, keep_alive
+        self._events, self._close, self._keep_alive, self._named = events, close, keep_alive, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -111,7 +116,8 @@ class EventStreamResponse(Response):
                 data = upcoming.result()
                 if data is None:
                     break
-                await send({"type": "http.response.body", "body": encode_event(data), "more_body": True})
+                name = json.loads(data)["type"] if self._named else ""
+                await send({"type": "http.response.body", "body": encode_event(data, name=name), "more_body": True})
                 upcoming = asyncio.ensure_future(anext(self._events, None))
         finally:
             await abort(upcoming)

@@ -166,6 +166,18 @@ checkpoints = Table(
 )
 
 # Workers that take no jobs for now, as they say themselves.
+# Responses and their items, for a time: what later requests name by id.
+kept_items = Table(
+    "kept_items",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("project", String(64), nullable=False),
+    Column("response", String(64), nullable=False, index=True),
+    Column("created_at", BigInteger, nullable=False, index=True),
+    # JSON.
+    Column("body", Text, nullable=False),
+)
+
 worker_outages = Table(
     "worker_outages",
     metadata,

@@ -12,11 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from services import openapi
 from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.responses.request_schema import ResponseBody
 from shared.http.validation import validation_error
 from shared.inference_api.openai import ChatCompletionBody, CompletionBody
 from shared.inference_api.tgi import GenerateBody
 
-MODELS: list[type[BaseModel]] = [ChatCompletionBody, CompletionBody, GenerateBody, JobRequest]
+MODELS: list[type[BaseModel]] = [ChatCompletionBody, CompletionBody, GenerateBody, JobRequest, ResponseBody]
 # What a client could have written: names of fields, indexes and keys, one after another.
 PARAM = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 INNER = re.compile(
@@ -47,6 +48,14 @@ GOOD: dict[str, Any] = {
     "lora": {},
     "method": {"type": "supervised", "supervised": {"hyperparameters": {}}},
 }
+
+
+def good(model: type[BaseModel]) -> dict[str, Any]:
+    """A body that is taken."""
+    if model is ResponseBody:
+        return {"input": [{"role": "user", "content": "a"}], "model": "tiny"}
+    of_another = "messages" if model is GenerateBody else ""
+    return {name: value for name, value in GOOD.items() if name in model.model_fields and name != of_another}
 
 
 def sentence(model: type[BaseModel], body: Any) -> tuple[str, str | None] | None:
@@ -80,16 +89,21 @@ def test_all_bodies_are_here() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_the_good_ones_are_taken(model: type[BaseModel]) -> None:
+    assert sentence(model, good(model)) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
 @given(data=st.data())
 def test_errors_name_what_the_client_wrote(model: type[BaseModel], data: st.DataObject) -> None:
     known = sorted(model.model_fields)
-    body = {name: value for name, value in GOOD.items() if name in known}
+    body = good(model)
     name = data.draw(st.sampled_from(known))
     value = data.draw(ANYTHING)
     if isinstance(GOOD.get(name), dict) and data.draw(st.booleans()):
         inner = data.draw(st.sampled_from(["type", "supervised", "n_epochs", "target_modules", "stop", "x", "top_k"]))
         value = GOOD[name] | {inner: value}
-    if name == "messages" and data.draw(st.booleans()):
+    if name in ("messages", "input") and data.draw(st.booleans()):
         value = [{"role": "user", "content": "a"} | data.draw(st.dictionaries(KEYS, ANYTHING, max_size=2))]
     if name == "messages" and data.draw(st.booleans()):
         value = [{"role": "user", "content": [{"type": "text", "text": "a"}, value]}]
@@ -114,6 +128,13 @@ def test_errors_name_what_the_client_wrote(model: type[BaseModel], data: st.Data
         (CompletionBody, {"prompt": [[1], "a"]}, None, "prompt"),
         (CompletionBody, {"prompt": {}}, "prompt", "prompt"),
         (GenerateBody, {"parameters": []}, "parameters", "should be an object"),
+        (ResponseBody, {"input": [{"role": "user", "content": [5]}]}, "input.0.content.0", "should be an object"),
+        (
+            ResponseBody,
+            {"input": [{"role": "user", "content": [{"type": "text"}]}]},
+            "input.0.content.0.text",
+            "required",
+        ),
         (JobRequest, {"hyperparameters": {"n_epochs": [1]}}, "hyperparameters.n_epochs", "integer"),
         (JobRequest, {"hyperparameters": {"int": 1}}, "hyperparameters.int", "unknown field"),
     ],
@@ -121,7 +142,7 @@ def test_errors_name_what_the_client_wrote(model: type[BaseModel], data: st.Data
 def test_branches_of_unions_are_left_out(
     model: type[BaseModel], change: dict[str, Any], param: str | None, words: str
 ) -> None:
-    refused = sentence(model, {name: value for name, value in GOOD.items() if name in model.model_fields} | change)
+    refused = sentence(model, good(model) | change)
     assert refused is not None
     assert words in refused[0]
     assert param is None or refused[1] == param

@@ -21,6 +21,7 @@ from services.gateway.jobs.resolution import JobResolver
 from services.gateway.jobs.sources import JobSources
 from services.gateway.metrics import Metrics
 from services.gateway.models.store import ModelStore
+from services.gateway.responses.store import ResponseStore
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import Catalogue
@@ -54,6 +55,7 @@ NotifierDep = Annotated[Notifier, _part(lambda services: services.notifier)]
 HubDep = Annotated[HubAccess, _part(lambda services: services.hub)]
 HealthDep = Annotated[HealthCache, _part(lambda services: services.health)]
 ReplicasDep = Annotated[Replicas, _part(lambda services: services.replicas)]
+ResponsesDep = Annotated[ResponseStore, _part(lambda services: services.responses)]
 ResolverDep = Annotated[JobResolver, _part(lambda services: services.resolver)]
 SettingsDep = Annotated[GatewaySettings, _part(lambda services: services.settings)]
 SmallPoolDep = Annotated[SmallPool, _part(lambda services: services.small_pool)]
@@ -98,6 +100,10 @@ async def _model_id(model_id: str) -> str:
     return _known(model_id, "model")
 
 
+async def _response_id(response_id: str) -> str:
+    return _known(response_id, "response")
+
+
 def _known(value: str, kind: str) -> str:
     # What cannot be an id is not found, before SQL is read (PostgreSQL refuses NUL with an error).
     if not _ID.fullmatch(value):
@@ -112,4 +118,5 @@ Attempts = Annotated[Callable[[str], Attempt], Depends(_attempts)]
 FileId = Annotated[str, Depends(_file_id)]
 JobId = Annotated[str, Depends(_job_id)]
 ModelId = Annotated[str, Depends(_model_id)]
+ResponseId = Annotated[str, Depends(_response_id)]
 After = Annotated[str | None, Query(pattern=CURSOR, description="id of the last item of the page before")]

@@ -4,6 +4,7 @@ It has the private API's routes and the shapes of its answers, and no model. The
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class StandIn:
         broken: a stream breaks after its first event.
         flooding: a stream goes on in chunks of 64 KiB, `flooded` counts those that have been taken off its hands.
         slow: no answer to a generation while it is set; `hanging`: no answer to anything.
+        words: what a streamed chat completion says, chunk by chunk; `reason` is why it ends.
         started, closed: paths of slow or unfinished requests, when they began and when their client was gone.
     """
 
@@ -47,6 +49,8 @@ class StandIn:
     flooded: int = 0
     slow: bool = False
     hanging: bool = False
+    words: list[str] = field(default_factory=list)
+    reason: str = "stop"
     sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     loaded: list[tuple[str, str]] = field(default_factory=list)
     load_statuses: list[int] = field(default_factory=list)
@@ -92,6 +96,9 @@ class StandIn:
             if await self._held(request):
                 self.closed.append(path)
         headers = {"x-generated-tokens": "2", "x-request-id": "not-yours"}
+        if self.words and body.get("stream"):
+            model = request.headers.get("x-model-name", body.get("model") or self.base)
+            return StreamingResponse(self._chunks(model), media_type="text/event-stream", headers=headers)
         if path == "/generate_stream" or body.get("stream"):
             return StreamingResponse(self._tokens(request), media_type="text/event-stream", headers=headers)
         if path == "/v1/chat/completions":
@@ -122,6 +129,21 @@ class StandIn:
         gone = leaving.done()
         leaving.cancel()
         return gone
+
+    async def _chunks(self, model: str) -> AsyncIterator[bytes]:
+        """A chat completion as a stream."""
+        common: dict[str, Any] = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": model}
+        choices: list[dict[str, Any]] = [
+            {"index": 0, "finish_reason": None, "delta": {"content": word}} for word in self.words
+        ]
+        choices.append({"index": 0, "finish_reason": self.reason, "delta": {}})
+        for choice in choices:
+            yield f"data: {json.dumps(common | {'choices': [choice]})}\n\n".encode()
+            if self.broken:
+                raise OSError("the process died")
+        usage = {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+        yield f"data: {json.dumps(common | {'choices': [], 'usage': usage})}\n\n".encode()
+        yield b"data: [DONE]\n\n"
 
     async def _tokens(self, request: Request) -> AsyncIterator[bytes]:
         yield b'data: {"token":{"text":"first"}}\n\n'

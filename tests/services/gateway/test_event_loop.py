@@ -75,6 +75,7 @@ def test_no_route_blocks_the_event_loop(gateway: Gateway) -> None:
         gateway.leases.commit_checkpoint(lease, step, adapters[-1], {})
     model = gateway.http.get("/v1/models").json()["data"][-1]["id"]
     body = {"model": "smollm2-135m-instruct", "training_file": file, "messages": [{"role": "user", "content": "x"}]}
+    kept = {"input": "x", "previous_response_id": "resp_1"}
     sent = [
         (method, path.format(file=file, job=job, model=model))
         for method, path in (
@@ -97,6 +98,9 @@ def test_no_route_blocks_the_event_loop(gateway: Gateway) -> None:
             ("POST", "/v1/fine_tuning/estimates"),
             ("POST", "/v1/chat/completions"),
             ("POST", "/v1/completions"),
+            ("POST", "/v1/responses"),
+            ("GET", "/v1/responses/resp_1"),
+            ("DELETE", "/v1/responses/resp_1"),
             ("POST", "/generate"),
             ("GET", "/v1/models"),
             ("GET", "/v1/models/{model}"),
@@ -105,10 +109,11 @@ def test_no_route_blocks_the_event_loop(gateway: Gateway) -> None:
         )
     ]
     for method, path in sent:
-        gateway.http.request(method, path, json=body if method == "POST" else None)
+        content = kept if path == "/v1/responses" else body
+        gateway.http.request(method, path, json=content if method == "POST" else None)
     paths = {path for path in gateway.app.openapi()["paths"] if path.startswith("/v1/")}
     shapes = {path.partition("?")[0].replace(file, "{file_id}").replace(job, "{job_id}") for _, path in sent}
-    shapes = {path.replace(model, "{model_id}") for path in shapes}
+    shapes = {path.replace(model, "{model_id}").replace("resp_1", "{response_id}") for path in shapes}
     assert paths <= shapes, paths - shapes
     with gateway.http.stream("GET", f"{JOBS}/{job}/events", headers={"accept": "text/event-stream"}) as stream:
         assert next(stream.iter_lines()).startswith("id: ")

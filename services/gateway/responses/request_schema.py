@@ -1,0 +1,147 @@
+"""What a client may write into `POST /v1/responses`: OpenAI's Responses API, as far as it is text without tools."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from shared.http.validation import named
+from shared.inference_api.fields import Body, Count, ModelName, NotBuilt, Text, TopP
+from shared.inference_api.ignored import Ignored, Only
+from shared.inference_api.structured import JsonSchemaFormat
+
+ItemId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+_ITEMS = frozenset({"message", "item_reference", "reasoning"})
+_PARTS = frozenset({"input_text", "output_text", "text", "refusal"})
+_LATER = Ignored("it counts with tools only")
+_ACCOUNT = Ignored("it concerns the client's account and does not change the answer")
+_CACHE = Ignored("prompts are not cached by name")
+_KNOWN_OF_ANSWERS = Ignored("it says how an earlier answer came about")
+
+
+def _item(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in _ITEMS:
+        raise PydanticCustomError("not_built", "items of this type are not supported by this server; send messages")
+    return kind
+
+
+def _part(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in _PARTS:
+        raise PydanticCustomError("not_built", "parts of this type are not supported by this server; send text")
+    return kind
+
+
+class InputPart(Body):
+    """A part of a message's content."""
+
+    type: Annotated[Literal["input_text", "output_text", "text", "refusal"], BeforeValidator(_part)]
+    text: Text | None = None
+    refusal: Text | None = None
+    annotations: Annotated[Any, Ignored("sources of a text are not part of it")] = None
+    logprobs: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    prompt_cache_breakpoint: Annotated[Any, _CACHE] = None
+
+    @model_validator(mode="after")
+    def _says_its_text(self) -> Self:
+        name = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, name) is None:
+            raise PydanticCustomError("missing", "Field required", named(name))
+        return self
+
+
+class InputItem(Body):
+    """A message, or the id of one that an earlier response has written. Earlier reasoning is passed over."""
+
+    type: Annotated[Literal["message", "item_reference", "reasoning"] | None, BeforeValidator(_item)] = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Text | Annotated[list[InputPart], Field(max_length=256)] | None = None
+    id: ItemId | None = None
+    status: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    phase: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    summary: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    encrypted_content: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+
+    @property
+    def refers(self) -> bool:
+        """Whether it stands for an item that was kept."""
+        return self.type == "item_reference" or (self.type is None and self.role is None)
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or part.refusal or "" for part in self.content or [])
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        missing = ""
+        if self.refers:
+            missing = "" if self.id else "id"
+        elif self.type != "reasoning":
+            missing = "role" if self.role is None else "content" if self.content is None else ""
+        if missing:
+            raise PydanticCustomError("missing", "Field required", named(missing))
+        return self
+
+
+class TextFormat(JsonSchemaFormat):
+    """`text`, `json_object`, or `json_schema` with its schema beside it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class TextConfig(Body):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    format: TextFormat | None = None
+    verbosity: Annotated[Any, Ignored("no model here was trained with it")] = None
+
+
+def _needs_a_request(items: list[InputItem]) -> list[InputItem]:
+    if all(item.type == "reasoning" for item in items):
+        raise ValueError("there is no message to answer")
+    return items
+
+
+class ResponseBody(Body):
+    """The body of a response's creation; `store` unset keeps it for a time, as OpenAI does."""
+
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=1024), AfterValidator(_needs_a_request)]
+    model: ModelName | None = None
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    max_output_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: TopP | None = None
+    text: TextConfig | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    tools: NotBuilt = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _LATER] = None
+    max_tool_calls: Annotated[Any, _LATER] = None
+    truncation: Annotated[Any, Only("disabled")] = None
+    top_logprobs: Annotated[Any, Only(0, instead="use /v1/chat/completions")] = None
+    background: Annotated[Any, Only(False)] = None
+    background_options: Annotated[Any, Only()] = None
+    conversation: Annotated[Any, Only(instead="use previous_response_id")] = None
+    context_management: Annotated[Any, Only()] = None
+    prompt: Annotated[Any, Only(instead="send its text as instructions")] = None
+    image: Annotated[Any, Only()] = None
+    moderation: Annotated[Any, Only()] = None
+    access_programs: Annotated[Any, _ACCOUNT] = None
+    include: Annotated[Any, Ignored("there is nothing more to include")] = None
+    reasoning: Annotated[Any, Ignored("thoughts are not told apart from the answer")] = None
+    stream_options: Annotated[Any, Ignored("nothing is added to events")] = None
+    service_tier: Annotated[Any, Ignored("there is one tier")] = None
+    user: Annotated[Any, _ACCOUNT] = None
+    safety_identifier: Annotated[Any, _ACCOUNT] = None
+    prompt_cache_key: Annotated[Any, _CACHE] = None
+    prompt_cache_retention: Annotated[Any, _CACHE] = None
+    prompt_cache_options: Annotated[Any, _CACHE] = None
