@@ -70,7 +70,7 @@ def test_a_download_becomes_a_prepared_base(monkeypatch: pytest.MonkeyPatch, tmp
     base = Base(id="b", source=f"hub:a/b@{COMMIT}")
     assert prepare_base(base, store).base_revision == COMMIT
     # Pinned, and nothing that could hold code or a pickle.
-    patterns = ["*.safetensors", "*.json", "chat_template.jinja"]
+    patterns = ["*.safetensors", "*.json", "chat_template.jinja", "additional_chat_templates/*.jinja"]
     assert asked == [("a/b", {"revision": COMMIT, "allow_patterns": patterns})]
     store.verify(store.base("b"), "base")
     prepare_base(base, store)

@@ -89,6 +89,7 @@ def test_the_specification_as_json_is_a_contract() -> None:
             "adam_beta2": 0.999,
             "adam_epsilon": 1e-8,
             "train_on_prompt": False,
+            "truncation": "cut_end",
             "checkpoint_steps": None,
             "metrics_steps": 5,
             "validation_split": 0.0,

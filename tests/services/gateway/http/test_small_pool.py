@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,9 @@ import pytest
 
 from services.gateway.http.small_pool import AT_ONCE, MOST_WAITING
 from services.gateway.routes import file_preview
+from shared.datasets.tokens import Tokenizer
 from tests.services.gateway.conftest import Gateway, eventually
+from tests.tiny import write_tiny_model
 
 CHAT: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"hi {n}"}, {"role": "assistant", "content": "hello"}]} for n in range(20)
@@ -50,9 +53,10 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
 
 
 @pytest.fixture
-def preview(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], httpx.Response]:
-    # The base need not be prepared: nothing is tokenised here.
-    monkeypatch.setattr("services.gateway.bases.tokenised.Tokenizers.get", lambda *_: None)
+def preview(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], httpx.Response]:
+    # The base need not be prepared.
+    tokenizer = Tokenizer(write_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr("services.gateway.bases.tokenised.Tokenizers.get", lambda *_: tokenizer)
     file = gateway.uploaded(CHAT)
     path = f"/v1/files/{file}/preview?model=smollm2-135m-instruct"
     return lambda timeout: gateway.http.get(path, timeout=timeout)
