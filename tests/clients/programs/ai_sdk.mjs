@@ -1,4 +1,5 @@
-// Vercel's AI SDK with both of its providers: the OpenAI-compatible one, and OpenAI's over chat completions.
+// Vercel's AI SDK with both of its providers: the OpenAI-compatible one, and OpenAI's over chat completions and, its
+// default, over responses.
 import assert from "node:assert/strict";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
@@ -10,7 +11,7 @@ const compatible = createOpenAICompatible({
   name: "tunesmith", baseURL: `${url}/v1`, apiKey: KEY, supportsStructuredOutputs: true,
 });
 const openai = createOpenAI({ baseURL: `${url}/v1`, apiKey: KEY });
-for (const model of [compatible(BASE), openai.chat(BASE)]) {
+for (const model of [compatible(BASE), openai.chat(BASE), openai(BASE)]) {
   const settings = { model, temperature: 0, maxRetries: 0 };
   const first = await generateText({ ...settings, prompt: "Hello", maxOutputTokens: 8 });
   const messages = [{ role: "user", content: "Hello" }, ...first.response.messages, { role: "user", content: "Again?" }];

@@ -45,6 +45,18 @@ else:
 answer = parse(model=BASE, messages=[messages[0]], response_format=Verdict, max_tokens=200, temperature=0)
 assert isinstance(answer.choices[0].message.parsed, Verdict)
 
+if hasattr(client, "responses"):
+    said = client.responses.create(
+        model=BASE, input="Hello", instructions="Be brief.", max_output_tokens=8, temperature=0
+    )
+    more = client.responses.create(
+        model=BASE, input="And again?", previous_response_id=said.id, max_output_tokens=8, temperature=0
+    )
+    assert more.previous_response_id == said.id
+    with client.responses.stream(model=BASE, input="Hello", max_output_tokens=8, temperature=0) as stream:
+        events = [event.type for event in stream]
+    assert events[0] == "response.created"
+
 code = None
 try:
     client.chat.completions.create(model="unknown", messages=[messages[0]])
