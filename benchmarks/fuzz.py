@@ -69,6 +69,7 @@ class Things:
         self.adapter = write_adapter(stack.artifacts, stack.folder / "tiny-model", base, seed=1)
         self.file = self.new_file()
         self.job = self.new_job()
+        self.response = self.new_response()
 
     def renew(self) -> None:
         """A file for a chain; the one before may have deleted its own."""
@@ -89,6 +90,11 @@ class Things:
         made: str = self._http.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
         return made
 
+    def new_response(self) -> str:
+        body = {"model": "tiny", "input": MESSAGES[0]["content"], "max_output_tokens": MAX_NEW_TOKENS}
+        made: str = self._http.post("/v1/responses", json=body).raise_for_status().json()["id"]
+        return made
+
     def steer(self, case: AnyCase, chance: random.Random, *, chained: bool = False) -> None:
         """Make a valid case name what exists, most of the time. A chain takes its ids from earlier responses."""
         if chance.random() < 0.2:
@@ -100,6 +106,7 @@ class Things:
         ids: dict[str, Callable[[], str]] = {
             "file_id": self.new_file if changing else lambda: self.file,
             "job_id": self.new_job if changing else lambda: self.job,
+            "response_id": self.new_response if changing else lambda: self.response,
             "model_id": lambda: "tiny",
             "adapter_id": lambda: self.adapter,
         }
@@ -120,6 +127,9 @@ class Things:
             body |= {"model": "tiny", "training_file": self.file}
             for name in ("validation_file", "hyperparameters", "method", "lora"):
                 body.pop(name, None)
+        elif path == "/v1/responses":
+            body |= {"model": "tiny", "input": MESSAGES[0]["content"]}
+            body.pop("previous_response_id", None)
         elif path.startswith("/v1/"):
             body |= {"model": "tiny"} | ({"messages": MESSAGES} if "messages" in body else {"prompt": "2 + 2 ="})
         else:
@@ -141,11 +151,13 @@ def shorten(case: AnyCase) -> None:
     if not isinstance(body, dict) or case.method != "POST":
         return
     if case.path.startswith("/v1/"):
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(body.get(name), int) and body[name] > MAX_NEW_TOKENS:
                 body[name] = MAX_NEW_TOKENS
         if "completions" in case.path and not {"max_tokens", "max_completion_tokens"} & set(body):
             body["max_tokens"] = MAX_NEW_TOKENS
+        if case.path == "/v1/responses":
+            body.setdefault("max_output_tokens", MAX_NEW_TOKENS)
     elif isinstance(body.get("parameters", {}), dict):
         parameters = body.setdefault("parameters", {})
         wanted = parameters.get("max_new_tokens", 100)
