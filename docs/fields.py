@@ -5,17 +5,16 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from docs.written_part import ROOT, write_or_check
 from shared.inference_api.fields import ChatMessage
 from shared.inference_api.ignored import Ignored, Only
 from shared.inference_api.openai import ChatCompletionBody, CompletionBody
 from shared.inference_api.tgi import GenerateBody, Parameters
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- fields: written by `make docs` -->\n", "<!-- end of fields -->"
 BODIES: dict[str, type[BaseModel]] = {
@@ -28,15 +27,7 @@ BODIES: dict[str, type[BaseModel]] = {
 
 
 def main() -> int:
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    fresh = f"{before}{BEGIN}{fields()}{END}{rest.partition(END)[2]}"
-    if sys.argv[1:] == ["--check"]:
-        if fresh != page:
-            print(f"{PAGE.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
-        return int(fresh != page)
-    PAGE.write_text(fresh)
-    return 0
+    return write_or_check(PAGE, BEGIN, END, fields())
 
 
 def fields() -> str:

@@ -8,23 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from docs.written_part import ROOT, write_or_check
+
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- tree: written by `make docs` -->\n```\n", "```\n<!-- end of tree -->"
 PACKAGES = ("shared", "services", "tunesmith", "examples", "benchmarks", "docs")
 
 
 def main() -> int:
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    fresh = f"{before}{BEGIN}{tree()}{END}{after}"
-    if sys.argv[1:] == ["--check"]:
-        if fresh != page:
-            print(f"{PAGE.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
-        return int(fresh != page)
-    PAGE.write_text(fresh)
-    return 0
+    return write_or_check(PAGE, BEGIN, END, tree())
 
 
 def tree() -> str:

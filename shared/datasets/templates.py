@@ -4,6 +4,7 @@ Training and serving both come here, so that a served prompt is the trained prom
 where a response begins and ends, and which of them are somebody's content; tokens are `shared.datasets.tokens`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -116,7 +117,32 @@ def _answer(text: str) -> Prompt:
     return Prompt(text, add_special_tokens=False, source="assistant")
 
 
-class InstructionTemplate:
+class _WithoutRoles(ABC):
+    """What formats share that know no roles and no variables: turns stand one after another."""
+
+    id: str
+
+    @abstractmethod
+    def lesson(self, example: Example) -> Lesson: ...
+
+    @abstractmethod
+    def instruction(self, instruction: str, input: str = "") -> Prompt: ...
+
+    def effort(self, level: str) -> Mapping[str, Any]:
+        return {}
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> Prompt:
+        return _laid_out(self, as_plain_messages(messages, tools), continue_final)
+
+
+class InstructionTemplate(_WithoutRoles):
     """The tutorial's Alpaca-like format. Several turns stand one after another, each as it was trained."""
 
     id = "instruction-v1"
@@ -132,25 +158,12 @@ class InstructionTemplate:
         last = _asked(self, [question, example.instruction], example.input, first=not turns)
         return Lesson((*turns, Turn(last, _answer(example.output))))
 
-    def effort(self, level: str) -> Mapping[str, Any]:
-        return {}
-
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         middle = f"### Input:\n{input}\n\n" if input else ""
         return Prompt(f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", source="user")
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> Prompt:
-        return _laid_out(self, as_plain_messages(messages, tools), continue_final)
 
-
-class CompletionTemplate:
+class CompletionTemplate(_WithoutRoles):
     """No format at all: the prompt as it stands, then the completion. Text has no prompt."""
 
     id = "completion-v1"
@@ -162,21 +175,8 @@ class CompletionTemplate:
             raise wrong_form(self.id, example)
         return Lesson((Turn(Prompt(example.prompt), Prompt(example.completion, add_special_tokens=False)),))
 
-    def effort(self, level: str) -> Mapping[str, Any]:
-        return {}
-
     def instruction(self, instruction: str, input: str = "") -> Prompt:
         return Prompt(f"{instruction}\n{input}" if input else instruction, source="user")
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        continue_final: bool = False,
-    ) -> Prompt:
-        return _laid_out(self, as_plain_messages(messages, tools), continue_final)
 
 
 _BETWEEN_TURNS = "\n\n"
