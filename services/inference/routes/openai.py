@@ -1,29 +1,21 @@
 """OpenAI's dialect: chat completions, completions, models. `model` names the base or an adapter id."""
 
 import secrets
-import time
-from collections.abc import Iterable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
-from itertools import accumulate, zip_longest
-from typing import Any
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 
-from services.inference.engine.interface import Alternative, GenerationRequest, GrammarText, Sampling, Token
-from services.inference.engine.interface import FinishReason as EngineReason
-from services.inference.engine.text import Detokenizer
-from services.inference.generation import Candidate, Generation, PromptRequest
+from services.inference.engine.interface import GenerationRequest, GrammarText, Sampling
+from services.inference.generation import PromptRequest
 from services.inference.prompts import ChatSource, RawIds, RawText, plain
 from services.inference.routes.dependencies import ClientsModelName, ProjectTag, ServingDep
+from services.inference.routes.openai_chat import ChatDialect
+from services.inference.routes.openai_completion import CompletionDialect
 from services.inference.routes.respond import respond
 from services.inference.serving import ServedBase, Serving
-from services.inference.tool_calls import CallParser, CallPiece, Tools
-from shared.datasets.tokens import Tokenizer
-from shared.errors import InvalidRequest, TunesmithError
-from shared.http.event_stream import DONE
+from services.inference.tool_calls import Tools
+from shared.errors import InvalidRequest
 from shared.inference_api.administration import ServedModelJson, ServedModelListJson
 from shared.inference_api.documented import CHAT_ANSWERS, COMPLETION_ANSWERS
 from shared.inference_api.fields import MIN_DIVISOR
@@ -32,34 +24,12 @@ from shared.inference_api.openai import (
     CHAT_COMPLETIONS,
     COMPLETIONS,
     NO_MODEL_IN_PARTICULAR,
-    AssistantMessageJson,
-    ChatChoiceJson,
-    ChatChunkChoiceJson,
     ChatCompletionBody,
-    ChatCompletionChunkJson,
-    ChatCompletionJson,
-    ChatLogprobJson,
-    ChatLogprobsJson,
     CompletionBody,
-    CompletionChoiceJson,
-    CompletionJson,
-    CompletionLogprobsJson,
-    DeltaJson,
-    FinishReason,
-    TopLogprobJson,
-    UsageJson,
 )
-from shared.inference_api.tools import (
-    CalledFunctionDeltaJson,
-    CalledFunctionJson,
-    NamedTool,
-    ToolCallDeltaJson,
-    ToolCallJson,
-)
+from shared.inference_api.tools import NamedTool
 
 CHAT_NEW_TOKENS, COMPLETION_NEW_TOKENS = 512, 16
-_REASONS: dict[EngineReason | None, FinishReason] = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
-_ADAPTER_CODES = frozenset({"model_not_found", "adapter_refused", "adapter_corrupt", "adapter_too_large"})
 
 
 def openai_router(route_class: type[APIRoute]) -> APIRouter:
@@ -200,307 +170,3 @@ def _generation_request(body: ChatCompletionBody | CompletionBody, alternatives:
         ignore_eos=bool(body.ignore_eos),
         top_logprobs=alternatives,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A token of a choice's text, from the prompt or generated."""
-
-    id: int
-    text: str
-    logprob: float | None
-    alternatives: Sequence[Alternative] | None
-
-
-class _OpenAIDialect:
-    """What both routes' answers share.
-
-    Args:
-        model_name: what the gateway's client called the model; the body's own name if empty.
-        logprobs: whether log probabilities were asked for.
-    """
-
-    prefix: str
-    fields: dict[str, str]
-    grammar_field = "response_format"
-
-    def __init__(
-        self, serving: Serving, body: ChatCompletionBody | CompletionBody, model_name: str, *, logprobs: bool
-    ) -> None:
-        base = serving.base
-        self._token_bytes, self._logprobs_wanted, self._with_usage = serving.token_bytes, logprobs, body.includes_usage
-        self._answer: dict[str, Any] = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model_name or body.model or base.id,
-            "system_fingerprint": f"{base.revision[:12]}-{base.precision}",
-        }
-
-    def translated(self, error: TunesmithError) -> TunesmithError:
-        # A copy: one failed load is reported to many requests.
-        own = copy(error)
-        if error.code in _ADAPTER_CODES:
-            own.param = "model"
-        elif error.code == "invalid_grammar":
-            own.param = self.grammar_field
-        elif error.param is not None:
-            own.param = self.fields.get(error.param, error.param)
-        return own
-
-    def _says_something(self, candidate: Candidate) -> bool:
-        tokens = candidate.tokens
-        return bool(tokens and (len(tokens) == 1 or tokens[-1].text or self._logprobs_wanted))
-
-
-class ChatDialect(_OpenAIDialect):
-    """Chat completions."""
-
-    prefix = "chatcmpl"
-    fields: dict[str, str] = {"inputs": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
-
-    def __init__(
-        self, serving: Serving, body: ChatCompletionBody, model_name: str, *, logprobs: bool, tools: bool = False
-    ) -> None:
-        super().__init__(serving, body, model_name, logprobs=logprobs)
-        self._parsers: dict[int, CallParser] = {}
-        if tools:
-            self.grammar_field = "tools"
-
-    def whole(self, generation: Generation) -> BaseModel:
-        choices = []
-        for candidate in generation.candidates:
-            # Whether it calls is known once it is parsed.
-            message = self._message(generation, candidate)
-            logprobs = self._logprobs(candidate.tokens, first=True)
-            reason = self._reason(candidate)
-            choices.append(
-                ChatChoiceJson(index=candidate.index, finish_reason=reason, logprobs=logprobs, message=message)
-            )
-        return ChatCompletionJson(**self._answer, object="chat.completion", choices=choices, usage=_usage(generation))
-
-    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
-        first = len(candidate.tokens) == 1
-        if generation.call_form:
-            yield from self._call_events(generation, candidate, first=first)
-        elif self._says_something(candidate):
-            text = candidate.tokens[-1].text
-            delta = DeltaJson(role="assistant", content=text) if first else DeltaJson(content=text)
-            yield self._chunk(candidate, delta, self._logprobs(candidate.tokens[-1:], first=first), None)
-        if candidate.finish:
-            yield self._chunk(candidate, DeltaJson(), self._logprobs([], first=False), self._reason(candidate))
-
-    def _message(self, generation: Generation, candidate: Candidate) -> AssistantMessageJson:
-        if generation.call_form is None:
-            return AssistantMessageJson(role="assistant", content=candidate.text, refusal=None)
-        parser = self._parser(generation, candidate)
-        pieces = [*parser.push(candidate.text), *parser.flush()]
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
-        message = AssistantMessageJson(role="assistant", content=text or None if parser.called else text, refusal=None)
-        if parser.called:
-            message.tool_calls = [
-                ToolCallJson(
-                    id=_call_id(),
-                    type="function",
-                    function=CalledFunctionJson(
-                        name=begun.name,
-                        arguments="".join(
-                            each.arguments
-                            for each in pieces
-                            if isinstance(each, CallPiece) and each.index == begun.index
-                        ),
-                    ),
-                )
-                for begun in pieces
-                if isinstance(begun, CallPiece) and begun.name
-            ]
-        return message
-
-    def _call_events(self, generation: Generation, candidate: Candidate, *, first: bool) -> Iterable[BaseModel]:
-        """Text and calls, as soon as they can be told apart; log probabilities come with their token in any case."""
-        parser = self._parser(generation, candidate)
-        pieces = parser.push(candidate.tokens[-1].text) if candidate.tokens else []
-        if candidate.finish:
-            pieces += parser.flush()
-        logprobs = self._logprobs(candidate.tokens[-1:], first=first)
-        deltas = [_delta(piece) for piece in pieces]
-        if first:
-            deltas = [DeltaJson(role="assistant", content=None), *deltas]
-        elif not deltas and logprobs:
-            deltas = [DeltaJson()]
-        for place, delta in enumerate(deltas):
-            yield self._chunk(candidate, delta, self._logprobs([], first=False) if place else logprobs, None)
-
-    def _parser(self, generation: Generation, candidate: Candidate) -> CallParser:
-        assert generation.call_form
-        return self._parsers.setdefault(candidate.index, CallParser(generation.call_form))
-
-    def _reason(self, candidate: Candidate) -> FinishReason:
-        reason = _REASONS[candidate.finish]
-        parser = self._parsers.get(candidate.index)
-        return "tool_calls" if parser and parser.called and reason == "stop" else reason
-
-    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
-        if self._with_usage:
-            yield ChatCompletionChunkJson(
-                **self._answer, object="chat.completion.chunk", choices=[], usage=_usage(generation)
-            )
-        yield DONE
-
-    def _chunk(
-        self, candidate: Candidate, delta: DeltaJson, logprobs: ChatLogprobsJson | None, reason: FinishReason | None
-    ) -> BaseModel:
-        choice = ChatChunkChoiceJson(index=candidate.index, finish_reason=reason, logprobs=logprobs, delta=delta)
-        return ChatCompletionChunkJson(**self._answer, object="chat.completion.chunk", choices=[choice])
-
-    def _logprobs(self, tokens: Sequence[Token], *, first: bool) -> ChatLogprobsJson | None:
-        """Of tokens that stand next to each other, at the text's beginning or not."""
-        if not self._logprobs_wanted:
-            return None
-        content = [self._logprob(token, first=first and not place) for place, token in enumerate(tokens)]
-        return ChatLogprobsJson(content=content, refusal=None)
-
-    def _logprob(self, token: Token, *, first: bool) -> ChatLogprobJson:
-        others = [TopLogprobJson(**self._named(other.id, other.logprob, first=first)) for other in token.alternatives]
-        return ChatLogprobJson(**self._named(token.id, token.logprob, first=first), top_logprobs=others)
-
-    def _named(self, token: int, logprob: float, *, first: bool) -> dict[str, Any]:
-        """As OpenAI writes them: a token that is no text alone by its bytes."""
-        own = self._token_bytes.of(token, first=first)
-        name = self._token_bytes.name(token)
-        return {"token": _escaped(own) if name is None else name, "logprob": logprob, "bytes": list(own)}
-
-
-class CompletionDialect(_OpenAIDialect):
-    """Completions; a stream's chunks have the shape of the whole."""
-
-    prefix = "cmpl"
-    fields: dict[str, str] = {"inputs": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
-
-    def __init__(self, serving: Serving, body: CompletionBody, model_name: str) -> None:
-        super().__init__(serving, body, model_name, logprobs=body.logprobs is not None)
-        self._tokenizer, self._n = serving.tokenizer, body.n or 1
-        self._echoed = body.prompts if body.echo else []
-
-    def whole(self, generation: Generation) -> BaseModel:
-        choices = []
-        for index, candidate in enumerate(self._returned(generation)):
-            pieces = self._prompt(generation, candidate) + self._generated(candidate.tokens)
-            choices.append(self._choice(index, pieces, 0, _REASONS[candidate.finish]))
-        answer = CompletionJson(**self._answer, object="text_completion", choices=choices)
-        answer.usage = _usage(generation)
-        return answer
-
-    def events(self, generation: Generation, candidate: Candidate) -> Iterable[BaseModel]:
-        new = candidate.tokens[-1:]
-        before = self._prompt(generation, candidate)
-        if len(candidate.tokens) <= 1 and before:
-            yield self._chunk(candidate, before, 0, None)
-        if self._says_something(candidate):
-            at = len(_joined(before)) + sum(len(token.text) for token in candidate.tokens[:-1])
-            yield self._chunk(candidate, self._generated(new), at, None)
-        if candidate.finish:
-            yield self._chunk(candidate, [], 0, _REASONS[candidate.finish])
-
-    def closing(self, generation: Generation) -> Iterable[BaseModel | str]:
-        if self._with_usage:
-            yield CompletionJson(**self._answer, object="text_completion", choices=[], usage=_usage(generation))
-        yield DONE
-
-    def _returned(self, generation: Generation) -> Iterable[Candidate]:
-        """Of each prompt's candidates the `n` likeliest, the best first; as they are if all are returned."""
-        for begin in range(0, len(generation.candidates), generation.per_prompt):
-            own = generation.candidates[begin : begin + generation.per_prompt]
-            yield from own if self._n == len(own) else sorted(own, key=lambda each: -each.mean_logprob)[: self._n]
-
-    def _chunk(self, candidate: Candidate, pieces: list[_Piece], at: int, reason: FinishReason | None) -> BaseModel:
-        choice = self._choice(candidate.index, pieces, at, reason)
-        return CompletionJson(**self._answer, object="text_completion", choices=[choice])
-
-    def _choice(self, index: int, pieces: list[_Piece], at: int, reason: FinishReason | None) -> CompletionChoiceJson:
-        return CompletionChoiceJson(
-            index=index, finish_reason=reason, logprobs=self._logprobs(pieces, at), text=_joined(pieces)
-        )
-
-    def _prompt(self, generation: Generation, candidate: Candidate) -> list[_Piece]:
-        """The prompt token by token, if it is to be repeated."""
-        if not self._echoed:
-            return []
-        prompt = self._echoed[candidate.index // generation.per_prompt]
-        ids, started = candidate.request.prompt, candidate.started
-        logprobs: list[float | None] = [None, *(started.prompt_logprobs if started else ())]
-        others: list[Sequence[Alternative] | None] = [None, *(started.prompt_alternatives if started else ())]
-        texts = _texts_of(ids, prompt if isinstance(prompt, str) else None, self._tokenizer)
-        return [
-            _Piece(token, text, logprob, top) for token, text, logprob, top in zip_longest(ids, texts, logprobs, others)
-        ]
-
-    def _generated(self, tokens: Sequence[Token]) -> list[_Piece]:
-        return [_Piece(token.id, token.text, token.logprob, token.alternatives) for token in tokens]
-
-    def _logprobs(self, pieces: list[_Piece], at: int) -> CompletionLogprobsJson | None:
-        """Of pieces that stand next to each other, the first at so many characters of the choice's text."""
-        if not self._logprobs_wanted:
-            return None
-        offsets = list(accumulate((len(piece.text) for piece in pieces), initial=at))
-        return CompletionLogprobsJson(
-            tokens=[self._name(piece.id) for piece in pieces],
-            token_logprobs=[piece.logprob for piece in pieces],
-            top_logprobs=[self._likeliest(piece) for piece in pieces],
-            text_offset=offsets[:-1],
-        )
-
-    def _likeliest(self, piece: _Piece) -> dict[str, float] | None:
-        if piece.alternatives is None:
-            return None
-        # Backwards: of two tokens with one name the likelier counts.
-        return {self._name(other.id): other.logprob for other in reversed(piece.alternatives)}
-
-    def _name(self, token: int) -> str:
-        """As OpenAI writes them: a token that is no text alone by its bytes."""
-        name = self._token_bytes.name(token)
-        return f"bytes:{_escaped(self._token_bytes.of(token))}" if name is None else name
-
-
-def _texts_of(ids: Sequence[int], text: str | None, tokenizer: Tokenizer) -> list[str]:
-    """What each of a prompt's tokens adds to its text; joined they are `text`, or the ids' own text if that is None."""
-    stream = Detokenizer(tokenizer, skip_special_tokens=False)
-    pieces = [stream.push(token) for token in ids]
-    pieces[-1] += stream.flush()
-    if text is None:
-        return pieces
-    at = 0
-    for place, piece in enumerate(pieces):
-        # A token that the tokenizer put in by itself, for the beginning, is not in the text.
-        pieces[place] = piece if text.startswith(piece, at) else ""
-        at += len(pieces[place])
-    pieces[-1] += text[at:]
-    return pieces
-
-
-def _delta(piece: str | CallPiece) -> DeltaJson:
-    if isinstance(piece, str):
-        return DeltaJson(content=piece)
-    if not piece.name:
-        call = ToolCallDeltaJson(index=piece.index, function=CalledFunctionDeltaJson(arguments=piece.arguments))
-    else:
-        function = CalledFunctionDeltaJson(name=piece.name, arguments="")
-        call = ToolCallDeltaJson(index=piece.index, id=_call_id(), type="function", function=function)
-    return DeltaJson(tool_calls=[call])
-
-
-def _call_id() -> str:
-    """Nine letters and digits: some templates take no other ids."""
-    return secrets.token_hex(5)[:9]
-
-
-def _joined(pieces: Iterable[_Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
-def _escaped(content: bytes) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in content)
-
-
-def _usage(generation: Generation) -> UsageJson:
-    prompt, completion = generation.prompt_tokens, generation.generated
-    return UsageJson(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
