@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from shared.datasets.chat_template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
+from shared.datasets.chat_template import ChatTemplate
 from shared.datasets.control_tokens import ControlTokens
 from shared.datasets.examples import Chat, Completion, Example, Instruction, Message
+from shared.datasets.jinja_templates import MAX_TEMPLATE_CHARACTERS
 from shared.datasets.templates import (
     CompletionTemplate,
     InstructionTemplate,
