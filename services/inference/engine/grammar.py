@@ -7,6 +7,7 @@ no requests and no tensors.
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -194,6 +195,8 @@ def _check_cost(source: str) -> None:
     try:
         checked = subprocess.run(
             [sys.executable, "-I", str(Path(check_grammar.__file__))],
+            # Nothing of this process's own, which has secrets: a stranger's schema is compiled there.
+            env={key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ},
             input=source,
             capture_output=True,
             text=True,
