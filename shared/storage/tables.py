@@ -176,6 +176,8 @@ kept_items = Table(
     Column("created_at", BigInteger, nullable=False, index=True),
     # JSON.
     Column("body", Text, nullable=False),
+    # Of the body, and about what a row takes beside it.
+    Column("bytes", BigInteger, nullable=False),
 )
 
 worker_outages = Table(

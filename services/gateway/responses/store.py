@@ -13,9 +13,11 @@ from sqlalchemy import Connection, delete, func, insert, or_, select
 from shared.errors import NotFound
 from shared.storage.tables import kept_items
 
-# More are not kept of one response and of all: the oldest go first.
+# Of one response; a larger one is not kept.
 MAX_BYTES = 1 << 20
-MAX_ROWS = 200_000
+# Of all; beyond it the oldest go first.
+MAX_BYTES_TOGETHER = 1 << 30
+_ROW_BYTES = 256
 
 
 class ResponseStore:
@@ -23,11 +25,18 @@ class ResponseStore:
 
     Args:
         keep_seconds: how long.
+        bytes_together: of all that is kept.
         now: seconds since the epoch.
     """
 
-    def __init__(self, keep_seconds: int, now: Callable[[], float] = time.time) -> None:
-        self._keep_seconds, self._now = keep_seconds, now
+    def __init__(
+        self,
+        keep_seconds: int,
+        now: Callable[[], float] = time.time,
+        *,
+        bytes_together: int = MAX_BYTES_TOGETHER,
+    ) -> None:
+        self._keep_seconds, self._now, self._bytes_together = keep_seconds, now, bytes_together
 
     def find(self, tx: Connection, project: str, item: str, param: str) -> dict[str, Any]:
         """What was kept under an id.
@@ -46,10 +55,9 @@ class ResponseStore:
     def keep(self, tx: Connection, project: str, response: str, items: dict[str, dict[str, Any]]) -> None:
         """Keep a response and the items that belong to it, by their ids."""
         now = int(self._now())
-        rows = [
-            {"id": item, "project": project, "response": response, "created_at": now, "body": json.dumps(body)}
-            for item, body in items.items()
-        ]
+        written = {item: json.dumps(body) for item, body in items.items()}
+        common = {"project": project, "response": response, "created_at": now}
+        rows = [{"id": item, "body": body, "bytes": len(body) + _ROW_BYTES, **common} for item, body in written.items()]
         tx.execute(insert(kept_items), rows)
 
     def delete(self, tx: Connection, project: str, response: str) -> None:
@@ -64,8 +72,9 @@ class ResponseStore:
     def forget(self, tx: Connection) -> int:
         """Drop what has been kept long enough, or is too much. Returns how many rows went."""
         c = kept_items.c
-        count = tx.execute(select(func.count()).select_from(kept_items)).scalar_one()
-        excess = select(c.id).order_by(c.created_at).limit(max(0, count - MAX_ROWS))
+        newer = func.sum(c.bytes).over(order_by=(c.created_at.desc(), c.id)).label("newer")
+        sized = select(c.id, newer).subquery()
+        excess = select(sized.c.id).where(sized.c.newer > self._bytes_together)
         old = or_(c.created_at < self._oldest(), c.id.in_(excess))
         return tx.execute(delete(kept_items).where(old)).rowcount
 

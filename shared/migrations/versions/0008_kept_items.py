@@ -19,6 +19,7 @@ def upgrade() -> None:
         sa.Column('response', sa.String(length=64), nullable=False),
         sa.Column('created_at', sa.BigInteger(), nullable=False),
         sa.Column('body', sa.Text(), nullable=False),
+        sa.Column('bytes', sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint('id', name=op.f('pk_kept_items')),
     )
     op.create_index(op.f('ix_kept_items_created_at'), 'kept_items', ['created_at'])
