@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TextIO
 
 import httpx
 import psycopg
@@ -37,11 +37,27 @@ def wait_until(true: Callable[[], object], what: str, *, logs: Callable[[], str]
         time.sleep(every)
 
 
+# Ports of this process, each by the lock that no other process of tests gets while this one runs.
+_OWN_PORTS: list[TextIO] = []
+
+
 def free_port() -> int:
-    """A port nothing listens on, below those that outgoing connections take by themselves."""
-    for port in random.sample(range(20_000, 32_000), 200):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+    """A port nothing listens on and no other test gets; not one that outgoing connections or local stacks choose.
+
+    Not by `random`: trainings in tests seed it, and processes of tests then choose the same ports.
+    """
+    locks = Path(tempfile.gettempdir()) / f"tunesmith-test-ports-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 200):
+        lock = (locks / str(port)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            lock.close()
+        else:
+            _OWN_PORTS.append(lock)
             return port
     raise AssertionError("no free port")
 

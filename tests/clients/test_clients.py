@@ -11,6 +11,7 @@ import pytest
 from tests.clients.environments import Client, read_clients
 from tests.cluster import Cluster
 from tests.contract.server import trained
+from tests.stack_processes import free_port
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 CLIENTS = read_clients()
@@ -28,6 +29,8 @@ def variables(tiny_stack: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
         "BASE": "tiny",
         "ADAPTER": adapter,
         "TOKENIZER": str(tiny_stack.model),
+        # For a server of the program's own.
+        "FREE_PORT": str(free_port()),
         # What programs keep of their own.
         "HOME": str(tmp_path_factory.mktemp("home")),
         "LLM_USER_PATH": str(tmp_path_factory.mktemp("llm")),

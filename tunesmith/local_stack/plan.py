@@ -185,7 +185,7 @@ def checked_port(port: int) -> int:
 
 def free_port() -> int:
     """A port nothing listens on now."""
-    for port in random.sample(FREE_PORTS, 200):
+    for port in random.SystemRandom().sample(FREE_PORTS, 200):
         if is_free(port):
             return port
     raise CannotPlan(f"no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")

@@ -1,7 +1,6 @@
 """LiteLLM's library with fine-tuning jobs, and its proxy for chats (its proxy's own jobs are for paying users)."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,7 @@ job = litellm.create_fine_tuning_job(model=BASE, training_file=file.id, **provid
 assert job.id in {listed.id for listed in litellm.list_fine_tuning_jobs(**provider)}
 litellm.cancel_fine_tuning_job(fine_tuning_job_id=job.id, **provider)
 
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+port = os.environ["FREE_PORT"]
 with tempfile.TemporaryDirectory() as folder:
     config = Path(folder) / "config.yaml"
     config.write_text(

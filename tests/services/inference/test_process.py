@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.stack_processes import free_port
 from tests.tiny import write_catalogue, write_tiny_model
 
 pytestmark = pytest.mark.servers
@@ -26,13 +26,6 @@ ROOT = Path(__file__).parents[3]
 def environment(home: Path, **more: str) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith("TUNESMITH_")}
     return own | {"TUNESMITH_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
