@@ -25,8 +25,13 @@ CORPUS = [
 ]
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
-    """A transformers folder: random fp32 Llama (vocabulary about 400) and its tokenizer; pad = eos."""
+def write_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, positions: int = 512) -> Path:
+    """A transformers folder: random fp32 Llama (vocabulary about 400) and its tokenizer; pad = eos.
+
+    Args:
+        positions: the longest sequence, in tokens. Offered tools want some thousands: with this vocabulary a token is
+            hardly more than a byte.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +63,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, hidden: int = 32, layers: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -79,8 +84,8 @@ def write_catalogue(path: Path, model: Path) -> Path:
     return path
 
 
-def prepared_tiny(root: Path) -> tuple[LocalArtifactStore, Base, Manifest]:
-    """An artifact store under `root` with the tiny base prepared in it."""
+def prepared_tiny(root: Path, *, positions: int = 512) -> tuple[LocalArtifactStore, Base, Manifest]:
+    """An artifact store under `root` with the tiny base prepared in it, made for sequences of so many positions."""
     store = LocalArtifactStore(root / "artifacts")
-    base = tiny_catalogue(write_tiny_model(root / "tiny-model")).get("tiny")
+    base = tiny_catalogue(write_tiny_model(root / "tiny-model", positions=positions)).get("tiny")
     return store, base, prepare_base(base, store)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from services.inference.engine.interface import GrammarText
+from services.inference.engine.json_schema import for_grammar
 from shared.datasets.chat_template import ChatTemplate
 from shared.datasets.examples import Message, ToolCall
 from shared.datasets.templates import Template
@@ -23,7 +24,6 @@ _NAME, _ARGUMENTS = "name_of_a_function", {"argument_of_it": 1}
 _ID = "call00001"
 _WORD = "zqx"
 _MOST_CALLS = 16
-_WHITESPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +169,7 @@ def _written_call(template: Template) -> str:
 
 
 def _json(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    options = {
-        "whitespace_flexible": True,
-        "whitespace_pattern": _WHITESPACE,
-        "lenient": lenient,
-        "coerce_one_of": lenient,
-    }
-    return "%json " + json.dumps({**schema, "x-guidance": options})
+    return "%json " + json.dumps(for_grammar(schema, lenient=lenient))
 
 
 def _embedded(text: GrammarText) -> str:
@@ -231,6 +225,9 @@ class CallParser:
     def flush(self) -> list[str | CallPiece]:
         """What is left at the end; a call cut before its name is left out, what only looked like one is text."""
         held, self._held = self._held, ""
+        # After a call, what begins like one is the next, cut.
+        if self._state == "text" and self._count and self._before.startswith(held.strip()):
+            return []
         if self._state == "name" and not self.form.marked:
             self._state, held = "text", self._before + held
         return [held] if held and self._state == "text" and (held.strip() or not self._count) else []

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,18 +22,14 @@ from llguidance import LLMatcher, LLTokenizer
 
 from services.inference.engine import check_grammar
 from services.inference.engine.interface import GrammarText
+from services.inference.engine.json_schema import for_grammar
 from shared.datasets.tokens import Tokenizer
 from shared.errors import InvalidRequest, Unavailable
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
 
 MOST_BYTES = 65_536
 MOST_DEPTH = 48
 CHECK_SECONDS = 60.0
 _KEPT = 64
-# One space, or a line with its indentation: without a bound a small model may go on with spaces until the end.
-_WHITESPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"
 
 
 class Grammar:
@@ -166,16 +162,9 @@ def _source(text: GrammarText) -> str:
         raise _refused("must be a JSON object")
     if _depth(schema) > MOST_DEPTH:
         raise _refused(f"is more than {MOST_DEPTH} levels deep")
-    # Keywords that the library does not know would not be followed, and of `oneOf` several might hold: only who does
-    # not insist gets an answer then.
+    # Keywords that cannot be followed are refused where somebody insists on them.
     lenient = text.kind == "lenient_json_schema"
-    options: JsonCompileOptions = {
-        "whitespace_flexible": True,
-        "whitespace_pattern": _WHITESPACE,
-        "lenient": lenient,
-        "coerce_one_of": lenient,
-    }
-    return str(LLMatcher.grammar_from_json_schema(text.source, overrides=options))
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(for_grammar(schema, lenient=lenient))))
 
 
 def _depth(value: Any) -> int:

@@ -158,3 +158,12 @@ def test_text_that_is_no_call_stays_as_it_is(tokenizers: dict[str, Tokenizer], t
     if '<tool_call>\n{"name": "' in text:
         return
     assert parsed(form, split(text, seed)) == (text, [])
+
+
+def test_a_call_that_is_cut_in_its_mark_is_no_text(tokenizers: dict[str, Tokenizer]) -> None:
+    """After calls only: alone, what begins like one is what the model said."""
+    form = call_form(InstructionTemplate(), tokenizers["no-end"])
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert parsed(form, split(f"{call}\n<tool_c", 1)) == ("", [("now", {})])
+    assert parsed(form, split(f"{call}\nSo it is <", 1))[0].strip() == "So it is"
+    assert parsed(form, split("<tool_c", 1)) == ("<tool_c", [])

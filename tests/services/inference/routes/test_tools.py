@@ -34,9 +34,7 @@ WEATHER_ONLY = {"type": "function", "function": {"name": "weather"}}
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tiny base that takes 2,048 tokens: the tools are in the prompt, and its vocabulary is small."""
     root = tmp_path_factory.mktemp("roomy")
-    model = write_tiny_model(root / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    model = write_tiny_model(root / "model", positions=2048)
     store, base = LocalArtifactStore(root / "artifacts"), tiny_catalogue(model).get("tiny")
     return Tiny(store, base, prepare_base(base, store), model, Oracle(store, model))
 
@@ -87,6 +85,20 @@ def test_a_call_that_must_come_comes(server: Server, adapters: list[str]) -> Non
         [(name, _)] = called(chat(server, **body | {"tool_choice": WEATHER_ONLY})["choices"][0])
         assert name == "weather"
     assert names == {"weather", "now"}
+
+
+def test_arguments_are_those_that_the_function_lists(server: Server) -> None:
+    """Most clients leave `additionalProperties` out; a random model would then go on with names of its own."""
+    place = {name: value for name, value in WEATHER.items() if name != "additionalProperties"}
+    for seed in range(4):
+        body = {"tools": [offered("weather", place)], "tool_choice": WEATHER_ONLY, "seed": seed, "temperature": 2}
+        [(_, arguments)] = called(chat(server, **body, max_tokens=200)["choices"][0])
+        assert set(arguments) == {"city", "days"}
+    listed = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": listed}}
+    for seed in range(4):
+        choice = chat(server, response_format=form, seed=seed, temperature=2, max_tokens=200)["choices"][0]
+        assert set(json.loads(choice["message"]["content"])) == {"ok"}
 
 
 def test_the_model_may_call_or_not(server: Server) -> None:
