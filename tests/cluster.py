@@ -31,6 +31,7 @@ class Cluster:
         url: of the gateway; `inference_urls` are private and want `TOKEN`.
         key: the first API key, once it is up.
         environment: what every process gets; `settings` are the test's own additions.
+        positions: the longest sequence of the base, in tokens.
         trainers: workers by name.
     """
 
@@ -39,10 +40,11 @@ class Cluster:
     database_url: str
     inferences: int = 1
     settings: Mapping[str, str] = field(default_factory=dict)
+    positions: int = 512
     trainers: dict[str, Running] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.artifacts, self.base, _ = prepared_tiny(self.folder)
+        self.artifacts, self.base, _ = prepared_tiny(self.folder, positions=self.positions)
         self.model = self.folder / "tiny-model"
         migrate(self.database_url)
         self.ports = {"gateway": free_port()}
@@ -115,12 +117,15 @@ class Cluster:
 
 
 @contextmanager
-def tiny_stack(folder: Path) -> Iterator[Cluster]:
+def tiny_stack(folder: Path, *, positions: int = 512) -> Iterator[Cluster]:
     """Redis, one inference process and the gateway on SQLite; a trainer when the test wants one."""
     settings = {"TUNESMITH_DEFAULT_BASE": "tiny", "TUNESMITH_INFERENCE_SLOTS": "4"}
+    settings["TUNESMITH_INFERENCE_CONTEXT"] = str(positions)
     # On a busy machine streams take longer than a deployment would wait for them.
     settings["TUNESMITH_INFERENCE_DRAIN_SECONDS"] = "300"
     with Processes(folder) as processes:
-        cluster = Cluster(folder, processes, f"sqlite:///{folder / 'tunesmith.db'}", settings=settings)
+        cluster = Cluster(
+            folder, processes, f"sqlite:///{folder / 'tunesmith.db'}", settings=settings, positions=positions
+        )
         cluster.up()
         yield cluster

@@ -4,31 +4,40 @@ Not in `make test`: each client wants an environment of its own, some of them he
 client works through; what a field means is held where it is built.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.clients.environments import Client, read_clients
-from tests.cluster import Cluster
+from tests.cluster import Cluster, tiny_stack
 from tests.contract.server import trained
 from tests.stack_processes import free_port
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 CLIENTS = read_clients()
+# A prompt with what a client offers of tools is some thousand tokens of the tiny vocabulary.
+POSITIONS = 4096
 
 
 @pytest.fixture(scope="module")
-def variables(tiny_stack: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with tiny_stack(tmp_path_factory.mktemp("stack"), positions=POSITIONS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def variables(stack: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What programs are told of the server."""
-    job = trained(tiny_stack)
-    with tiny_stack.client() as http:
+    job = trained(stack)
+    with stack.client() as http:
         adapter = http.get(f"/v1/fine_tuning/jobs/{job}").json()["fine_tuned_model"]
     return {
-        "URL": tiny_stack.url,
-        "KEY": tiny_stack.key,
+        "URL": stack.url,
+        "KEY": stack.key,
         "BASE": "tiny",
         "ADAPTER": adapter,
-        "TOKENIZER": str(tiny_stack.model),
+        "TOKENIZER": str(stack.model),
         # For a server of the program's own.
         "FREE_PORT": str(free_port()),
         # What programs keep of their own.
