@@ -125,7 +125,7 @@ class Things:
             body["file"] = ROWS
         elif path in ("/v1/fine_tuning/jobs", "/v1/fine_tuning/estimates"):
             body |= {"model": "tiny", "training_file": self.file}
-            for name in ("validation_file", "hyperparameters", "method", "lora"):
+            for name in ("training_files", "validation_file", "hyperparameters", "method", "lora"):
                 body.pop(name, None)
         elif path == "/v1/responses":
             body |= {"model": "tiny", "input": MESSAGES[0]["content"]}

@@ -177,16 +177,23 @@ class DatasetChecker:
             told = [f"'{key[:40]}' ({rows} rows)" for key, rows in self._unused.most_common(MAX_UNUSED_TOLD)]
             more = f" and {len(self._unused) - len(told)} more" if len(self._unused) > len(told) else ""
             warnings.append(f"keys that are not learnt from: {', '.join(told)}{more}")
-        if self._rows < FEW_ROWS:
-            warnings.append(f"a model learns little from fewer than {FEW_ROWS} rows; this file has {self._rows}")
-        if self._rows < PROMPT_FIRST_ROWS:
-            warnings.append(
-                f"with fewer than {PROMPT_FIRST_ROWS} rows, a better prompt may do as well as training: try that first"
-            )
-            warnings.append("training teaches form and style; facts that change belong in retrieval, not in weights")
+        warnings += row_advice(self._rows)
         if self._duplicates:
             warnings.append(f"{self._duplicates} rows are exact duplicates of others")
         return warnings
+
+
+def row_advice(rows: int, whose: str = "this file has") -> list[str]:
+    """What is to be said of so few rows; nothing of enough."""
+    advice = []
+    if rows < FEW_ROWS:
+        advice.append(f"a model learns little from fewer than {FEW_ROWS} rows; {whose} {rows}")
+    if rows < PROMPT_FIRST_ROWS:
+        advice.append(
+            f"with fewer than {PROMPT_FIRST_ROWS} rows, a better prompt may do as well as training: try that first"
+        )
+        advice.append("training teaches form and style; facts that change belong in retrieval, not in weights")
+    return advice
 
 
 def read_examples(path: Path) -> Iterator[Example]:

@@ -3,6 +3,7 @@
 Knows no SQL, no HTTP and no torch. The client's request, before it is resolved, belongs to the gateway.
 """
 
+import hashlib
 from enum import StrEnum
 from typing import Literal
 
@@ -88,6 +89,7 @@ class RequestedAction(StrEnum):
 # As many as OpenAI keeps.
 DEFAULT_KEEP_CHECKPOINTS = 3
 MIN_LENGTH, MAX_LENGTH = 8, 32_768
+MAX_TRAINING_FILES = 16
 
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -141,11 +143,19 @@ class Hyperparameters(Frozen):
     truncation: Truncation = "cut_end"
 
 
+class TrainingFile(Frozen):
+    """A file that is trained on: its id, and the hash of the bytes that were uploaded."""
+
+    id: str
+    sha256: str
+
+
 class JobSpec(Frozen):
     """What a worker is to do, complete: nothing is looked up elsewhere but the base and the files named here.
 
     `training_file` and `validation_file` are file ids; `training_sha256` is the uploaded file's hash, so that a resumed
-    job can tell that it trains on the same rows. `initial_adapter` is the id of the adapter to continue from.
+    job can tell that it trains on the same rows. `further_training_files` follow the first, as if all were one file.
+    `initial_adapter` is the id of the adapter to continue from.
     `keep_checkpoints` is how many of the newest stay, beside the best: of two, the older is what training falls back to
     when a disk cannot read the newer.
     """
@@ -165,6 +175,19 @@ class JobSpec(Frozen):
     compute_dtype: ComputeDtype = "auto"
     initial_adapter: str | None = None
     keep_checkpoints: int = Field(DEFAULT_KEEP_CHECKPOINTS, ge=2, le=1000)
+    further_training_files: tuple[TrainingFile, ...] = Field((), max_length=MAX_TRAINING_FILES - 1)
+
+    @property
+    def training_files(self) -> tuple[TrainingFile, ...]:
+        """All of them, in the order in which their rows are taken."""
+        return TrainingFile(id=self.training_file, sha256=self.training_sha256), *self.further_training_files
+
+    @property
+    def data_sha256(self) -> str:
+        """The training file's hash; of several, the hash of theirs, a line each."""
+        if not self.further_training_files:
+            return self.training_sha256
+        return hashlib.sha256("\n".join(file.sha256 for file in self.training_files).encode()).hexdigest()
 
 
 class Preset(Frozen):

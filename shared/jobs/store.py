@@ -27,7 +27,7 @@ from shared.jobs.rows import (
 from shared.jobs.spec import JobSpec, State, may_become
 from shared.paging import Cursor, Page, keyset_page
 from shared.storage.artifacts import new_id
-from shared.storage.tables import checkpoints, events, jobs
+from shared.storage.tables import checkpoints, events, further_training_files, jobs
 
 
 class JobStore:
@@ -62,6 +62,9 @@ class JobStore:
         created = [NewEvent(f"Created fine-tuning job: {job_id}"), *(NewEvent(text, level="warn") for text in warnings)]
         created.append(NewEvent("Waiting for a worker"))
         tx.execute(insert(jobs).values(row))
+        if spec.further_training_files:
+            further = [{"job": job_id, "file": file.id} for file in spec.further_training_files]
+            tx.execute(insert(further_training_files), further)
         change_job(tx, job_id, [], {}, created, now)
         return self.get(tx, project, job_id)
 

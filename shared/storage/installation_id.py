@@ -12,7 +12,7 @@ from shared.adapters.state import AdapterState
 from shared.errors import TunesmithError
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
-from shared.storage.tables import adapters, files, installation, jobs
+from shared.storage.tables import adapters, files, further_training_files, installation, jobs
 
 _ADVICE = (
     "check TUNESMITH_ARTIFACTS and TUNESMITH_DATABASE_URL, or run `tunesmith adopt` to give the folder to this database"
@@ -83,7 +83,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _known_ids(tx: Connection) -> set[str]:
     # A job remembers its files after they were deleted.
-    names = (files.c.id, adapters.c.id, jobs.c.id, jobs.c.training_file, jobs.c.validation_file)
+    of_jobs = (jobs.c.id, jobs.c.training_file, jobs.c.validation_file, further_training_files.c.file)
+    names = (files.c.id, adapters.c.id, *of_jobs)
     return {name for column in names for name in tx.scalars(select(column))}
 
 

@@ -36,7 +36,7 @@ class Manifest(Frozen):
         base: catalogue id of the base model, with its revision and the hash of its weights.
         precision: what the base was held in while training (`int8`, …).
         template: prompt format the adapter was trained with (`shared.datasets.templates`), and must be served with.
-        data_sha256: hash of the uploaded training file.
+        data_sha256: hash of the uploaded training file; of several, `JobSpec.data_sha256`.
         versions: library name → version of everything that shaped the bytes.
     """
 

@@ -121,6 +121,16 @@ jobs = Table(
     Index(None, "project", "created_ns", "id"),
 )
 
+# What a job trains on beside `jobs.training_file`, in the order that its specification has; for the question which jobs
+# need a file.
+further_training_files = Table(
+    "further_training_files",
+    metadata,
+    Column("job", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("file", String(64), primary_key=True),
+    Index(None, "file"),
+)
+
 events = Table(
     "events",
     metadata,
@@ -165,7 +175,6 @@ checkpoints = Table(
     UniqueConstraint("job", "step"),
 )
 
-# Workers that take no jobs for now, as they say themselves.
 # Responses and their items, for a time: what later requests name by id.
 kept_items = Table(
     "kept_items",
@@ -180,6 +189,7 @@ kept_items = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
+# Workers that take no jobs for now, as they say themselves.
 worker_outages = Table(
     "worker_outages",
     metadata,

@@ -70,6 +70,20 @@ def test_a_job_is_created_and_echoed(client: OpenAI, file: str) -> None:
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+def test_a_job_on_several_files(client: OpenAI, file: str) -> None:
+    other = client.files.create(file=("more.jsonl", DATA), purpose="fine-tune").id
+    several = {"training_files": [file, other]}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body=several)
+    assert (job.training_file, extra(job)["training_files"]) == (file, [file, other])
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(model="tiny", training_file=other, extra_body=several)
+    assert refused.value.param == "training_file"
+    with pytest.raises(openai.BadRequestError) as used:
+        client.files.delete(other)
+    assert used.value.code == "file_in_use"
+    client.fine_tuning.jobs.cancel(job.id)
+
+
 def test_jobs_are_listed_paused_resumed_and_cancelled(client: OpenAI, file: str) -> None:
     made = [
         client.fine_tuning.jobs.create(model="tiny", training_file=file, metadata={"of": file, "n": str(n)}).id
@@ -94,6 +108,9 @@ def test_a_jobs_end_events_and_checkpoints(client: OpenAI, server: Server) -> No
     assert (job.status, job.error) == ("succeeded", None)
     assert job.fine_tuned_model
     assert job.trained_tokens
+    # Of two files.
+    first, _ = extra(job)["training_files"]
+    assert (job.training_file, extra(job)["report"]["rows"]) == (first, len(ROWS))
     assert job.finished_at
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))
     assert len({event.id for event in events}) == len(events) > 6

@@ -80,6 +80,10 @@ def _create_swapped(parts: Parts, given: Given) -> str:
     return parts.create("swapped", _continuing(given) | files)
 
 
+def _create_on_several(parts: Parts, given: Given) -> str:
+    return parts.create("several", BODY | {"training_files": [given.other_file, given.file]})
+
+
 def _continuing(given: Given) -> dict[str, Any]:
     """A body that continues the model; LoRA's shape is then the model's."""
     return {name: value for name, value in BODY.items() if name != "lora"} | {"model": given.model}
@@ -105,6 +109,7 @@ def _request(action: str) -> Operation:
 OPERATIONS: dict[str, Operation] = {
     "create": _create,
     "create, files swapped": _create_swapped,
+    "create on several files": _create_on_several,
     "claim": _claim,
     "renew": lambda parts, given: parts.leases.renew(given.lease),
     "record": lambda parts, given: parts.leases.record(given.lease, [NewEvent("noted")], number=7),

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from shared.jobs.spec import UNFINISHED
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
-from shared.storage.tables import files, jobs
+from shared.storage.tables import files, further_training_files, jobs
 
 
 def collect_cached_tokens(
@@ -56,10 +56,12 @@ def _by_age(cache: Path) -> list[tuple[float, int, Path]]:
 
 def _hashes(database: Database) -> tuple[set[str], set[str]]:
     """(hashes of all files, those of files that unfinished jobs train on)."""
-    in_use = [
-        select(files.c.sha256).join(jobs, files.c.id == column).where(jobs.c.state.in_(UNFINISHED))
-        for column in (jobs.c.training_file, jobs.c.validation_file)
+    further = select(files.c.sha256).join(further_training_files, further_training_files.c.file == files.c.id)
+    of_jobs = [
+        *(select(files.c.sha256).join(jobs, files.c.id == c) for c in (jobs.c.training_file, jobs.c.validation_file)),
+        further.join(jobs, jobs.c.id == further_training_files.c.job),
     ]
+    in_use = [query.where(jobs.c.state.in_(UNFINISHED)) for query in of_jobs]
     with database.read() as tx:
         used = {sha256 for query in in_use for sha256 in tx.scalars(query)}
         return set(tx.scalars(select(files.c.sha256).distinct())), used

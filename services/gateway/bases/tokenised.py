@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 
@@ -47,6 +47,10 @@ class TokenCounts:
     supervised_tokens: int
     lengths: tuple[int, ...] = ()
     truncated: int = 0
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        """Of both files together."""
+        return TokenCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 class Tokenizers:
@@ -105,11 +109,11 @@ def tokenised_rows(
             yield TokenisedRow(number, template.id, tokens)
 
 
-def count_tokens(rows: Iterator[TokenisedRow], file_rows: int) -> TokenCounts:
-    """The counts of a file of `file_rows` rows, from the first `SAMPLED_ROWS` of them."""
+def count_tokens(rows: Iterator[TokenisedRow], file_rows: int, most: int = SAMPLED_ROWS) -> TokenCounts:
+    """The counts of a file of `file_rows` rows, from the first `most` of them."""
     sampled = dropped = truncated = supervised = 0
     lengths = []
-    for row in takewhile(lambda row: row.number <= SAMPLED_ROWS, rows):
+    for row in takewhile(lambda row: row.number <= most, rows):
         sampled = row.number
         if row.tokens is None:
             dropped += 1

@@ -12,7 +12,7 @@ from shared.datasets.checker import DatasetReport
 from shared.errors import InvalidRequest, NotFound
 from shared.jobs.spec import UNFINISHED
 from shared.paging import Cursor, Page, keyset_page
-from shared.storage.tables import files, jobs
+from shared.storage.tables import files, further_training_files, jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,9 @@ class FileStore:
         """
         # Locked, so that no job can begin to use it between the question and the deletion.
         sha256 = self.get(tx, project, file_id, lock=True).sha256
-        users = select(jobs.c.id).where(
-            or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id), jobs.c.state.in_(UNFINISHED)
-        )
+        further = select(further_training_files.c.job).where(further_training_files.c.file == file_id)
+        named = or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id, jobs.c.id.in_(further))
+        users = select(jobs.c.id).where(named, jobs.c.state.in_(UNFINISHED))
         user = tx.execute(users.limit(1)).scalar()
         if user is not None:
             raise InvalidRequest(f"{file_id} is in use by {user}, which has not ended", code="file_in_use")

@@ -4,12 +4,13 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.gateway.bases.tokenised import SAMPLED_ROWS, Tokenizers, tokenised_rows
 from services.gateway.files.store import StoredFile
+from services.gateway.jobs.request_schema import training_field
 from shared.datasets.checker import HISTOGRAM_EDGES
 from shared.datasets.loss_mask import MaskedTokens, fitted
 from shared.datasets.tokens import Tokenizer
@@ -97,7 +98,7 @@ class LengthCheck:
     """Looks at the first rows of a job's files, if its base has been prepared here and not too many look already.
 
     Args:
-        seconds: of looking at one file.
+        seconds: of looking at the training files, and at the validation file.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class LengthCheck:
         self._slots = threading.BoundedSemaphore(AT_ONCE)
 
     def warnings(
-        self, spec: JobSpec, training: StoredFile, validation: StoredFile | None, context: int | None
+        self, spec: JobSpec, training: Sequence[StoredFile], validation: StoredFile | None, context: int | None
     ) -> list[str]:
         """A sentence for each file of which something will be cut or dropped.
 
@@ -135,14 +136,14 @@ class LengthCheck:
         finally:
             self._slots.release()
         most = min(MAX_LENGTH, context or MAX_LENGTH)
-        found = [look.warning(file.dataset["rows"], most) for file, look in looks]
-        return [text if n == 0 else f"validation file: {text}" for n, text in enumerate(found) if text]
+        found = [(name, look.warning(file.dataset["rows"], most)) for name, file, look in looks]
+        return [f"{name}: {text}" if name else text for name, text in found if text]
 
     def longest(
         self,
         base_id: str,
         hyper: Hyperparameters,
-        training: StoredFile,
+        training: Sequence[StoredFile],
         validation: StoredFile | None,
         context: int | None,
     ) -> int:
@@ -166,7 +167,7 @@ class LengthCheck:
             looks = self._looks(base_id, hyper, training, validation)
         finally:
             self._slots.release()
-        found = max(look.longest for _, look in looks) or hyper.max_length
+        found = max(look.longest for *_, look in looks) or hyper.max_length
         return max(MIN_LENGTH, min(found, MAX_LENGTH, context or MAX_LENGTH))
 
     def _prepared(self, base_id: str) -> bool:
@@ -177,18 +178,24 @@ class LengthCheck:
         return True
 
     def _looks(
-        self, base_id: str, hyper: Hyperparameters, training: StoredFile, validation: StoredFile | None
-    ) -> list[tuple[StoredFile, Look]]:
-        looks = [(training, self._look(base_id, hyper, training, "training_file"))]
+        self, base_id: str, hyper: Hyperparameters, training: Sequence[StoredFile], validation: StoredFile | None
+    ) -> list[tuple[str, StoredFile, Look]]:
+        """What the files are called in a warning (the one training file: nothing), they, and what was seen of them."""
+        count, looks = len(training), []
+        for place, file in enumerate(training):
+            name = "" if count == 1 else f"training file {place + 1}"
+            seconds = self._seconds / count
+            looks.append((name, file, self._look(base_id, hyper, file, training_field(place, count), seconds)))
         if validation:
-            looks.append((validation, self._look(base_id, hyper, validation, "validation_file")))
+            look = self._look(base_id, hyper, validation, "validation_file", self._seconds)
+            looks.append(("validation file", validation, look))
         return looks
 
-    def _look(self, base_id: str, hyper: Hyperparameters, file: StoredFile, param: str) -> Look:
+    def _look(self, base_id: str, hyper: Hyperparameters, file: StoredFile, param: str, seconds: float) -> Look:
         if file.dataset["format"] == "text":
             # Divided, never cut.
             return Look(hyper)
-        deadline = self._clock() + self._seconds
+        deadline = self._clock() + seconds
         rows, tokenizer = self._artifacts.file_rows(file.id), self._tokenizers.get(base_id)
         try:
             return look_at(rows, tokenizer, hyper, lambda: self._clock() > deadline)

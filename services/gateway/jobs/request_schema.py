@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,14 +20,15 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Strict,
+    ValidationInfo,
     create_model,
     field_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from shared.frozen import Frozen
-from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
+from shared.jobs.spec import MAX_TRAINING_FILES, BasePrecision, ComputeDtype, Hyperparameters, JobSpec, LoraSpec
 
 MAX_METADATA_PAIRS = 16
 MAX_SUFFIX = 64
@@ -82,6 +84,41 @@ class NullMeans:
 
 def _empty_to_none(value: Any) -> Any:
     return None if value == "" else value
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("a file is named twice")
+    return names
+
+
+def _first(name: Any, info: ValidationInfo) -> Any:
+    """The first training file, where only the list of all is given."""
+    if name not in (None, ""):
+        return name
+    if "training_files" not in info.data:
+        # It is the list that is wrong.
+        return name
+    if not info.data["training_files"]:
+        raise PydanticCustomError("missing", "Field required")
+    return info.data["training_files"][0]
+
+
+def _in_list(name: str, info: ValidationInfo) -> str:
+    files = info.data.get("training_files")
+    if files and files[0] != name:
+        raise ValueError("it must be the first of training_files, if both are given")
+    return name
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    # "" stands for what may be left out, and is none of the names.
+    del schema["default"]
+
+
+def training_field(place: int, count: int) -> str:
+    """What a client calls the training file at a 0-based place among so many."""
+    return "training_file" if count == 1 else f"training_files.{place}"
 
 
 def _as_a_name(suffix: Any) -> Any:
@@ -164,10 +201,27 @@ class MethodRequest(Request):
 
 
 class JobRequest(Request):
-    """The body of a job's creation."""
+    """The body of a job's creation; its training files are named by `training_file`, `training_files` or both."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["training_file"]}, {"required": ["training_files"]}]}
+    )
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    training_file: FileName
+    training_files: Annotated[
+        Annotated[list[FileName], Field(min_length=1, max_length=MAX_TRAINING_FILES), AfterValidator(_distinct)] | None,
+        Field(description="several files, trained on as if they were one, in this order"),
+    ] = None
+    training_file: Annotated[
+        FileName,
+        BeforeValidator(_first),
+        AfterValidator(_in_list),
+        Field(
+            validate_default=True,
+            json_schema_extra=_without_default,
+            description="the first of training_files, if both are given",
+        ),
+    ] = ""
     validation_file: Annotated[FileName | None, BeforeValidator(_empty_to_none)] = None
     suffix: Annotated[
         Annotated[str, Field(max_length=MAX_SUFFIX)] | None,
@@ -187,7 +241,9 @@ class JobRequest(Request):
 
     def fingerprint(self) -> str:
         """SHA-256 of what is requested, however it was spelled."""
-        requested = self.model_dump(mode="json", exclude_unset=True)
+        requested = self.model_dump(mode="json", exclude_unset=True) | {"training_file": self.training_file}
+        if len(self.training_files or ()) < 2:
+            requested.pop("training_files", None)
         return hashlib.sha256(json.dumps(requested, sort_keys=True).encode()).hexdigest()
 
     @field_validator("integrations", mode="before")

@@ -4,7 +4,7 @@ Every default is filled in here, once; nothing is looked up again later. A funct
 names (`Sources`), what is known of its base and a look at its files. Knows no HTTP and no SQL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,14 +13,25 @@ from pydantic import BaseModel, ValidationError
 from services.gateway.bases.metadata import BaseMetadata
 from services.gateway.files.store import StoredFile
 from services.gateway.jobs.length_check import LengthCheck
-from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.jobs.request_schema import JobRequest, training_field
 from shared.bases.catalogue import Base, Catalogue
+from shared.datasets.checker import row_advice
 from shared.errors import InvalidRequest
-from shared.jobs.spec import DEFAULT_KEEP_CHECKPOINTS, PRESETS, Hyperparameters, JobSpec, LoraSpec, Preset
+from shared.jobs.spec import (
+    DEFAULT_KEEP_CHECKPOINTS,
+    PRESETS,
+    Hyperparameters,
+    JobSpec,
+    LoraSpec,
+    Preset,
+    TrainingFile,
+)
 from shared.training.plan import plan_training
 
 FEW_STEPS = 100
 M = TypeVar("M", bound=BaseModel)
+# At least one, in the order of their rows.
+Training = Sequence[StoredFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class Sources:
         parent: the adapter that the request's model names; None if it names a base.
     """
 
-    training: StoredFile
+    training: Training
     validation: StoredFile | None = None
     parent: Parent | None = None
 
@@ -94,8 +105,9 @@ class JobResolver:
         spec = JobSpec(
             base=base.id,
             base_revision=base.revision,
-            training_file=training.id,
-            training_sha256=training.sha256,
+            training_file=training[0].id,
+            training_sha256=training[0].sha256,
+            further_training_files=tuple(TrainingFile(id=file.id, sha256=file.sha256) for file in training[1:]),
             validation_file=validation.id if validation else None,
             validation_sha256=validation.sha256 if validation else None,
             suffix=request.suffix,
@@ -114,7 +126,7 @@ class JobResolver:
         self,
         base: Base,
         hyperparameters: Hyperparameters,
-        training: StoredFile,
+        training: Training,
         validation: StoredFile | None,
         context: int | None,
     ) -> Hyperparameters:
@@ -123,7 +135,7 @@ class JobResolver:
         longest = self._lengths.longest(base.id, hyperparameters, training, validation, context)
         return hyperparameters.model_copy(update={"max_length": longest})
 
-    def _cut(self, spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
+    def _cut(self, spec: JobSpec, training: Training, validation: StoredFile | None) -> list[str]:
         metadata = self._metadata(spec.base)
         if metadata is None or self._lengths is None:
             return []
@@ -135,10 +147,17 @@ def _check_fit(
     metadata: BaseMetadata | None,
     lora: LoraSpec,
     hyperparameters: Hyperparameters,
-    training: StoredFile,
+    training: Training,
     validation: StoredFile | None,
 ) -> None:
-    form = training.dataset["format"]
+    form = training[0].dataset["format"]
+    for place, file in enumerate(training):
+        if file.dataset["format"] != form:
+            # An adapter is served with the one template that it was trained with.
+            raise InvalidRequest(
+                f"{file.id} has {file.dataset['format']} rows, {training[0].id} {form} rows; all must have one form",
+                param=training_field(place, len(training)),
+            )
     if validation and validation.dataset["format"] != form:
         raise InvalidRequest(
             f"the validation file has {validation.dataset['format']} rows, the training file {form} rows",
@@ -149,7 +168,9 @@ def _check_fit(
         return
     if form == "chat" and not metadata.has_chat_template:
         raise InvalidRequest(
-            f"{base.id} has no chat template; use instruction rows", param="training_file", code="no_chat_template"
+            f"{base.id} has no chat template; use instruction rows",
+            param=training_field(0, len(training)),
+            code="no_chat_template",
         )
     if metadata.context is not None and hyperparameters.max_length > metadata.context:
         raise InvalidRequest(
@@ -231,18 +252,34 @@ def _validated(model: type[M], values: dict[str, Any], place: str) -> M:
         raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
 
 
-def _warnings(spec: JobSpec, training: StoredFile, validation: StoredFile | None) -> list[str]:
-    warnings = list(training.dataset["warnings"])
+def _warnings(spec: JobSpec, training: Training, validation: StoredFile | None) -> list[str]:
+    rows = sum(file.dataset["rows"] for file in training)
+    warnings = _of_training(training, rows)
     if validation:
         warnings += [f"validation file: {text}" for text in validation.dataset["warnings"] if "duplicates" in text]
-        if validation.sha256 == training.sha256:
-            warnings.append("the validation file is the training file: its loss will not show overfitting")
+        if validation.sha256 in (file.sha256 for file in training):
+            one = "the" if len(training) == 1 else "a"
+            warnings.append(f"the validation file is {one} training file: its loss will not show overfitting")
     # As if no row were dropped or held out.
-    steps = plan_training(training.dataset["rows"], spec.hyperparameters).total_steps
+    steps = plan_training(rows, spec.hyperparameters).total_steps
     if steps < FEW_STEPS:
         warnings.append(
             f"{steps} optimizer steps are few ({FEW_STEPS} is a sensible minimum): more rows or more epochs teach more"
         )
-    if spec.hyperparameters.batch_size > training.dataset["rows"]:
+    if spec.hyperparameters.batch_size > rows:
         warnings.append(f"a batch of {spec.hyperparameters.batch_size} is more than all rows")
     return warnings
+
+
+def _of_training(training: Training, rows: int) -> list[str]:
+    """What was said of the files when they came; what is said of few rows counts those of all files."""
+    if len(training) == 1:
+        return list(training[0].dataset["warnings"])
+    warnings = []
+    first: dict[str, int] = {}
+    for place, file in enumerate(training, 1):
+        of_few = row_advice(file.dataset["rows"])
+        warnings += [f"training file {place}: {text}" for text in file.dataset["warnings"] if text not in of_few]
+        if (same := first.setdefault(file.sha256, place)) != place:
+            warnings.append(f"training file {place} has the bytes of training file {same}: its rows count twice")
+    return [*warnings, *row_advice(rows, "all files have")]

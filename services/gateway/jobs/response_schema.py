@@ -71,6 +71,7 @@ class JobJson(BaseModel):
     base_precision: BasePrecision
     compute_dtype: ComputeDtype
     keep_checkpoints: int
+    training_files: Annotated[list[str], Field(description="all of them, `training_file` the first")]
     initial_adapter: Annotated[str | None, Field(description="id of the adapter the job continues")]
     suffix: str | None
     started_at: int | None
@@ -166,6 +167,7 @@ def job_json(job: Job) -> JobJson:
         base_precision=spec.base_precision,
         compute_dtype=spec.compute_dtype,
         keep_checkpoints=spec.keep_checkpoints,
+        training_files=[file.id for file in spec.training_files],
         initial_adapter=spec.initial_adapter,
         suffix=spec.suffix,
         started_at=job.started_at,

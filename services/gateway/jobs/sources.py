@@ -6,7 +6,7 @@ Everything here happens in the caller's transaction.
 from sqlalchemy import Connection
 
 from services.gateway.files.store import FileStore, StoredFile
-from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.jobs.request_schema import JobRequest, training_field
 from services.gateway.jobs.resolution import Parent, Sources
 from shared.adapters.names import PREFIX, may_be_adapter_name
 from shared.adapters.store import AdapterStore
@@ -26,7 +26,11 @@ class JobSources:
     def load(self, tx: Connection, project: str, request: JobRequest) -> Sources:
         """Raises InvalidRequest: the field that names something unknown is named."""
         parent = self._parent(tx, project, request.model)
-        training = self._file(tx, project, request.training_file, "training_file")
+        if request.training_files:
+            named = [(file, f"training_files.{place}") for place, file in enumerate(request.training_files)]
+        else:
+            named = [(request.training_file, "training_file")]
+        training = tuple(self._file(tx, project, *each) for each in named)
         if request.validation_file is None:
             return Sources(training, None, parent)
         return Sources(training, self._file(tx, project, request.validation_file, "validation_file"), parent)
@@ -37,7 +41,8 @@ class JobSources:
         Raises:
             InvalidRequest: a file, or the adapter to continue, is gone; the field that names it is named.
         """
-        named = {spec.training_file: "training_file"}
+        files = spec.training_files
+        named = {file.id: training_field(place, len(files)) for place, file in enumerate(files)}
         if spec.validation_file is not None:
             named.setdefault(spec.validation_file, "validation_file")
         # In one order, so that two transactions never wait for one another.

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from services.gateway.bases.tokenised import TokenCounts, count_tokens, tokenised_rows
+from services.gateway.bases.tokenised import SAMPLED_ROWS, TokenCounts, count_tokens, tokenised_rows
 from services.gateway.files.store import StoredFile
 from services.gateway.http.auth import AuthenticatedRoute
 from services.gateway.http.small_pool import Check
@@ -47,11 +47,12 @@ async def estimate_fine_tuning_job(
         resolved = resolver.resolve(body, named)
         spec, tokenizer = resolved.spec, tokenizers.get(resolved.spec.base)
 
-        def counts(file: StoredFile) -> TokenCounts:
+        def counts(file: StoredFile, of: int = 1) -> TokenCounts:
             rows = tokenised_rows(artifacts.file_rows(file.id), tokenizer, spec.hyperparameters, check)
-            return count_tokens(rows, file.dataset["rows"])
+            return count_tokens(rows, file.dataset["rows"], SAMPLED_ROWS // of)
 
-        training = counts(named.training)
+        first, *further = (counts(file, len(named.training)) for file in named.training)
+        training = sum(further, first)
         validation = counts(named.validation) if named.validation else None
         metadata = bases(spec.base)
         shape = metadata.shape if metadata else None

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
 from numpy.typing import NDArray
 
 from services.trainer.contract import Check
@@ -47,7 +47,7 @@ class Rows:
         key: content hash; equal keys mean equal rows.
         lengths: int64 [rows], tokens of each row.
         supervised: int64 [rows], supervised tokens of each row, each at least 1.
-        dropped: rows of the file that had nothing left to learn within `max_length`.
+        dropped: rows of the files that had nothing left to learn within `max_length`.
         truncated: rows that were cut off at `max_length` and are still trained on.
         last_turn_only: rows with several supervised replies, of which their template lets only the last be learnt.
     """
@@ -86,12 +86,44 @@ def prepare_data(spec: JobSpec, store: LocalArtifactStore, tokenizer: Tokenizer,
         StopRequested: see `Check`.
     """
     hyper = spec.hyperparameters
-    training = _prepare(store, tokenizer, spec.training_file, spec.training_sha256, "training", hyper, check)
+    parts = [_prepare(store, tokenizer, file.id, file.sha256, "training", hyper, check) for file in spec.training_files]
+    training = _together(parts)
+    _require_rows(training, "training", hyper)
     if spec.validation_file is None:
         return Data(training, None)
     sha256 = spec.validation_sha256
     validation = _prepare(store, tokenizer, spec.validation_file, sha256, "validation", hyper, check)
+    _require_rows(validation, "validation", hyper)
     return Data(training, validation)
+
+
+def _together(parts: Sequence[Rows]) -> Rows:
+    """The rows of several files, one after the other, as if they were of one."""
+    filled = [part.dataset for part in parts if len(part)]
+    if len(parts) == 1 or not filled:
+        return replace(parts[0], dropped=sum(part.dropped for part in parts))
+    if len({part.template for part in parts}) > 1:
+        raise JobFailed("the training files have rows of several forms", code="invalid_training_file")
+    return Rows(
+        key=hashlib.sha256(json.dumps([part.key for part in parts]).encode()).hexdigest(),
+        template=parts[0].template,
+        dataset=concatenate_datasets(filled),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        supervised=np.concatenate([part.supervised for part in parts]),
+        dropped=sum(part.dropped for part in parts),
+        truncated=sum(part.truncated for part in parts),
+        last_turn_only=sum(part.last_turn_only for part in parts),
+    )
+
+
+def _require_rows(rows: Rows, role: str, hyper: Hyperparameters) -> None:
+    if not len(rows):
+        raise JobFailed(
+            f"the {role} file cannot be used: there is nothing to learn: all {rows.dropped} rows are longer than "
+            f"max_length {hyper.max_length}, and nothing of their responses is left; raise max_length or shorten the "
+            "prompts",
+            code=f"invalid_{role}_file",
+        )
 
 
 def _prepare(
@@ -119,7 +151,7 @@ def _prepare(
             raise JobFailed(f"the rows that were made of the {role} file {file_id} have changed", code=code)
         return tokenise(store, tokenizer, rows, actual, hyper, check)
     except (InvalidRequest, NotFound) as error:
-        raise JobFailed(f"the {role} file cannot be used: {error.message}", code=code) from error
+        raise JobFailed(f"the {role} file {file_id} cannot be used: {error.message}", code=code) from error
 
 
 def tokenise(
@@ -132,7 +164,7 @@ def tokenise(
         sha256: of the file as it was uploaded.
 
     Raises:
-        InvalidRequest: the rows do not fit any template of this base, or nothing is left to learn of any.
+        InvalidRequest: the rows do not fit any template of this base.
     """
     template = _template(file, tokenizer)
     content = [
@@ -154,7 +186,11 @@ def tokenise(
             os.utime(folder)
         return cached
     with store.staged() as staged:
-        _write(staged, read_examples(file), tokenizer, template, hyper, check)
+        counts = _write(staged, read_examples(file), tokenizer, template, hyper, check)
+        if not (staged / "rows").exists():
+            # Not kept: there may be rows in another file, and `datasets` writes no empty one.
+            none = np.zeros(0, np.int64)
+            return Rows(key, template.id, Dataset.from_dict({}), none, none, **counts)
         # Another worker may have tokenised the same content meanwhile: equal by construction.
         with contextlib.suppress(FileExistsError):
             store.place(staged, folder)
@@ -216,7 +252,8 @@ def _write(
     template: Template,
     hyper: Hyperparameters,
     check: Check,
-) -> None:
+) -> dict[str, int]:
+    """Write the rows, if anything is to be learnt of any. Returns how many are not among them, or not whole."""
     # Flat arrays of machine integers: Python lists of a million rows would not fit.
     ids, supervised, offsets = array("i"), array("b"), array("q", [0])
     dropped = truncated = last_turn_only = 0
@@ -238,12 +275,9 @@ def _write(
             ids.extend(tokens.ids)
             supervised.extend(tokens.supervised)
             offsets.append(len(ids))
+    counts = {"dropped": dropped, "truncated": truncated, "last_turn_only": last_turn_only}
     if not ids:
-        raise InvalidRequest(
-            f"there is nothing to learn: all {dropped} rows are longer than max_length {hyper.max_length}, and nothing "
-            "of their responses is left; raise max_length or shorten the prompts",
-            param="file",
-        )
+        return counts
     ends = pa.array(np.frombuffer(offsets, np.int64))
     columns = {
         "ids": pa.LargeListArray.from_arrays(ends, pa.array(np.frombuffer(ids, np.int32))),
@@ -251,8 +285,8 @@ def _write(
     }
     disable_progress_bars()
     Dataset(pa.table(columns)).save_to_disk(folder / "rows")
-    counts = {"dropped": dropped, "truncated": truncated, "last_turn_only": last_turn_only}
     (folder / "counts.json").write_text(json.dumps(counts))
+    return counts
 
 
 def _load(folder: Path, key: str, template: str) -> Rows | None:

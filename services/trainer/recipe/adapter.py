@@ -70,7 +70,7 @@ def adapter_manifest(job: JobRun, adapter_id: str, step: int, base: TrainableBas
         base_sha256=base.loaded.sha256,
         precision=base.loaded.precision,
         template=template,
-        data_sha256=job.spec.training_sha256,
+        data_sha256=job.spec.data_sha256,
         versions=library_versions(),
         files={},
     )

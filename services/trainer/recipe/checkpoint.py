@@ -191,7 +191,7 @@ def publish_state(
         base_sha256=base.loaded.sha256,
         precision=base.loaded.precision,
         template=template,
-        data_sha256=job.spec.training_sha256,
+        data_sha256=job.spec.data_sha256,
         versions=library_versions(),
         files={},
     )

@@ -106,6 +106,7 @@ def test_the_specification_as_json_is_a_contract() -> None:
         "compute_dtype": "auto",
         "keep_checkpoints": 3,
         "initial_adapter": None,
+        "further_training_files": [],
     }
     assert JobSpec.model_validate(json.loads(spec.model_dump_json())) == spec
 

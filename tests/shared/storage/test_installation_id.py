@@ -10,7 +10,7 @@ from sqlalchemy import insert, select
 
 from services.inference.__main__ import check_installation
 from shared.errors import TunesmithError
-from shared.jobs.spec import JobSpec
+from shared.jobs.spec import JobSpec, TrainingFile
 from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id
 from shared.storage.database import Database, migrate
@@ -61,10 +61,19 @@ def test_a_folder_of_before_the_mark_is_known_by_what_is_in_it(database: Databas
     assert store.installation() == own_id(database)
 
 
-def test_a_file_that_a_job_was_trained_on_is_known(database: Database, store: LocalArtifactStore) -> None:
-    known = new_id("file")
-    store.file(known).mkdir(parents=True)
-    spec = JobSpec(base="tiny", base_revision="r", training_file=known, training_sha256="0" * 64)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_that_a_job_was_trained_on_is_known(
+    database: Database, store: LocalArtifactStore, several: bool
+) -> None:
+    known, further = new_id("file"), new_id("file")
+    store.file(further if several else known).mkdir(parents=True)
+    spec = JobSpec(
+        base="tiny",
+        base_revision="r",
+        training_file=known,
+        training_sha256="0" * 64,
+        further_training_files=(TrainingFile(id=further, sha256="1" * 64),) if several else (),
+    )
     with database.write() as tx:
         JobStore().create(tx, "default", spec)
     require(database, store)

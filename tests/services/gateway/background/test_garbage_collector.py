@@ -12,7 +12,7 @@ from services.gateway.background.garbage_collector import GarbageCollector
 from shared.errors import TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
-from shared.jobs.spec import JobFault, JobSpec
+from shared.jobs.spec import JobFault, JobSpec, TrainingFile
 from shared.jobs.store import JobStore
 from shared.storage.artifacts import LocalArtifactStore, new_id, trashed
 from shared.storage.database import Database, migrate
@@ -183,16 +183,18 @@ def test_cached_tokens_stay_with_their_file(database: Database, artifacts: Local
 def test_the_least_recently_used_tokens_go_first_and_never_those_of_a_job(
     database: Database, artifacts: LocalArtifactStore
 ) -> None:
-    hashes = [digit * 64 for digit in "abcd"]
-    used, *_ = (with_file(database, sha256) for sha256 in hashes)
-    Jobs(database).create("p", JobSpec(base="tiny", base_revision="r", training_file=used, training_sha256=hashes[0]))
+    hashes = [digit * 64 for digit in "abcde"]
+    first, *_, further = (with_file(database, sha256) for sha256 in hashes)
+    spec = JobSpec(base="tiny", base_revision="r", training_file=first, training_sha256=hashes[0])
+    more = (TrainingFile(id=further, sha256=hashes[4]),)
+    Jobs(database).create("p", spec.model_copy(update={"further_training_files": more}))
     cached = [folder(artifacts.cache(sha256, "0" * 64)) for sha256 in hashes]
-    for age, path in zip((400, 300, 100, 200), cached, strict=True):
+    for age, path in zip((400, 300, 100, 200, 500), cached, strict=True):
         (path / "rows").write_bytes(bytes(1 << 20))
         os.utime(path, (time.time() - age,) * 2)
     with database.read() as tx:
         adopt(tx, artifacts)
-    small = GarbageCollector(database, artifacts, cache_bytes=5 << 19)
+    small = GarbageCollector(database, artifacts, cache_bytes=7 << 19)
     assert small.collect() == [cached[1], cached[3]]
     assert small.collect() == []
 

@@ -124,20 +124,20 @@ def test_a_look_ends_after_its_seconds_and_says_how_far_it_came(
         training_sha256="",
         hyperparameters=Hyperparameters(max_length=64),
     )
-    (warning,) = check.warnings(spec, stored, None, 512)
+    (warning,) = check.warnings(spec, (stored,), None, 512)
     assert warning.startswith("10 of the first 10 (of 40) rows have more tokens than max_length 64")
     # Others look: this job is made without.
     with check._slots, check._slots:
-        assert check.warnings(spec, stored, None, 512) == []
-    assert check.warnings(spec.model_copy(update={"base": "unknown"}), stored, None, 512) == []
+        assert check.warnings(spec, (stored,), None, 512) == []
+    assert check.warnings(spec.model_copy(update={"base": "unknown"}), (stored,), None, 512) == []
     with pytest.raises(InvalidRequest) as refused:
-        check.longest("unknown", spec.hyperparameters, stored, None, 512)
+        check.longest("unknown", spec.hyperparameters, (stored,), None, 512)
     assert (refused.value.param, refused.value.code) == ("hyperparameters.max_length", "base_not_prepared")
     monkeypatch.setattr(length_check, "WAIT_SECONDS", 0.01)
     with check._slots, check._slots, pytest.raises(Overloaded):
-        check.longest("tiny", spec.hyperparameters, stored, None, 512)
+        check.longest("tiny", spec.hyperparameters, (stored,), None, 512)
     store.remove(store.file(file))
-    assert check.warnings(spec, stored, None, 512) == []
+    assert check.warnings(spec, (stored,), None, 512) == []
 
 
 def test_a_look_at_rows_of_every_kind() -> None:
