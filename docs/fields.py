@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from docs.written_part import ROOT, write_or_check
+from services.gateway.responses.request_schema import InputItem, ResponseBody
+from services.gateway.responses.tool_schema import ResponseTool
 from shared.inference_api.fields import ChatMessage
 from shared.inference_api.ignored import Ignored, Only
 from shared.inference_api.openai import ChatCompletionBody, CompletionBody
@@ -21,6 +23,9 @@ BODIES: dict[str, type[BaseModel]] = {
     "`POST /v1/chat/completions`": ChatCompletionBody,
     "Each of its `messages`": ChatMessage,
     "`POST /v1/completions`": CompletionBody,
+    "`POST /v1/responses`": ResponseBody,
+    "Each item of its `input`": InputItem,
+    "Each of its `tools`": ResponseTool,
     "`POST /generate`": GenerateBody,
     "Its `parameters`": Parameters,
 }

@@ -7,7 +7,7 @@ too, so that it is refused by name (`Only`) or named in a header (`Ignored`) ins
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from shared.http.validation import UNKNOWN_FIELD, named
@@ -95,6 +95,18 @@ class ChatPart(Body):
         return self
 
 
+def _an_object(arguments: str) -> str:
+    try:
+        if isinstance(json.loads(arguments or "{}"), dict):
+            return arguments
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("the arguments must be a JSON object, as text")
+
+
+Arguments = Annotated[Text, AfterValidator(_an_object)]
+
+
 class CalledFunction(Body):
     """A call as it comes back in history.
 
@@ -103,18 +115,8 @@ class CalledFunction(Body):
     """
 
     name: FunctionName
-    arguments: Annotated[str, Field(max_length=MAX_TEXT)]
+    arguments: Arguments
     parsed_arguments: Annotated[Any, Ignored("it says again what arguments says")] = None
-
-    @field_validator("arguments")
-    @classmethod
-    def _are_an_object(cls, arguments: str) -> str:
-        try:
-            if isinstance(json.loads(arguments or "{}"), dict):
-                return arguments
-        except (ValueError, RecursionError):
-            pass
-        raise ValueError("the arguments must be a JSON object, as text")
 
 
 class ToolCallBody(Body):

@@ -10,7 +10,7 @@ from shared.inference_api.fields import Body, ChatMessage
 
 Scalar = Annotated[str, Field(max_length=4096)] | bool | int | float | None
 VariableName = Annotated[str, Field(max_length=64, pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class PromptingFields(Body):

@@ -1,27 +1,40 @@
-"""What a client may write into `POST /v1/responses`: OpenAI's Responses API, as far as it is text without tools."""
+"""What a client may write into `POST /v1/responses`: OpenAI's Responses API, as far as it is text and functions."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from services.gateway.responses.tool_schema import ResponseTool, ToolChoice, offered
 from shared.http.validation import named
-from shared.inference_api.fields import Body, Count, ModelName, NotBuilt, Text, TopP
+from shared.inference_api.fields import Arguments, Body, Count, FunctionName, ModelName, Text, TopP
 from shared.inference_api.ignored import Ignored, Only
+from shared.inference_api.prompting import Effort
 from shared.inference_api.structured import JsonSchemaFormat
+from shared.inference_api.tools import MAX_TOOLS
 
 ItemId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-_ITEMS = frozenset({"message", "item_reference", "reasoning"})
+CallId = Annotated[str, Field(min_length=1, max_length=128)]
+ItemType = Literal["message", "item_reference", "reasoning", "function_call", "function_call_output"]
+_ITEMS = frozenset(get_args(ItemType))
+# What an item of a type must have; a reference its id.
+_NEEDED = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
 _PARTS = frozenset({"input_text", "output_text", "text", "refusal"})
-_LATER = Ignored("it counts with tools only")
 _ACCOUNT = Ignored("it concerns the client's account and does not change the answer")
 _CACHE = Ignored("prompts are not cached by name")
+_NO_THOUGHTS = Ignored("thoughts are not told apart from the answer")
 _KNOWN_OF_ANSWERS = Ignored("it says how an earlier answer came about")
 
 
 def _item(kind: Any) -> Any:
     if isinstance(kind, str) and kind not in _ITEMS:
-        raise PydanticCustomError("not_built", "items of this type are not supported by this server; send messages")
+        raise PydanticCustomError(
+            "not_built", "items of this type are not supported by this server; send messages and calls of functions"
+        )
     return kind
 
 
@@ -49,38 +62,56 @@ class InputPart(Body):
         return self
 
 
-class InputItem(Body):
-    """A message, or the id of one that an earlier response has written. Earlier reasoning is passed over."""
+Parts = Annotated[list[InputPart], Field(max_length=256)]
 
-    type: Annotated[Literal["message", "item_reference", "reasoning"] | None, BeforeValidator(_item)] = None
+
+class InputItem(Body):
+    """A message, a call of a function, what it gave, or the id of an item that an earlier response has written.
+
+    Earlier reasoning is passed over.
+
+    Attributes:
+        arguments: a JSON object, as text.
+        output: what the function gave, as text.
+    """
+
+    type: Annotated[ItemType | None, BeforeValidator(_item)] = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Text | Annotated[list[InputPart], Field(max_length=256)] | None = None
+    content: Text | Parts | None = None
     id: ItemId | None = None
+    call_id: CallId | None = None
+    name: FunctionName | None = None
+    arguments: Arguments | None = None
+    output: Text | Parts | None = None
     status: Annotated[Any, _KNOWN_OF_ANSWERS] = None
     phase: Annotated[Any, _KNOWN_OF_ANSWERS] = None
     summary: Annotated[Any, _KNOWN_OF_ANSWERS] = None
     encrypted_content: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    parsed_arguments: Annotated[Any, Ignored("it says again what arguments says")] = None
+    created_by: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    caller: Annotated[Any, _KNOWN_OF_ANSWERS] = None
+    namespace: Annotated[Any, Only()] = None
+    async_: Annotated[Any, Field(alias="async"), Only(False)] = None
 
     @property
-    def refers(self) -> bool:
-        """Whether it stands for an item that was kept."""
-        return self.type == "item_reference" or (self.type is None and self.role is None)
+    def kind(self) -> ItemType:
+        """The type, also of an item that leaves it to be seen by its fields."""
+        return self.type or ("message" if self.role else "item_reference")
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text or part.refusal or "" for part in self.content or [])
+        """Content, or the output of a function."""
+        said = self.output if self.kind == "function_call_output" else self.content
+        if isinstance(said, str):
+            return said
+        return "".join(part.text or part.refusal or "" for part in said or [])
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        missing = ""
-        if self.refers:
-            missing = "" if self.id else "id"
-        elif self.type != "reasoning":
-            missing = "role" if self.role is None else "content" if self.content is None else ""
-        if missing:
-            raise PydanticCustomError("missing", "Field required", named(missing))
+        needed = ("id",) if self.kind == "item_reference" else _NEEDED.get(self.kind, ())
+        for name in needed:
+            if getattr(self, name) is None:
+                raise PydanticCustomError("missing", "Field required", named(name))
         return self
 
 
@@ -88,6 +119,16 @@ class TextFormat(JsonSchemaFormat):
     """`text`, `json_object`, or `json_schema` with its schema beside it."""
 
     type: Literal["text", "json_object", "json_schema"]
+
+
+class ReasoningConfig(Body):
+    """How much to think, for templates that have a switch for it; thoughts are not told apart from the answer."""
+
+    effort: Effort | None = None
+    summary: Annotated[Any, _NO_THOUGHTS] = None
+    generate_summary: Annotated[Any, _NO_THOUGHTS] = None
+    context: Annotated[Any, _NO_THOUGHTS] = None
+    mode: Annotated[Any, _NO_THOUGHTS] = None
 
 
 class TextConfig(Body):
@@ -122,10 +163,10 @@ class ResponseBody(Body):
         ]
         | None
     ) = None
-    tools: NotBuilt = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _LATER] = None
-    max_tool_calls: Annotated[Any, _LATER] = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: Annotated[Any, Ignored("it counts calls of tools that a server runs itself")] = None
     truncation: Annotated[Any, Only("disabled")] = None
     top_logprobs: Annotated[Any, Only(0, instead="use /v1/chat/completions")] = None
     background: Annotated[Any, Only(False)] = None
@@ -137,7 +178,7 @@ class ResponseBody(Body):
     moderation: Annotated[Any, Only()] = None
     access_programs: Annotated[Any, _ACCOUNT] = None
     include: Annotated[Any, Ignored("there is nothing more to include")] = None
-    reasoning: Annotated[Any, Ignored("thoughts are not told apart from the answer")] = None
+    reasoning: ReasoningConfig | None = None
     stream_options: Annotated[Any, Ignored("nothing is added to events")] = None
     service_tier: Annotated[Any, Ignored("there is one tier")] = None
     user: Annotated[Any, _ACCOUNT] = None
@@ -145,3 +186,8 @@ class ResponseBody(Body):
     prompt_cache_key: Annotated[Any, _CACHE] = None
     prompt_cache_retention: Annotated[Any, _CACHE] = None
     prompt_cache_options: Annotated[Any, _CACHE] = None
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        offered(self.tools, self.tool_choice)
+        return self

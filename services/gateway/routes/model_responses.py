@@ -1,4 +1,4 @@
-"""`/v1/responses`: OpenAI's Responses API for text, over inference's chat completions; answers are kept for a time."""
+"""`/v1/responses`: OpenAI's Responses API, text and functions, over chat completions; answers are kept for a time."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +10,9 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from services.gateway.responses.draft import ResponseDraft, chat_body, renamed
+from services.gateway.responses.chat_request import chat_request, renamed
+from services.gateway.responses.conversation import Chat, calls_in, joined, message_of
+from services.gateway.responses.draft import ResponseDraft
 from services.gateway.responses.request_schema import ResponseBody
 from services.gateway.responses.store import ResponseStore, fits
 from services.gateway.routes.dependencies import DatabaseDep, ForwarderDep, Project, ResponseId, ResponsesDep
@@ -20,7 +22,7 @@ from shared.errors import InvalidRequest, NotFound
 from shared.http.disconnect import while_connected
 from shared.http.event_stream import DONE, MEDIA_TYPE, EventStreamResponse
 from shared.inference_api.ignored import IGNORED_PARAMETERS, take_ignored
-from shared.inference_api.openai import CHAT_COMPLETIONS, NO_MODEL_IN_PARTICULAR, ChatCompletionBody
+from shared.inference_api.openai import CHAT_COMPLETIONS, NO_MODEL_IN_PARTICULAR
 from shared.storage.database import Database
 
 router = APIRouter(route_class=GenerateRoute, tags=["generate"], dependencies=[NEEDS_KEY], responses=OPENAI_ERRORS)
@@ -38,11 +40,11 @@ async def create_response(
     store: ResponsesDep,
     project: Project,
 ) -> Response:
-    """ResponseDraft a text or a conversation with a base, an adapter or a checkpoint (`model`)."""
+    """Answer a text or a conversation with a base, an adapter or a checkpoint (`model`)."""
     messages = await run_in_threadpool(_messages, database, store, project, body)
     draft = ResponseDraft(body, messages, kept=body.store is not False)
     ignored = take_ignored(body)
-    chat = ChatCompletionBody.model_validate(chat_body(body, messages))
+    chat = chat_request(body, messages)
     name = "" if chat.model is None or chat.model in NO_MODEL_IN_PARTICULAR else chat.model
     target = await forwarder.target(project, name, "model")
     chat.model = (target.adapter or target.base) if name else ""
@@ -59,6 +61,7 @@ async def create_response(
 
     try:
         upstream = await while_connected(request.receive, sending)
+        ignored += [renamed(name) or "" for name in upstream.headers.get(IGNORED_PARAMETERS, "").split(",") if name]
         headers = {IGNORED_PARAMETERS: ",".join(ignored)} if ignored else {}
         if upstream.status_code == 200 and body.stream:
             return EventStreamResponse(_events(upstream, draft, keep), upstream.aclose, headers, named=True)
@@ -73,6 +76,7 @@ async def create_response(
         passed = {name: upstream.headers[name] for name in ("retry-after",) if name in upstream.headers}
         return JSONResponse(content, upstream.status_code, passed)
     draft.take(content)
+    draft.finish()
     await run_in_threadpool(keep)
     return JSONResponse(draft.response(), headers=headers)
 
@@ -111,9 +115,9 @@ def _kept(row: dict[str, Any], response_id: str) -> dict[str, Any]:
     return row
 
 
-def _messages(database: Database, store: ResponseStore, project: str, body: ResponseBody) -> list[dict[str, str]]:
+def _messages(database: Database, store: ResponseStore, project: str, body: ResponseBody) -> Chat:
     """The conversation that is to be answered: what was kept of earlier responses, and what the request adds."""
-    found: list[dict[str, str]] = []
+    found: Chat = []
     with database.read() as tx:
         if body.previous_response_id:
             earlier = store.find(tx, project, body.previous_response_id, "previous_response_id")
@@ -123,13 +127,16 @@ def _messages(database: Database, store: ResponseStore, project: str, body: Resp
         if isinstance(body.input, str):
             return [*found, {"role": "user", "content": body.input}]
         for place, item in enumerate(body.input):
-            if item.refers:
+            if item.kind == "item_reference":
                 found += store.find(tx, project, item.id or "", f"input.{place}.id")["messages"]
-            elif item.type != "reasoning":
-                found.append({"role": item.role or "user", "content": item.text})
+            elif item.kind != "reasoning":
+                if item.kind == "function_call_output" and item.call_id not in calls_in(found):
+                    param = f"input.{place}.call_id"
+                    raise InvalidRequest(f"{param}: no call before it has the id {item.call_id}", param=param)
+                found.append(message_of(item))
     if not found or found[-1]["role"] == "assistant":
         raise InvalidRequest("the last item of input must not be the assistant's", param="input")
-    return found
+    return joined(found)
 
 
 async def _events(upstream: httpx.Response, draft: ResponseDraft, keep: Callable[[], None]) -> AsyncIterator[str]:
@@ -144,12 +151,13 @@ async def _events(upstream: httpx.Response, draft: ResponseDraft, keep: Callable
             if "error" in chunk:
                 yield draft.failed(chunk["error"])
                 return
-            if added := draft.take(chunk):
-                yield draft.delta(added)
+            for event in draft.take(chunk):
+                yield event
     except httpx.HTTPError:
         yield draft.failed({"message": "inference broke off the answer"})
         return
+    for event in draft.finish():
+        yield event
     # What the last event names can be asked for.
     await run_in_threadpool(keep)
-    for event in draft.end():
-        yield event
+    yield draft.end()

@@ -36,6 +36,7 @@ class StandIn:
         flooding: a stream goes on in chunks of 64 KiB, `flooded` counts those that have been taken off its hands.
         slow: no answer to a generation while it is set; `hanging`: no answer to anything.
         words: what a streamed chat completion says, chunk by chunk; `reason` is why it ends.
+        calls: (id, name, arguments) of the functions that a chat completion calls after its text, streamed or not.
         started, closed: paths of slow or unfinished requests, when they began and when their client was gone.
     """
 
@@ -51,6 +52,7 @@ class StandIn:
     hanging: bool = False
     words: list[str] = field(default_factory=list)
     reason: str = "stop"
+    calls: list[tuple[str, str, str]] = field(default_factory=list)
     sent: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
     loaded: list[tuple[str, str]] = field(default_factory=list)
     load_statuses: list[int] = field(default_factory=list)
@@ -96,15 +98,18 @@ class StandIn:
             if await self._held(request):
                 self.closed.append(path)
         headers = {"x-generated-tokens": "2", "x-request-id": "not-yours"}
-        if self.words and body.get("stream"):
+        if (self.words or self.calls) and body.get("stream"):
             model = request.headers.get("x-model-name", body.get("model") or self.base)
             return StreamingResponse(self._chunks(model), media_type="text/event-stream", headers=headers)
         if path == "/generate_stream" or body.get("stream"):
             return StreamingResponse(self._tokens(request), media_type="text/event-stream", headers=headers)
         if path == "/v1/chat/completions":
             model = request.headers.get("x-model-name", body["model"])
-            message = {"role": "assistant", "content": "4", "refusal": None}
-            choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": None}
+            message: dict[str, Any] = {"role": "assistant", "content": "4", "refusal": None}
+            if self.calls:
+                message |= {"content": None, "tool_calls": [_call(*each) for each in self.calls]}
+            reason = "tool_calls" if self.calls else "stop"
+            choice = {"index": 0, "finish_reason": reason, "message": message, "logprobs": None}
             answer: Any = {
                 "id": "chatcmpl-1",
                 "object": "chat.completion",
@@ -136,6 +141,13 @@ class StandIn:
         choices: list[dict[str, Any]] = [
             {"index": 0, "finish_reason": None, "delta": {"content": word}} for word in self.words
         ]
+        for place, (call_id, name, arguments) in enumerate(self.calls):
+            # The name comes first, then the arguments in pieces.
+            deltas = [_call(call_id, name, ""), {"function": {"arguments": arguments[:4]}}]
+            deltas.append({"function": {"arguments": arguments[4:]}})
+            for each in deltas:
+                delta = {"tool_calls": [{"index": place, **each}]}
+                choices.append({"index": 0, "finish_reason": None, "delta": delta})
         choices.append({"index": 0, "finish_reason": self.reason, "delta": {}})
         for choice in choices:
             yield f"data: {json.dumps(common | {'choices': [choice]})}\n\n".encode()
@@ -160,6 +172,10 @@ class StandIn:
         except asyncio.CancelledError:
             self.closed.append(request.url.path)
             raise
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @contextmanager

@@ -25,6 +25,9 @@ PATH = "/v1/responses"
 Settings = Callable[..., GatewaySettings]
 HI = {"role": "user", "content": "hi"}
 FOUR = {"role": "assistant", "content": "4"}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+ADD: Any = {"type": "function", "name": "add", "parameters": SCHEMA, "strict": True, "description": "adds"}
+CALL = ("call00001", "add", '{"a": 4}')
 
 
 @pytest.fixture
@@ -205,6 +208,111 @@ def test_a_schema_is_handed_on(client: OpenAI, inference: StandIn) -> None:
     assert answer.text.format.type == "json_schema"
 
 
+def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    """As chat completions write it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_a_call_comes_back_with_what_it_gave(client: OpenAI, inference: StandIn) -> None:
+    inference.calls = [CALL, ("call00002", "add", '{"a": 5}')]
+    first = client.responses.create(model=BASE, input="hi", tools=[ADD], tool_choice="required")
+    sent = inference.sent[-1][1]
+    function = {"name": "add", "description": "adds", "parameters": SCHEMA, "strict": True}
+    assert (sent["tools"], sent["tool_choice"]) == ([{"type": "function", "function": function}], "required")
+    assert [(item.type, item.status) for item in first.output if item.type == "function_call"] == [
+        ("function_call", "completed")
+    ] * 2
+    items: list[Any] = first.output
+    assert (items[0].call_id, items[0].name, items[0].arguments) == CALL
+    assert (first.tool_choice, first.status, len(first.tools)) == ("required", "completed", 1)
+    inference.calls = []
+    outputs: list[Any] = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": output}
+        for item, output in zip(items, ("8", [{"type": "input_text", "text": "9"}]), strict=True)
+    ]
+    called = {"role": "assistant", "content": None, "tool_calls": [call(*CALL), call("call00002", "add", '{"a": 5}')]}
+    gave = [{"role": "tool", "tool_call_id": f"call0000{n}", "content": text} for n, text in ((1, "8"), (2, "9"))]
+    # By the response's id, by the items' ids, and by the items themselves.
+    references: list[Any] = [{"type": "item_reference", "id": item.id} for item in items]
+    returned: list[Any] = [item.model_dump() for item in items]
+    ways: list[tuple[list[Any], dict[str, Any]]] = [
+        (outputs, {"previous_response_id": first.id}),
+        ([HI, *references, *outputs], {}),
+        ([HI, *returned, *outputs], {}),
+    ]
+    for given, more in ways:
+        answer = client.responses.create(model=BASE, input=given, tools=[ADD], **more)
+        assert asked(inference) == [HI, called, *gave]
+        assert answer.output_text == "4"
+
+
+def test_a_stream_tells_text_and_calls_apart(client: OpenAI, inference: StandIn) -> None:
+    inference.words, inference.calls = ["Well"], [CALL]
+    events: list[Any] = list(client.responses.create(model=BASE, input="hi", tools=[ADD], stream=True))
+    assert [event.type for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.output_item.added",
+        *["response.function_call_arguments.delta"] * 2,
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.output_index for event in events if hasattr(event, "output_index")] == [0] * 6 + [1] * 5
+    text, called = events[-1].response.output
+    assert (text.content[0].text, called.arguments) == ("Well", CALL[2])
+    assert "".join(event.delta for event in events if "arguments.delta" in event.type) == CALL[2]
+    with client.responses.stream(model=BASE, input="hi", tools=[ADD]) as stream:
+        parsed: Any = stream.get_final_response().output[1]
+    assert parsed.parsed_arguments == {"a": 4}
+    # Text and call were one message, and are one when they come back.
+    outputs: Any = [{"type": "function_call_output", "call_id": CALL[0], "output": "8"}]
+    client.responses.create(model=BASE, input=outputs, previous_response_id=events[-1].response.id)
+    assert asked(inference)[1] == {"role": "assistant", "content": "Well", "tool_calls": [call(*CALL)]}
+
+
+def test_a_choice_is_made_among_the_functions(client: OpenAI, inference: StandIn) -> None:
+    named: Any = {"type": "function", "name": "add"}
+    answer = client.responses.create(model=BASE, input="hi", tools=[ADD], tool_choice=named, parallel_tool_calls=False)
+    sent = inference.sent[-1][1]
+    assert sent["tool_choice"] == {"type": "function", "function": {"name": "add"}}
+    assert (sent["parallel_tool_calls"], answer.parallel_tool_calls) == (False, False)
+    some: Any = {"type": "allowed_tools", "mode": "required", "tools": [named]}
+    client.responses.create(model=BASE, input="hi", tools=[ADD | {"name": "sub"}, ADD], tool_choice=some)
+    sent = inference.sent[-1][1]
+    assert ([tool["function"]["name"] for tool in sent["tools"]], sent["tool_choice"]) == (["add"], "required")
+
+
+def test_a_call_that_was_cut_off_cannot_come_back(client: OpenAI, inference: StandIn) -> None:
+    inference.calls, inference.reason = [("call00001", "add", '{"a": ')], "length"
+    *_, last = client.responses.create(model=BASE, input="hi", tools=[ADD], stream=True)
+    assert (last.type, last.response.output[-1].status) == ("response.incomplete", "incomplete")  # type: ignore[union-attr]
+    outputs: Any = [{"type": "function_call_output", "call_id": "call00001", "output": "8"}]
+    with pytest.raises(openai.BadRequestError, match="JSON object") as refusal:
+        client.responses.create(model=BASE, input=outputs, previous_response_id=last.response.id)  # type: ignore[union-attr]
+    assert refusal.value.param == "input"
+
+
+def test_effort_goes_to_the_template(client: OpenAI, inference: StandIn) -> None:
+    answer = client.responses.create(model=BASE, input="hi", reasoning={"effort": "low", "summary": "auto"})
+    assert inference.sent[-1][1]["reasoning_effort"] == "low"
+    assert answer.reasoning is not None
+    assert answer.reasoning.effort == "low"
+
+
+def test_a_conversation_that_became_too_long_is_refused(gateway: Gateway, inference: StandIn) -> None:
+    many = [HI, FOUR] * 511 + [HI]
+    first = gateway.http.post(PATH, json={"input": many}).json()
+    again = gateway.http.post(PATH, json={"input": "a", "previous_response_id": first["id"]})
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "input"), again.text
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -213,14 +321,27 @@ def test_a_schema_is_handed_on(client: OpenAI, inference: StandIn) -> None:
         ({"input": 5}, "input"),
         ({"input": [{"role": "root", "content": "a"}]}, "input.0.role"),
         ({"input": [{"role": "user"}]}, "input.0.content"),
-        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input.0.type"),
+        ({"input": [HI, {"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input.1.call_id"),
+        ({"input": [HI, {"type": "function_call_output", "call_id": "c"}]}, "input.1.output"),
+        ({"input": [HI, {"type": "function_call", "call_id": "c", "arguments": "{}"}]}, "input.1.name"),
+        (
+            {"input": [HI, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "[]"}]},
+            "input.1.arguments",
+        ),
+        ({"input": [HI, {"type": "web_search_call", "id": "w"}]}, "input.1.type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input.0.content.0.type",
         ),
         ({"input": [HI, FOUR]}, "input"),
         ({"input": [{"type": "item_reference"}]}, "input.0.id"),
-        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"input": "a", "tools": [{"type": "function"}]}, "tools.0.name"),
+        ({"input": "a", "tools": [ADD, ADD]}, "tools"),
+        ({"input": "a", "tools": [ADD | {"defer_loading": True}]}, "tools.0.defer_loading"),
+        ({"input": "a", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "a", "tools": [ADD], "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice"),
+        ({"input": "a", "reasoning": {"effort": "boundless"}}, "reasoning.effort"),
         ({"input": "a", "conversation": "conv_1"}, "conversation"),
         ({"input": "a", "background": True}, "background"),
         ({"input": "a", "truncation": "auto"}, "truncation"),
