@@ -31,6 +31,7 @@ LONGEST_FIRST = (
     "test_compose.py",
     "services/trainer/worker/test_celery.py",
     "tunesmith/local_stack/test_stack.py",
+    "tunesmith/local_stack/test_added_base.py",
     "upgrade",
     "test_serving_processes.py",
     "test_bad_input.py",

@@ -50,6 +50,14 @@ class Machine:
     def up(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return self.run("up", "--base", "tiny", *arguments, **environ)
 
+    def trained(self, rows: list[dict[str, Any]], *options: str) -> str:
+        """The model that one command makes of these rows."""
+        data = self.folder / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = self.run("train", str(data), "--epochs", "1", "--precision", "fp32", "--wait", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["fine_tuned_model"])
+
     def connection(self) -> Connection:
         return connections.read(self.folder / ".tunesmith" / "connection.json")
 
@@ -158,6 +166,43 @@ def test_a_model_is_trained_and_asked_by_commands_alone(machine: Machine) -> Non
     assert (tuned["parent"], tuned["state"], tuned["job"]) == ("tiny", "published", job)
     said = machine.run("generate", "Say 7 twice.", "--adapter", tuned["id"], "--max-new-tokens", "4", "--json")
     assert json.loads(said.stdout)["generated_text"] is not None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Say {n} twice.", "output": "{n} {n}"},
+        {"prompt": "{n}, twice:", "completion": " {n} {n}"},
+    ],
+    ids=["instruction", "completion"],
+)
+def test_a_conversation_goes_on(machine: Machine, row: dict[str, str]) -> None:
+    """Formats that know no roles: every question is answered, and with all that was said before it."""
+    rows = [{key: text.format(n=n) for key, text in row.items()} for n in range(8)]
+    model = machine.trained(rows, "--model", "tiny")
+    options = ("--adapter", model, "--max-new-tokens", "6")
+    said = "Say 7 twice.\nSay 8 twice.\nAnd 9?\n"
+    chat = machine.run("chat", *options, "--json", "--system", "Be brief.", said=f"{said}/reset\nAnd 9?\n")
+    assert (chat.returncode, chat.stderr) == (0, "the conversation begins anew\n")
+    lines = [json.loads(line) for line in chat.stdout.splitlines()]
+    assert [line["role"] for line in lines] == ["user", "assistant"] * 4
+    printed = machine.run("chat", *options, "--system", "Be brief.", said=said)
+    assert printed.stdout == "".join(line["content"] + "\n" for line in lines[1:6:2])
+
+    connection = machine.connection()
+    with OpenAI(base_url=connection.openai_base_url, api_key=connection.api_key, max_retries=0) as client:
+        tokens = []
+        for asked, answer in ((lines[:5], lines[5]), (lines[6:7], lines[7])):
+            whole = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "system", "content": "Be brief."}, *asked],
+                max_tokens=6,
+                temperature=0,
+            )
+            assert whole.choices[0].message.content == answer["content"]
+            assert whole.usage is not None
+            tokens.append(whole.usage.prompt_tokens)
+    assert tokens[0] > 2 * tokens[1]
 
 
 def listed(machine: Machine, noun: str, verb: str = "list", *arguments: str) -> list[dict[str, Any]]:
