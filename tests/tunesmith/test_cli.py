@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from shared.jobs.spec import MAX_TRAINING_FILES
 from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job, stream
+from tunesmith.commands import datasets
 
 JOB = "/v1/fine_tuning/jobs/ftjob-1"
 DONE = job("succeeded", fine_tuned_model="ft:tiny:default:x:1")
@@ -194,6 +196,62 @@ def test_train_sends_what_was_said_and_nothing_else(gateway: FakeGateway) -> Non
         usual | {"base_precision": "int8"},
         usual | {"base_precision": "fp32"} | said,
     ]
+
+
+def uploads(gateway: FakeGateway) -> list[str]:
+    """Answers uploads with file-1, file-2, …; returns the names they will have been sent under."""
+    names: list[str] = []
+    dataset = {"format": "instruction", "rows": 1, "duplicates": 0, "warnings": []}
+
+    def stored(_: dict[str, Any]) -> Answer:
+        names.append(gateway.forms[-1].partition(b'filename="')[2].partition(b'"')[0].decode())
+        return 200, {"id": f"file-{len(names)}", "filename": names[-1], "dataset": dataset}
+
+    gateway.answers["POST /v1/files"] = stored
+    return names
+
+
+def test_train_takes_several_files_and_uploads_each_in_order(gateway: FakeGateway, tmp_path: Path) -> None:
+    names = uploads(gateway)
+    gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued"))
+    gateway.answers["POST /v1/fine_tuning/estimates"] = error(400, "no", "invalid_request")
+    a, b, held = (tmp_path / f"{name}.jsonl" for name in ("a", "b", "held"))
+    for path in (a, b, held):
+        path.write_text("{}\n")
+    skip = ("--on-bad-rows", "skip")
+    code, out, err = run(gateway, "train", str(b), "file-9", str(a), "--validation", str(held), *skip)
+    assert (code, out) == (0, "ftjob-1\n")
+    assert err.splitlines() == [f"{name}.jsonl: 1 instruction rows, 0 duplicates" for name in ("b", "a", "held")]
+    assert names == ["b.jsonl", "a.jsonl", "held.jsonl"]
+    assert all(b'name="on_bad_rows"\r\n\r\nskip\r\n' in form for form in gateway.forms)
+    body = gateway.bodies[-1][1]
+    assert (body["training_files"], body["validation_file"]) == (["file-1", "file-9", "file-2"], "file-3")
+    assert "training_file" not in body
+    assert run(gateway, "train", str(a))[0] == 0
+    assert b"on_bad_rows" not in gateway.forms[-1]
+    assert "training_files" not in gateway.bodies[-1][1]
+    run(gateway, "estimate", str(a), str(b))
+    assert gateway.bodies[-1][1]["training_files"] == ["file-5", "file-6"]
+
+
+def test_what_train_cannot_take_is_told_before_anything_is_uploaded(gateway: FakeGateway, tmp_path: Path) -> None:
+    a, missing = tmp_path / "a.jsonl", tmp_path / "none.jsonl"
+    a.write_text("{}\n")
+    said = (1, "", f"error: [Errno 2] No such file or directory: '{missing}'\n")
+    assert run(gateway, "train", str(a), str(missing)) == run(gateway, "train", str(a), "--validation", str(missing))
+    assert run(gateway, "train", str(a), str(missing)) == said
+    code, _, err = run(gateway, "train", *[str(a)] * 17)
+    assert (code, "a job takes at most 16 files, not 17" in err) == (2, True)
+    # A validation file is none of them.
+    code, _, err = run(gateway, "train", *[str(a)] * 16, "--validation", str(missing))
+    assert (code, err) == (1, said[2])
+    code, _, err = run(gateway, "train", "file-1", "--on-bad-rows", "skip")
+    assert (code, "--on-bad-rows is for files that are uploaded" in " ".join(err.split())) == (2, True)
+    assert (run(gateway, "train")[0], gateway.bodies) == (2, [])
+
+
+def test_the_command_line_knows_how_many_files_a_job_takes() -> None:
+    assert datasets.MOST_FILES == MAX_TRAINING_FILES
 
 
 def test_train_and_wait_in_one(gateway: FakeGateway) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.commands import files
-from tunesmith.commands.options import DEFAULT_BASE, AsJson
+from tunesmith.commands import datasets
+from tunesmith.commands.options import DEFAULT_BASE, AsJson, BadRows, Datasets, OnBadRows
 
 Dataset = Annotated[str, typer.Argument(metavar="FILE", help="A dataset to upload, or the id of one (file-…).")]
 Model = Annotated[str, typer.Option(help="Base model.")]
@@ -18,13 +18,16 @@ def preview(
     model: Model = DEFAULT_BASE,
     rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows.")] = 3,
     max_length: Annotated[int, typer.Option(min=8)] = 512,
+    on_bad_rows: BadRows = OnBadRows.REFUSE,
     json: AsJson = False,
 ) -> None:
     """Show rows as the model will be given them; supervised text is green, or between »« where there is no colour."""
     from tunesmith.output import say, session, show_json
 
     with session(timeout=600) as client:
-        answer = client.preview(files.file_id(client, file), model=model, limit=rows, max_length=max_length)
+        (dataset,) = datasets.find([file], on_bad_rows).training
+        shown = datasets.file_id(client, dataset, on_bad_rows)
+        answer = client.preview(shown, model=model, limit=rows, max_length=max_length)
     if json:
         show_json(answer)
         return
@@ -49,18 +52,19 @@ def _marked(piece: dict[str, Any]) -> str:
 
 
 def estimate(
-    file: Dataset,
+    files: Datasets,
     model: Model = DEFAULT_BASE,
     epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
     precision: Annotated[str, typer.Option(help="How the base is held: int8, nf4, bf16, fp16, fp32.")] = "int8",
     preset: Annotated[str, typer.Option(help="reference or recommended.")] = "reference",
+    on_bad_rows: BadRows = OnBadRows.REFUSE,
     json: AsJson = False,
 ) -> None:
     """Say what a job would take: steps, tokens, and, once a job of its kind has finished here, minutes and memory."""
     from tunesmith.output import session, show_json
 
     with session(timeout=600) as client:
-        body: dict[str, Any] = {"model": model, "training_file": files.file_id(client, file)}
+        body = {"model": model, **datasets.files_of_job(client, datasets.find(files, on_bad_rows), on_bad_rows)}
         body |= {"base_precision": precision, "preset": preset}
         answer = client.estimate(body | ({"hyperparameters": {"n_epochs": epochs}} if epochs else {}))
     if json:

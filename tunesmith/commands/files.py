@@ -1,22 +1,14 @@
 """`upload` and `files`: datasets on the server."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tunesmith.commands import options
-from tunesmith.commands.options import AsJson
+from tunesmith.commands import datasets, options
+from tunesmith.commands.options import AsJson, BadRows, OnBadRows
 
 group = options.group("List and delete datasets.")
-
-
-class OnBadRows(StrEnum):
-    """What becomes of a file with rows that cannot be learnt."""
-
-    REFUSE = "refuse"
-    SKIP = "skip"
 
 
 FileId = Annotated[str, typer.Argument(metavar="FILE", help="file-…")]
@@ -24,7 +16,7 @@ FileId = Annotated[str, typer.Argument(metavar="FILE", help="file-…")]
 
 def upload(
     file: Annotated[Path, typer.Argument(help="JSON lines, a JSON array, CSV or Parquet.")],
-    on_bad_rows: Annotated[OnBadRows, typer.Option(help="Refuse the file, or leave such rows out.")] = OnBadRows.REFUSE,
+    on_bad_rows: BadRows = OnBadRows.REFUSE,
     json: AsJson = False,
 ) -> None:
     """Upload a dataset; every row is checked. Prints the file's id."""
@@ -35,7 +27,7 @@ def upload(
     if json:
         show_json(answer)
         return
-    describe(answer)
+    datasets.describe(answer)
     print(answer["id"])
 
 
@@ -64,23 +56,3 @@ def delete_file(file: FileId, json: AsJson = False) -> None:
         show_json(answer)
     else:
         print(answer["id"])
-
-
-def file_id(client: Any, named: str) -> str:
-    """The id of a dataset that is on the server, or of a file that is uploaded for the purpose."""
-    path = Path(named)
-    if named.startswith("file-") and not path.exists():
-        return named
-    answer = client.upload(path)
-    describe(answer)
-    return str(answer["id"])
-
-
-def describe(file: dict[str, Any]) -> None:
-    """What is in a dataset, and the advice about it, on stderr."""
-    from tunesmith.output import plain, say
-
-    dataset = file["dataset"]
-    say(f"{plain(file['filename'])}: {dataset['rows']} {dataset['format']} rows, {dataset['duplicates']} duplicates")
-    for warning in dataset["warnings"]:
-        say(f"warning: {plain(warning)}")

@@ -5,14 +5,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tunesmith.commands import files, options
-from tunesmith.commands.options import DEFAULT_BASE, AsJson, JobId, Timeout
+from tunesmith.commands import datasets, options
+from tunesmith.commands.options import DEFAULT_BASE, AsJson, BadRows, Datasets, JobId, OnBadRows, Timeout
 
 group = options.group("List, show, watch and steer fine-tuning jobs.")
 
 
 def train(
-    file: Annotated[str, typer.Argument(help="A dataset to upload, or the id of one (file-…).")],
+    files: Datasets,
     model: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
     validation: Annotated[str | None, typer.Option(help="Held-out dataset: a file or an id.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
@@ -22,6 +22,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after so many optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
+    on_bad_rows: BadRows = OnBadRows.REFUSE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, as 'tunesmith wait' does.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -29,11 +30,11 @@ def train(
     from tunesmith.output import plain, say, session, show_json
 
     with session(timeout=600) as client:
+        named = datasets.find(files, on_bad_rows, validation)
         hyperparameters = {"n_epochs": epochs, "learning_rate": learning_rate, "max_steps": max_steps}
         body = {
             "model": model,
-            "training_file": files.file_id(client, file),
-            "validation_file": files.file_id(client, validation) if validation else None,
+            **datasets.files_of_job(client, named, on_bad_rows),
             "suffix": suffix,
             "seed": seed,
             "base_precision": precision,

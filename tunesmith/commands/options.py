@@ -1,9 +1,18 @@
 """Arguments and options that several commands share."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class OnBadRows(StrEnum):
+    """What becomes of a file with rows that cannot be learnt."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="ftjob-…")]
@@ -12,6 +21,10 @@ Timeout = Annotated[float | None, typer.Option(help="Stop waiting after so many 
 Adapter = Annotated[str | None, typer.Option(help="A fine-tuned model or checkpoint; the base if unsaid.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
 Temperature = Annotated[float | None, typer.Option(help="Sample; greedy if unsaid.")]
+Datasets = Annotated[
+    list[str], typer.Argument(metavar="FILE…", help="Datasets to upload, or ids (file-…); trained on as one.")
+]
+BadRows = Annotated[OnBadRows, typer.Option(help="Refuse a file with bad rows, or leave such rows out.")]
 DEFAULT_HOME = Path(".tunesmith")
 DEFAULT_BASE = "smollm2-135m-instruct"
 
