@@ -31,7 +31,7 @@ const weather = tool({
   inputSchema: z.object({ city: z.enum(["Oslo", "Rome"]), days: z.union([z.literal(1), z.literal(2)]) }),
   execute: async ({ city, days }) => `${days} degrees in ${city}`,
 });
-for (const model of [compatible(BASE), openai.chat(BASE)]) {
+for (const model of [compatible(BASE), openai.chat(BASE), openai(BASE)]) {
   const settings = {
     model, temperature: 0, maxRetries: 0, maxOutputTokens: 200, tools: { weather }, stopWhen: stepCountIs(2),
     providerOptions: { openai: { parallelToolCalls: false }, tunesmith: { parallel_tool_calls: false } },
