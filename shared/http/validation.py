@@ -24,6 +24,7 @@ _WORDS = {
     "dataclass_type": "Input should be an object",
     "is_instance_of": "Input is of the wrong type",
 }
+_SHOULD_BE = "Input should be "
 _WITHIN = "within"
 
 
@@ -37,13 +38,13 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
 
     The offending value is not echoed: it may be NaN, a lone surrogate or a secret.
     """
-    first, location = _furthest([(each, *_written(each, error.body)) for each in error.errors()])
+    first, location, others = _furthest([(each, *_written(each, error.body)) for each in error.errors()])
     if first["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     if first["type"] in _UNKNOWN:
         return _unknown_field(_plain(location[:-1]), location[-1])
     field = ".".join(_plain(location)) or None
-    message = _WORDS.get(first["type"]) or str(first["msg"]).removeprefix("Value error, ")
+    message = _message([first, *others])
     return InvalidRequest(f"{field}: {message}" if field else message, param=field)
 
 
@@ -65,14 +66,30 @@ def _written(error: Any, body: Any) -> tuple[list[str], tuple[Any, ...] | None]:
     return written + [str(step) for step in error.get("ctx", {}).get(_WITHIN, ())], union
 
 
-def _furthest(errors: Sequence[tuple[Any, list[str], tuple[Any, ...] | None]]) -> tuple[Any, list[str]]:
-    """The first error; of a union's, that of the branch that fits furthest into what was sent."""
+def _furthest(
+    errors: Sequence[tuple[Any, list[str], tuple[Any, ...] | None]],
+) -> tuple[Any, list[str], list[Any]]:
+    """The first error, its place, and the others there; of a union, that of the branch that fits furthest."""
     first, location, union = errors[0]
     if union is None or first["type"] in _UNKNOWN:
-        return first, location
+        return first, location, []
     of_union = [(each, place) for each, place, _ in errors if each["loc"][: len(union)] == union]
     # What is of another type altogether fits least.
-    return max(of_union, key=lambda each: (len(each[1]), not each[0]["type"].endswith("_type")))
+    best, location = max(of_union, key=lambda each: (len(each[1]), not each[0]["type"].endswith("_type")))
+    return best, location, [each for each, place in of_union if place == location and each is not best]
+
+
+def _message(errors: Sequence[Any]) -> str:
+    """What is wrong in one place; of a union all that it might have been."""
+    messages = [_WORDS.get(each["type"]) or str(each["msg"]).removeprefix("Value error, ") for each in errors]
+    might = dict.fromkeys(
+        message.removeprefix(_SHOULD_BE).partition(", unable to parse")[0]
+        for message in messages
+        if message.startswith(_SHOULD_BE)
+    )
+    if len(might) < 2 or not messages[0].startswith(_SHOULD_BE):
+        return messages[0]
+    return _SHOULD_BE + (", or " if any(" or " in each for each in might) else " or ").join(might)
 
 
 def _plain(location: Sequence[str]) -> list[str]:
