@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from tunesmith.client import ApiError, Client
 from tunesmith.connection import NoConnection, find
+from tunesmith.hub_files import HubError
 from tunesmith.wait import Exit
 
 
@@ -59,5 +60,7 @@ def session(timeout: float = 60) -> Iterator[Client]:
     except ApiError as error:
         where = f" [{error.param}]" if error.param and error.param not in error.message else ""
         fail(error.message + where, Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
+    except HubError as error:
+        fail(plain(error), Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
     except OSError as error:
         fail(str(error))

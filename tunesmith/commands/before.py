@@ -7,8 +7,11 @@ import typer
 
 from tunesmith.commands import datasets
 from tunesmith.commands.options import DEFAULT_BASE, AsJson, BadRows, Datasets, OnBadRows
+from tunesmith.hub_files import FORM
 
-Dataset = Annotated[str, typer.Argument(metavar="FILE", help="A dataset to upload, or the id of one (file-…).")]
+Dataset = Annotated[
+    str, typer.Argument(metavar="FILE", help=f"A dataset to upload, the id of one (file-…), or {FORM}.")
+]
 Model = Annotated[str, typer.Option(help="Base model.")]
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
@@ -25,8 +28,10 @@ def preview(
     from tunesmith.output import say, session, show_json
 
     with session(timeout=600) as client:
-        (dataset,) = datasets.find([file], on_bad_rows).training
-        shown = datasets.file_id(client, dataset, on_bad_rows)
+        first, *others = datasets.find([file], on_bad_rows).training
+        if others:
+            say(f"the first of {len(others) + 1} files is shown")
+        shown = datasets.file_id(client, first, on_bad_rows)
         answer = client.preview(shown, model=model, limit=rows, max_length=max_length)
     if json:
         show_json(answer)

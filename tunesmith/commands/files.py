@@ -1,12 +1,12 @@
 """`upload` and `files`: datasets on the server."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunesmith.commands import datasets, options
 from tunesmith.commands.options import AsJson, BadRows, OnBadRows
+from tunesmith.hub_files import FORM, PREFIX
 
 group = options.group("List and delete datasets.")
 
@@ -15,20 +15,25 @@ FileId = Annotated[str, typer.Argument(metavar="FILE", help="file-…")]
 
 
 def upload(
-    file: Annotated[Path, typer.Argument(help="JSON lines, a JSON array, CSV or Parquet.")],
+    file: Annotated[str, typer.Argument(help=f"JSON lines, a JSON array, CSV or Parquet; or {FORM}.")],
     on_bad_rows: BadRows = OnBadRows.REFUSE,
     json: AsJson = False,
 ) -> None:
-    """Upload a dataset; every row is checked. Prints the file's id."""
+    """Upload a dataset; every row is checked. Prints the file's id; of a dataset of the hub each file's, a line each.
+
+    With --json such a dataset is a list.
+    """
     from tunesmith.output import session, show_json
 
     with session(timeout=600) as client:
-        answer = client.upload(file, on_bad_rows.value)
+        answers = []
+        for path in datasets.files_to_upload(file):
+            answers.append(client.upload(path, on_bad_rows.value))
+            if not json:
+                datasets.describe(answers[-1])
+                print(answers[-1]["id"], flush=True)
     if json:
-        show_json(answer)
-        return
-    datasets.describe(answer)
-    print(answer["id"])
+        show_json(answers if file.startswith(PREFIX) else answers[0])
 
 
 @group.command("list")

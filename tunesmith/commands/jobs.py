@@ -14,7 +14,7 @@ group = options.group("List, show, watch and steer fine-tuning jobs.")
 def train(
     files: Datasets,
     model: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
-    validation: Annotated[str | None, typer.Option(help="Held-out dataset: a file or an id.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Held-out dataset: a file, an id, or hf:…")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
     precision: Annotated[str, typer.Option(help="How the base is held: int8, nf4, bf16, fp16, fp32.")] = "int8",
     preset: Annotated[str, typer.Option(help="reference or recommended.")] = "reference",

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.hub_files import FORM
+
 
 class OnBadRows(StrEnum):
     """What becomes of a file with rows that cannot be learnt."""
@@ -22,7 +24,7 @@ Adapter = Annotated[str | None, typer.Option(help="A fine-tuned model or checkpo
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
 Temperature = Annotated[float | None, typer.Option(help="Sample; greedy if unsaid.")]
 Datasets = Annotated[
-    list[str], typer.Argument(metavar="FILE…", help="Datasets to upload, or ids (file-…); trained on as one.")
+    list[str], typer.Argument(metavar="FILE…", help=f"Datasets to upload, ids (file-…), or {FORM}; trained on as one.")
 ]
 BadRows = Annotated[OnBadRows, typer.Option(help="Refuse a file with bad rows, or leave such rows out.")]
 DEFAULT_HOME = Path(".tunesmith")
