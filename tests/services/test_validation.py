@@ -114,7 +114,18 @@ def test_errors_name_what_the_client_wrote(model: type[BaseModel], data: st.Data
     assert not INNER.search(message), message
     if param is not None:
         assert PARAM.fullmatch(param), param
-        required = {"type", "text", "refusal", "content", "role", "prompt", "messages", "model", "training_file"}
+        required = {
+            "type",
+            "text",
+            "refusal",
+            "content",
+            "role",
+            "prompt",
+            "messages",
+            "model",
+            "training_file",
+            "name",
+        }
         assert set(param.split(".")) <= written(body | {name: value}) | required, (param, value)
 
 
