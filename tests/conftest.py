@@ -24,7 +24,6 @@ ROOT = Path(__file__).parent
 SERVERS = {"postgres_url", "redis_server", "tiny_stack", "machine", "machine_of_all_tests"}
 # Those that take longest come first, so that nobody waits for one at the end.
 LONGEST_FIRST = (
-    "chaos/test_several_of_each.py",
     "chaos/test_faults.py",
     "test_journey.py",
     "test_fuzz.py",

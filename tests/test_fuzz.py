@@ -16,7 +16,7 @@ from tests.cluster import Cluster
 from tests.services.gateway.conftest import served
 
 REQUESTS, CHAINED = 550, 150
-SECONDS, CHAINED_SECONDS = 35.0, 10.0
+SECONDS, CHAINED_SECONDS = 25.0, 8.0
 
 
 def test_no_request_of_the_documents_breaks_their_word(tiny_stack: Cluster) -> None:

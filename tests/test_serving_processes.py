@@ -130,13 +130,23 @@ def test_who_leaves_the_gateway_frees_the_slot(stack: Cluster, path: str) -> Non
         assert client.post("/generate", json={"inputs": "a"}).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def undisturbed(stack: Cluster) -> list[str]:
+    """The texts of more streams than there are slots."""
+    streams = 12
+    with inference(stack) as client, ThreadPoolExecutor(streams) as pool:
+        texts = list(pool.map(lambda number: streamed(stack, client, number), range(streams)))
+    assert len(set(texts)) > streams // 2
+    return texts
+
+
 @pytest.mark.parametrize("way", ["direct", "gateway"])
-def test_sigterm_lets_what_runs_and_what_waits_finish(stack: Cluster, http: httpx.Client, way: str) -> None:
-    """More streams than slots: some wait in the queue when the signal comes."""
-    server, streams, begun = stack.inference[0], 12, list[int]()
+def test_sigterm_lets_what_runs_and_what_waits_finish(
+    stack: Cluster, http: httpx.Client, undisturbed: list[str], way: str
+) -> None:
+    """Some wait in the queue when the signal comes."""
+    server, streams, begun = stack.inference[0], len(undisturbed), list[int]()
     with inference(stack) if way == "direct" else stack.client() as client, ThreadPoolExecutor(streams) as pool:
-        undisturbed = list(pool.map(lambda number: streamed(stack, client, number), range(streams)))
-        assert len(set(undisturbed)) > streams // 2
         futures = [pool.submit(streamed, stack, client, number, begun) for number in range(streams)]
 
         def everybody_is_in() -> bool:

@@ -7,6 +7,7 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,24 @@ def taken_apart(line: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", line).lower()
 
 
+@cache
+def texts_taken_apart() -> dict[str, list[str]]:
+    """All texts, once for all patterns."""
+    return {name: [taken_apart(line) for line in lines] for name, lines in TEXTS.items()}
+
+
 def uses(pattern: str) -> list[str]:
     """Where it stands; line 0 is the file's own name."""
+    texts = texts_taken_apart() if pattern in WORDS else TEXTS
     words = re.compile(rf"(?<![a-z])(?:{pattern})(?![a-z])") if pattern in WORDS else re.compile(pattern)
     found = []
-    for name, lines in TEXTS.items():
+    for name, lines in texts.items():
         if not name.startswith(ONLY_IN.get(pattern, "")):
             continue
         for number, line in enumerate(lines):
-            for match in words.finditer(taken_apart(line) if pattern in WORDS else line):
+            for match in words.finditer(line):
                 if (name, match[0]) not in KEPT:
-                    found.append(f"{name}:{number}: {line.strip()[:100]}")
+                    found.append(f"{name}:{number}: {TEXTS[name][number].strip()[:100]}")
     return found
 
 

@@ -51,8 +51,8 @@ ON_POSTGRESQL = "postgresql"
 
 @pytest.fixture(scope="module", params=["sqlite", ON_POSTGRESQL])
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    if request.param != ON_POSTGRESQL and not rounds(request.config):
-        pytest.skip("SQLite under several workers: make chaos")
+    if not rounds(request.config):
+        pytest.skip("several of each: make chaos")
     folder = tmp_path_factory.mktemp("several")
     with ExitStack() as stack, Processes(folder) as processes:
         postgres = stack.enter_context(running_postgres()) if request.param == "postgresql" else None

@@ -29,7 +29,7 @@ from shared.storage.manifests import Manifest
 from tests.services.inference.adapters_on_disk import EVERYTHING, greedy, publish
 from tests.services.inference.harness import Tiny
 
-ADAPTERS, REQUESTS, CLIENTS, TOKENS = 32, 2200, 24, 8
+ADAPTERS, REQUESTS, CLIENTS, TOKENS = 32, 1200, 24, 8
 PROMPTS = ("def f(x): return x", "What does json.dumps do?", "a")
 WEIGHTS = "adapter_model.safetensors"
 
