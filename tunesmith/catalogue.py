@@ -4,9 +4,11 @@ The rule: the catalogue is the file `TUNESMITH_CATALOGUE` names; else `catalogue
 there; else the built-in list.
 """
 
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.plan import CHECKOUT, check_checkout, environment, python
@@ -16,14 +18,17 @@ class CatalogueError(Exception):
     """The catalogue could not be changed, or a base not prepared; the message says why."""
 
 
-def add(home: Path, environ: Mapping[str, str], name: str, source: str, aliases: Sequence[str]) -> tuple[Path, str]:
+def add(
+    home: Path, environ: Mapping[str, str], name: str, source: str, aliases: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
     """Add a base model to the installation's catalogue.
 
     Args:
-        source: `hub:<repo>`, `hub:<repo>@<branch, tag or commit>`, `folder:<path>` or `package:<package>/<file>.gguf`.
+        source: `hub:<repo>`, `hub:<repo>@<branch, tag or commit>`, `folder:<path>` or `package:<package>/<file>.gguf`;
+            empty if `name` says it, as that of a known model or of the hub's repository.
 
     Returns:
-        The catalogue's file, and the source as it is written there: pinned to a commit, or a full path.
+        The catalogue's file; and `id`, `source` and `aliases` as they are written there, pinned to a commit or a path.
 
     Raises:
         CatalogueError: the name is taken, or the source is not there.
@@ -34,7 +39,18 @@ def add(home: Path, environ: Mapping[str, str], name: str, source: str, aliases:
     if source.startswith("folder:"):
         # The child runs in another folder than the user's.
         source = "folder:" + str(Path(source.removeprefix("folder:")).absolute())
-    return path, _run(place, environ, "shared.bases.catalogue_entry", str(path), name, source, *aliases)
+    entry = _run(place, environ, "shared.bases.catalogue_entry", str(path), name, source, *aliases)
+    return path, json.loads(entry)
+
+
+def known(home: Path, environ: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Models that can be added by name: `id`, `repo`, `parameters` and whether they are `gated`.
+
+    Raises:
+        CannotPlan: this is no checkout.
+    """
+    found: list[dict[str, Any]] = json.loads(_run(Home(home), environ, "shared.bases.known_models"))
+    return found
 
 
 def prepare(home: Path, environ: Mapping[str, str], name: str) -> str:

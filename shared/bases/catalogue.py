@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from shared.bases.known_models import known_model
 from shared.errors import InvalidRequest, NotFound, TunesmithError
 from shared.frozen import Frozen, ModuleName
 from shared.jobs.spec import BasePrecision
@@ -72,8 +73,12 @@ class Catalogue:
         """
         base = self._by_name.get(name)
         if base is None:
-            known = ", ".join(b.id for b in self.bases)
-            raise NotFound(f"no base model {name[:100]!r} in the catalogue; there are: {known}", code="model_not_found")
+            there = ", ".join(b.id for b in self.bases)
+            addable = known_model(name)
+            how = f"; whoever runs this server can add it: tunesmith models add {addable.id}" if addable else ""
+            raise NotFound(
+                f"no base model {name[:100]!r} in the catalogue; there are: {there}{how}", code="model_not_found"
+            )
         return base
 
     def get_for_job(self, name: str) -> Base:

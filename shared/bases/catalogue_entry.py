@@ -1,7 +1,9 @@
-"""`python -m shared.bases.catalogue_entry FILE ID SOURCE [ALIAS…]`: add one base model to a catalogue file.
+"""`python -m shared.bases.catalogue_entry FILE NAME SOURCE [ALIAS…]`: add one base model to a catalogue file.
+
+An empty SOURCE takes a known model by its id or repository, or any repository of the hub by its name.
 
 A file that is not there yet begins as a copy of the built-in list, so that it is always the whole truth. Prints the
-source as it was written: a hub's branch becomes the commit it stands for now.
+entry as JSON: a hub's branch has become the commit it stands for now.
 """
 
 import fcntl
@@ -18,9 +20,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from shared.bases.catalogue import BUILT_IN, Base, parse_catalogue
+from shared.bases.known_models import known_model
 from shared.errors import TunesmithError
 
 _HUB = re.compile(r"hub:(?P<repo>[^@\s]+)(@(?P<revision>\S+))?")
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,6 +46,27 @@ def as_toml(base: Base) -> str:
     fields = base.model_dump(exclude_unset=True)
     lines = [f"{name} = {_value(value)}" for name, value in fields.items() if value != ()]
     return "\n".join(["[[base]]", *lines]) + "\n"
+
+
+def named(name: str, source: str, aliases: tuple[str, ...]) -> Base:
+    """The entry that a name and a source ask for.
+
+    Raises:
+        TunesmithError: there is no source, and the name is neither a known model's nor a repository's.
+    """
+    if source:
+        return Base(id=name, source=pinned(source), aliases=aliases)
+    model = known_model(name)
+    if model is None and not _REPO.fullmatch(name):
+        raise TunesmithError(
+            f"{name} is no known model (tunesmith models known): say where it is with --source, or name a repository "
+            "of the hub as owner/name",
+            code="catalogue",
+        )
+    repo = model.repo if model else name
+    own = model.id if model else repo.rpartition("/")[2].lower().replace("_", "-")
+    targets = {"target_modules": model.target_modules} if model and model.target_modules else {}
+    return Base.model_validate({"id": own, "source": pinned(f"hub:{repo}"), "aliases": (repo, *aliases), **targets})
 
 
 def pinned(source: str) -> str:
@@ -106,7 +131,7 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     path, name, source, *aliases = sys.argv[1:]
     try:
-        base = Base(id=name, source=pinned(source), aliases=tuple(aliases))
+        base = named(name, source, tuple(aliases))
         add_base(Path(path), base)
     except ValidationError as error:
         first = error.errors()[0]
@@ -115,7 +140,7 @@ def main() -> int:
     except (TunesmithError, OSError, ValueError) as error:
         print(getattr(error, "message", error), file=sys.stderr)
         return 1
-    print(base.source)
+    print(json.dumps({"id": base.id, "source": base.source, "aliases": base.aliases}))
     return 0
 
 

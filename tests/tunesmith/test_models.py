@@ -66,5 +66,16 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         code, out, err = run(tmp_path, "add", name, "--source", source)
         assert (code, out) == (1, "")
         assert err.startswith(said)
+    code, out, err = run(tmp_path, "add", "no-such-model")
+    assert (code, out, err.startswith("error: no-such-model is no known model")) == (1, "", True)
     code, _, err = run(tmp_path, "prepare", "none")
     assert (code, err.startswith("error: no base model 'none' in the catalogue; there are: ")) == (1, True)
+
+
+def test_known_models_are_listed(tmp_path: Path) -> None:
+    code, out, _ = run(tmp_path, "known")
+    assert code == 0
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in out
+    code, out, _ = run(tmp_path, "known", "--json")
+    assert code == 0
+    assert {"id": "llama-3.2-1b-instruct", "gated": True}.items() <= json.loads(out)[11].items()

@@ -48,10 +48,16 @@ def delete_model(
 
 @group.command("add")
 def add_model(
-    name: Annotated[str, typer.Argument(metavar="ID", help="What jobs will call it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="What jobs will call it; without --source a known model, or a repository of the hub (owner/name).",
+        ),
+    ],
     source: Annotated[
         str, typer.Option(help="hub:REPO[@REVISION], folder:PATH (transformers' form) or package:PACKAGE/FILE.gguf.")
-    ],
+    ] = "",
     alias: Annotated[list[str] | None, typer.Option(help="Another name; may be given several times.")] = None,
     home: HomeOption = DEFAULT_HOME,
     json: AsJson = False,
@@ -64,13 +70,28 @@ def add_model(
     from tunesmith import catalogue
     from tunesmith.output import say, show_json
 
-    path, pinned = _done(lambda: catalogue.add(home, os.environ, name, source, alias or []))
-    say(f"{path}: {pinned}")
-    say(f"next: tunesmith models prepare {name}; a running stack knows it after 'tunesmith down' and 'tunesmith up'")
+    path, entry = _done(lambda: catalogue.add(home, os.environ, name, source, alias or []))
+    added = entry["id"]
+    say(f"{path}: {entry['source']}")
+    say(f"next: tunesmith models prepare {added}; a running stack knows it after 'tunesmith down' and 'tunesmith up'")
     if json:
-        show_json({"id": name, "source": pinned, "aliases": alias or [], "catalogue": str(path)})
+        show_json({**entry, "catalogue": str(path)})
     else:
-        print(name)
+        print(added)
+
+
+@group.command("known")
+def known_models(home: HomeOption = DEFAULT_HOME, json: AsJson = False) -> None:
+    """Models of the hub that 'tunesmith models add' takes by name. The gated ones need HF_TOKEN."""
+    from tunesmith import catalogue
+    from tunesmith.output import show_json, show_table
+
+    found = _done(lambda: catalogue.known(home, os.environ))
+    if json:
+        show_json(found)
+    else:
+        rows = [(m["id"], m["repo"], m["parameters"], "yes" if m["gated"] else "no") for m in found]
+        show_table(("model", "repository", "parameters", "gated"), rows)
 
 
 @group.command("prepare")
