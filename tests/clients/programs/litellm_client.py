@@ -19,6 +19,21 @@ pieces = litellm.completion(model=f"openai/{BASE}", api_base=f"{URL}/v1", api_ke
 streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
 assert streamed == reply.choices[0].message.content
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"days": {"enum": [1, 2]}}}},
+}
+offer = {**ASKED, "max_tokens": 200, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+calls = litellm.completion(model=f"openai/{BASE}", api_base=f"{URL}/v1", api_key=KEY, **offer).choices[0].message
+chunks = list(litellm.completion(model=f"openai/{BASE}", api_base=f"{URL}/v1", api_key=KEY, stream=True, **offer))
+whole = litellm.stream_chunk_builder(chunks).choices[0].message
+assert whole.tool_calls[0].function == calls.tool_calls[0].function
+answers = [{"role": "tool", "tool_call_id": call.id, "content": "4 degrees"} for call in calls.tool_calls]
+history = [*ASKED["messages"], calls.model_dump(), *answers]
+litellm.completion(
+    model=f"openai/{BASE}", api_base=f"{URL}/v1", api_key=KEY, messages=history, tools=[TOOL], max_tokens=8
+)
+
 provider = {"custom_llm_provider": "openai", "api_base": f"{URL}/v1", "api_key": KEY}
 rows = "".join(f'{{"instruction": "What is {n}?", "output": "It is {n}."}}\n' for n in range(12))
 file = litellm.create_file(file=("d.jsonl", rows.encode()), purpose="fine-tune", **provider)

@@ -1,4 +1,4 @@
-"""OpenAI's own client, as its examples use it: history, streams, batches, parsed answers."""
+"""OpenAI's own client, as its examples use it: history, streams, batches, parsed answers, tools."""
 
 import os
 from typing import Literal
@@ -44,6 +44,28 @@ else:
     parse = client.beta.chat.completions.parse
 answer = parse(model=BASE, messages=[messages[0]], response_format=Verdict, max_tokens=200, temperature=0)
 assert isinstance(answer.choices[0].message.parsed, Verdict)
+
+
+class Weather(BaseModel, extra="forbid"):
+    """The weather of a city."""
+
+    city: Literal["Oslo", "Rome"]
+    days: Literal[1, 2]
+
+
+offer = {"model": BASE, "max_tokens": 200, "temperature": 0, "tools": [openai.pydantic_function_tool(Weather)]}
+must = {"tool_choice": "required", "parallel_tool_calls": False}
+calling = parse(messages=[messages[0]], **offer, **must).choices[0].message
+assert isinstance(calling.tool_calls[0].function.parsed_arguments, Weather)
+streams = client.chat.completions if int(openai.__version__.split(".")[0]) >= 2 else client.beta.chat.completions
+with streams.stream(messages=[messages[0]], **offer, **must) as stream:
+    kinds = {event.type for event in stream}
+    streamed = stream.get_final_completion().choices[0].message
+assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+assert streamed.tool_calls[0].function == calling.tool_calls[0].function
+result = {"role": "tool", "tool_call_id": calling.tool_calls[0].id, "content": "4 degrees"}
+told = client.chat.completions.create(messages=[messages[0], calling, result], **offer)
+assert told.choices[0].message.role == "assistant"
 
 if hasattr(client, "responses"):
     said = client.responses.create(
