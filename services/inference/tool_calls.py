@@ -24,6 +24,8 @@ _NAME, _ARGUMENTS = "name_of_a_function", {"argument_of_it": 1}
 _ID = "call00001"
 _WORD = "zqx"
 _MOST_CALLS = 16
+# No function can have this name.
+ANY = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Tools:
     Attributes:
         functions: as templates write them, `{"type": "function", "function": {"name", "parameters", …}}`.
         strict: names of those whose schema is followed to the letter or refused.
-        must: a call must come: `any` function, or the one of this name; None leaves it to the model.
+        must: a call must come: of `ANY` function, or of the one of this name; None leaves it to the model.
         parallel: whether there may be several calls.
         otherwise: a JSON schema of the text that stands in place of calls; None is any text.
     """
@@ -108,7 +110,7 @@ class CallForm:
 
     def _call(self, tools: Tools, before: str | None = None) -> str:
         functions = [each["function"] for each in tools.functions]
-        if tools.must not in (None, "any"):
+        if tools.must not in (None, ANY):
             functions = [function for function in functions if function["name"] == tools.must]
         options = []
         for function in functions:

@@ -126,6 +126,13 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
     functions: NotBuilt = None
     function_call: Annotated[Any, Only("none", "auto")] = None
 
+    @property
+    def chosen_function(self) -> str | None:
+        """The one function that must be called, if it is named."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.function.name
+        return None if self.tool_choice in (None, "none", "auto", "required") else self.tool_choice
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -137,7 +144,7 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise PydanticCustomError("same_name", "two functions have one name", named("tools"))
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+        if self.chosen_function is not None and self.chosen_function not in names:
             raise PydanticCustomError("no_such_tool", "there is no such function in tools", named("tool_choice"))
         return self
 

@@ -47,14 +47,15 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    """The one function that must be called."""
+    """The one function that must be called; huggingface_hub's own class has no `type`."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: NamedFunction
 
 
 Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+# A bare name is text-generation-inference's form.
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | FunctionName
 
 
 class CalledFunctionJson(BaseModel):

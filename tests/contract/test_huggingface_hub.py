@@ -1,10 +1,12 @@
 """huggingface_hub's own client, unmodified, against the running stack: base, adapter, checkpoint, also streamed."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
-from huggingface_hub import InferenceClient
+from huggingface_hub import ChatCompletionInputFunctionName, ChatCompletionInputToolChoiceClass, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, UnknownError
 from huggingface_hub.errors import ValidationError as HubValidationError
 
@@ -64,6 +66,23 @@ def test_chat_completion(hub: InferenceClient, model: str | None) -> None:
     stream = list(hub.chat_completion(MESSAGES, model=model, max_tokens=12, temperature=0, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == whole.choices[0].finish_reason
+
+
+def test_tools(hub: InferenceClient) -> None:
+    """Its own class for the choice of a function has no type."""
+    days = {"type": "object", "properties": {"days": {"enum": [1, 2]}}, "required": ["days"]}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": days}}
+    choice = ChatCompletionInputToolChoiceClass(function=ChatCompletionInputFunctionName(name="weather"))
+    asked: dict[str, Any] = {"tools": [tool], "tool_choice": choice, "max_tokens": 150, "temperature": 0}
+    message = hub.chat_completion(MESSAGES, **asked).choices[0].message
+    assert message.tool_calls is not None
+    [call] = message.tool_calls
+    assert json.loads(call.function.arguments)["days"] in (1, 2)
+    pieces = [piece.choices[0].delta for piece in hub.chat_completion(MESSAGES, stream=True, **asked)]
+    written = "".join(part.function.arguments for piece in pieces for part in piece.tool_calls or [])
+    assert written == call.function.arguments
+    told = [*MESSAGES, message, {"role": "tool", "tool_call_id": call.id, "content": "4"}]
+    assert hub.chat_completion(told, max_tokens=5).choices[0].message.role == "assistant"
 
 
 def test_what_is_wrong_has_the_clients_own_errors(hub: InferenceClient, server: Server) -> None:

@@ -14,7 +14,7 @@ from services.inference.routes.openai_chat import ChatDialect
 from services.inference.routes.openai_completion import CompletionDialect
 from services.inference.routes.respond import respond
 from services.inference.serving import ServedBase, Serving
-from services.inference.tool_calls import Tools
+from services.inference.tool_calls import ANY, Tools
 from shared.errors import InvalidRequest
 from shared.inference_api.administration import ServedModelJson, ServedModelListJson
 from shared.inference_api.documented import CHAT_ANSWERS, COMPLETION_ANSWERS
@@ -27,7 +27,6 @@ from shared.inference_api.openai import (
     ChatCompletionBody,
     CompletionBody,
 )
-from shared.inference_api.tools import NamedTool
 
 CHAT_NEW_TOKENS, COMPLETION_NEW_TOKENS = 512, 16
 
@@ -134,14 +133,12 @@ def _tools(body: ChatCompletionBody, otherwise: GrammarText | None) -> Tools | N
     """What may be called; nothing is offered if nothing may."""
     if not body.tools or body.tool_choice == "none":
         return None
-    must = {"required": "any"}.get(body.tool_choice) if isinstance(body.tool_choice, str) else None
-    if isinstance(body.tool_choice, NamedTool):
-        must = body.tool_choice.function.name
+    must = ANY if body.tool_choice == "required" else body.chosen_function
     return Tools(
         [tool.written for tool in body.tools],
         frozenset(tool.function.name for tool in body.tools if tool.function.strict),
         must,
-        parallel=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
+        parallel=body.parallel_tool_calls is not False and body.chosen_function is None,
         otherwise=otherwise,
     )
 

@@ -87,6 +87,17 @@ def test_a_call_that_must_come_comes(server: Server, adapters: list[str]) -> Non
     assert names == {"weather", "now"}
 
 
+def test_a_function_is_named_as_every_client_does(server: Server) -> None:
+    """huggingface_hub leaves the type out, text-generation-inference's client sends the bare name; so may `any`."""
+    functions = [*BOTH, offered("any", NOW)]
+    for name in ("now", "any"):
+        for choice in ({"type": "function", "function": {"name": name}}, {"function": {"name": name}}, name):
+            answer = chat(server, tools=functions, tool_choice=choice, seed=1, **LONG)["choices"][0]
+            [call] = answer["message"]["tool_calls"]
+            assert call["function"] == {"name": name, "arguments": call["function"]["arguments"]}
+    assert refused(server, tool_choice="weathe") == ("tool_choice", "invalid_request")
+
+
 def test_arguments_are_those_that_the_function_lists(server: Server) -> None:
     """Most clients leave `additionalProperties` out; a random model would then go on with names of its own."""
     place = {name: value for name, value in WEATHER.items() if name != "additionalProperties"}
