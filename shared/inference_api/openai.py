@@ -42,7 +42,15 @@ from shared.inference_api.other_servers import (
 )
 from shared.inference_api.prompting import PromptingFields
 from shared.inference_api.structured import ResponseFormat
-from shared.inference_api.tools import NamedTool, ToolCallDeltaJson, ToolCallJson, ToolChoice, Tools
+from shared.inference_api.tools import (
+    AllowedTools,
+    NamedTool,
+    ToolBody,
+    ToolCallDeltaJson,
+    ToolCallJson,
+    ToolChoice,
+    Tools,
+)
 
 CHAT_COMPLETIONS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What clients send as `model` when they mean whatever the server has (huggingface_hub, text-generation-inference).
@@ -131,7 +139,24 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
         """The one function that must be called, if it is named."""
         if isinstance(self.tool_choice, NamedTool):
             return self.tool_choice.function.name
-        return None if self.tool_choice in (None, "none", "auto", "required") else self.tool_choice
+        if isinstance(self.tool_choice, AllowedTools) or self.tool_choice in (None, "none", "auto", "required"):
+            return None
+        return self.tool_choice
+
+    @property
+    def must_call(self) -> bool:
+        """Whether a call must come, of whichever function."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice == "required"
+
+    @property
+    def offered_tools(self) -> list[ToolBody]:
+        """The tools that may be called."""
+        tools = self.tools or []
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in tools if tool.function.name in self.tool_choice.names]
+        return [] if self.tool_choice == "none" else tools
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -144,7 +169,10 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise PydanticCustomError("same_name", "two functions have one name", named("tools"))
-        if self.chosen_function is not None and self.chosen_function not in names:
+        chosen = {self.chosen_function} - {None}
+        if isinstance(self.tool_choice, AllowedTools):
+            chosen = {*self.tool_choice.names}
+        if not chosen <= set(names):
             raise PydanticCustomError("no_such_tool", "there is no such function in tools", named("tool_choice"))
         return self
 

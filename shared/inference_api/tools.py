@@ -53,9 +53,27 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class SomeTools(Body):
+    """Functions of which one may be called or must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Body):
+    """A choice among some; the others are not offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: SomeTools
+
+    @property
+    def names(self) -> set[str]:
+        return {tool.function.name for tool in self.allowed_tools.tools}
+
+
 Tools = Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)]
 # A bare name is text-generation-inference's form.
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | FunctionName
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools | FunctionName
 
 
 class CalledFunctionJson(BaseModel):

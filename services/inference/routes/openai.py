@@ -131,12 +131,12 @@ def _unheard(body: ChatCompletionBody, serving: Serving) -> list[str]:
 
 def _tools(body: ChatCompletionBody, otherwise: GrammarText | None) -> Tools | None:
     """What may be called; nothing is offered if nothing may."""
-    if not body.tools or body.tool_choice == "none":
+    if not body.offered_tools:
         return None
-    must = ANY if body.tool_choice == "required" else body.chosen_function
+    must = ANY if body.must_call else body.chosen_function
     return Tools(
-        [tool.written for tool in body.tools],
-        frozenset(tool.function.name for tool in body.tools if tool.function.strict),
+        [tool.written for tool in body.offered_tools],
+        frozenset(tool.function.name for tool in body.offered_tools if tool.function.strict),
         must,
         parallel=body.parallel_tool_calls is not False and body.chosen_function is None,
         otherwise=otherwise,

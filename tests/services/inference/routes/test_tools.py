@@ -98,6 +98,28 @@ def test_a_function_is_named_as_every_client_does(server: Server) -> None:
     assert refused(server, tool_choice="weathe") == ("tool_choice", "invalid_request")
 
 
+def test_some_functions_may_be_allowed(server: Server) -> None:
+    """Those that are not are not even in the prompt."""
+
+    def choice(mode: str, *names: str) -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    for seed in range(3):
+        body = {"tools": BOTH, "seed": seed, "temperature": 2, "parallel_tool_calls": False, **LONG}
+        answer = chat(server, **body, tool_choice=choice("required", "now"))
+        assert called(answer["choices"][0]) == [("now", {})]
+    alone = chat(server, tools=[BOTH[1]], tool_choice="required", max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
+    both = chat(server, tools=BOTH, temperature=0, max_tokens=5)
+    allowed = chat(server, tools=BOTH, tool_choice=choice("auto", "now", "weather"), temperature=0, max_tokens=5)
+    assert allowed["usage"] == both["usage"]
+    assert refused(server, tool_choice=choice("required", "now", "other"))[0] == "tool_choice"
+    assert refused(server, tool_choice=choice("never", "now"))[0] == "tool_choice.allowed_tools.mode"
+    assert refused(server, tool_choice=choice("auto"))[0] == "tool_choice.allowed_tools.tools"
+    assert refused(server, tools=None, tool_choice=choice("auto", "now"))[0] == "tool_choice"
+
+
 def test_arguments_are_those_that_the_function_lists(server: Server) -> None:
     """Most clients leave `additionalProperties` out; a random model would then go on with names of its own."""
     place = {name: value for name, value in WEATHER.items() if name != "additionalProperties"}
