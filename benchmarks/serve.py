@@ -148,6 +148,8 @@ def measurements(
         for adapters in (0, 1, 16):
             name = f"engine {precision} decode {CLIENTS} adapters {adapters}"
             table[name] = partial(engine.decode_speed, CLIENTS, adapters)
+        for bound in (0, 1, 8):
+            table[f"engine {precision} batch 8, with a grammar {bound}"] = partial(engine.grammar_speed, 8, bound)
     return table
 
 
@@ -173,6 +175,10 @@ def _ratios(speeds: dict[str, list[float]], precision: str) -> Json:
     def engine(rows: int, adapters: int, kind: str = "batch") -> str:
         return f"engine {precision} {kind} {rows} adapters {adapters}"
 
+    def grammar_cost(bound: int) -> float:
+        name = f"engine {precision} batch 8, with a grammar"
+        return round(1 - ratio(f"{name} {bound}", f"{name} 0"), 3)
+
     return {
         "ratios": {
             "vs_peft_swap": ratio(engine(16, 8), "peft swap"),
@@ -184,6 +190,7 @@ def _ratios(speeds: dict[str, list[float]], precision: str) -> Json:
         },
         "flatness": ratio(engine(16, 16), engine(16, 1)),
         "lora_cost": round(1 - ratio(engine(16, 1), engine(16, 0)), 3),
+        "grammar_cost": {"one_row_of_8": grammar_cost(1), "all_8": grammar_cost(8)},
         "decode_flatness": ratio(engine(16, 16, "decode"), engine(16, 1, "decode")),
         "decode_lora_cost": round(1 - ratio(engine(16, 16, "decode"), engine(16, 0, "decode")), 3),
     }
@@ -232,6 +239,7 @@ def show(result: Json) -> None:
         ("batch 16 with 16 adapters ÷ HF's 16 with one", ratios["vs_hf_batch"], 2, "≥"),
         ("flatness, 16 adapters ÷ one", result["flatness"], 0.85, "≥"),
         ("hot load r 8, p99 ms", result["hot_load_ms"]["p99"], 100, "≤"),
+        ("batch 8, all with a grammar: cost", result["grammar_cost"]["all_8"], 0.15, "≤"),
         ("p99 inter-token time during loads ÷ quiet", result["itl_ms"]["ratio_p99"], 1.3, "≤"),
     ]
     if "gateway_overhead_ms" in result:

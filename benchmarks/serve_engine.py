@@ -1,6 +1,7 @@
 """Our engine at its `submit` boundary, in this process: batches, first tokens, and loads beside running streams."""
 
 import asyncio
+import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -10,12 +11,25 @@ from typing import Any
 from benchmarks.serve_workload import Workload
 from services.inference.adapters.registry import AdapterRegistry
 from services.inference.build import assemble
-from services.inference.engine.interface import Cancelled, Event, Failed, Finished, GenerationRequest, Token
+from services.inference.engine.grammar import Grammars
+from services.inference.engine.interface import (
+    Cancelled,
+    CompiledGrammar,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    GrammarText,
+    Token,
+)
 from services.inference.precision import ServingPrecision
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 
 ROWS = 32
+# Longer than any request here asks for.
+_ITEM = {"type": "object", "properties": {"name": {"type": "string"}, "count": {"type": "integer"}}}
+SCHEMA = {"type": "array", "items": _ITEM | {"required": ["name", "count"]}, "minItems": 1000}
 
 
 @dataclass(eq=False)
@@ -53,6 +67,7 @@ class EngineBench:
         self.precision = self.serving.base.precision
         self._work = work
         self._registry: AdapterRegistry = self.serving.adapters
+        self._grammar: CompiledGrammar | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -77,9 +92,9 @@ class EngineBench:
 
         self._call(do())
 
-    def submit(self, number: int, uid: str | None, tokens: int) -> Recording:
-        recording = Recording()
-        request = GenerationRequest(self._work.prompt(number), adapter=uid, max_new_tokens=tokens, ignore_eos=True)
+    def submit(self, number: int, uid: str | None, tokens: int, grammar: CompiledGrammar | None = None) -> Recording:
+        recording, prompt = Recording(), self._work.prompt(number)
+        request = GenerationRequest(prompt, adapter=uid, max_new_tokens=tokens, ignore_eos=True, grammar=grammar)
         self.serving.engine.submit(request, recording)
         return recording
 
@@ -94,6 +109,17 @@ class EngineBench:
         started = time.perf_counter()
         self.batch(rows, adapters)
         return rows * self._work.tokens / (time.perf_counter() - started)
+
+    def grammar_speed(self, rows: int, bound: int) -> float:
+        """As `batch_speed` with one adapter, the first `bound` rows held to a JSON schema."""
+        if self._grammar is None:
+            grammars = Grammars(self._work.loaded.tokenizer, self._work.loaded.model.config.vocab_size)
+            self._grammar = self._call(grammars.compiled(GrammarText("json_schema", json.dumps(SCHEMA))))
+        tokens, started = self._work.tokens, time.perf_counter()
+        held = [self._grammar if row < bound else None for row in range(rows)]
+        for each in [self.submit(row, self._uids[0], tokens, grammar) for row, grammar in enumerate(held)]:
+            assert len(each.wait().ids) == tokens, "the form has ended too early"
+        return rows * tokens / (time.perf_counter() - started)
 
     def decode_speed(self, rows: int, adapters: int) -> float:
         """Tokens per second once all rows decode: from the last first token to the first last one."""
