@@ -1,7 +1,7 @@
 """`python -m shared.installation CHECK`: one look at what an installation needs, as one line; exit 1 if it is not so.
 
-CHECK is `catalogue`, `schema` or `torch`, which `tunesmith doctor` asks each in a process of its own, or `worker`: what
-a worker needs to claim jobs, for the health check of its container.
+CHECK is `catalogue`, `schema` or `torch`, which `tunesmith doctor` asks each in a process of its own; `device`, which a
+worker on a GPU asks before it starts; or `worker`: what it needs to claim jobs, for the health check of its container.
 """
 
 import os
@@ -36,15 +36,27 @@ def torch(settings: Settings) -> str:
     layer = bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
     if not layer(torch.ones(1, 8)).isfinite().all():
         raise TunesmithError("bitsandbytes computes nonsense")
-    cuda = torch.cuda.is_available()
-    if cuda:
+    on = device(settings)
+    if on.startswith("GPU"):
         # Its GPU library is another one, chosen by the version of CUDA.
         weight = torch.randn(64, 64, device="cuda")
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         if not torch.allclose(bitsandbytes.functional.dequantize_4bit(packed, state), weight, atol=1):
             raise TunesmithError("bitsandbytes computes nonsense on the GPU")
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return f"{torch.__version__} on {device}; bitsandbytes {bitsandbytes.__version__}"
+    return f"{torch.__version__} on {on}; bitsandbytes {bitsandbytes.__version__}"
+
+
+def device(settings: Settings) -> str:
+    import torch
+
+    from shared.bases.device import choose_device, driver_version, why_no_gpu
+
+    if choose_device(settings.device).type == "cuda":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        build = f"capability {capability}, CUDA {torch.version.cuda}, driver {driver_version()}"
+        return f"GPU {torch.cuda.get_device_name()} ({build})"
+    beside = f", though {why_no_gpu()}" if settings.device == "auto" and driver_version() else ""
+    return f"CPU, {torch.get_num_threads()} threads{beside}"
 
 
 def worker(settings: Settings) -> str:
@@ -60,6 +72,7 @@ CHECKS: dict[str, Callable[[Settings], str]] = {
     "catalogue": catalogue,
     "schema": schema,
     "torch": torch,
+    "device": device,
     "worker": worker,
 }
 

@@ -8,6 +8,8 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
 
 class Settings(BaseSettings):
     """Settings all services share, read from `TUNESMITH_*`.
@@ -20,6 +22,8 @@ class Settings(BaseSettings):
         catalogue: TOML file with the base models; the built-in list if empty.
         internal_token: bearer token between gateway and inference.
         reserve_bytes: so much of the artifacts' disk stays free: uploads and checkpoints beyond it are refused.
+        device: what training and inference compute on; `auto` takes a GPU if torch sees one, and `cuda` refuses to
+            start without.
         umask: of what is written, octal; 007 for a folder that several users of one group share.
         installation: the id that the artifacts folder must carry; for inference, which cannot ask the database.
     """
@@ -33,6 +37,7 @@ class Settings(BaseSettings):
     catalogue: Path | None = None
     internal_token: SecretStr = SecretStr("")
     installation: str = ""
+    device: DeviceChoice = "auto"
     reserve_bytes: int = Field(1 << 30, ge=0)
     umask: str = Field("077", pattern=r"^[0-7]{3,4}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

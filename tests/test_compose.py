@@ -318,13 +318,15 @@ def test_the_gpu_profile_reserves_a_gpu_and_differs_in_nothing_else() -> None:
     for name in ("trainer", "inference"):
         with_gpu = dict(gpu[f"{name}-gpu"])
         (device,) = with_gpu.pop("deploy")["resources"]["reservations"]["devices"]
-        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-        assert device["count"] == 1
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu", "compute", "utility"])
+        # By number: a count is given GPU 0 each time.
+        assert device["device_ids"] == ["0"]
+        assert with_gpu["environment"] == cpu[name]["environment"] | {"TUNESMITH_DEVICE": "cuda"}
         assert "deploy" not in cpu[name]
         indexes = [one["build"]["args"]["TORCH_INDEX"] for one in (cpu[name], with_gpu)]
         assert indexes == ["https://download.pytorch.org/whl/cpu", ""]
         different = {key for key in {*cpu[name], *with_gpu} if cpu[name].get(key) != with_gpu.get(key)}
-        assert different == {"profiles", "build"}
+        assert different == {"profiles", "build", "environment"}
 
 
 def test_only_the_gateway_is_published_and_on_loopback() -> None:

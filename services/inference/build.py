@@ -18,8 +18,9 @@ from services.inference.engine.choose_runner import choose_runner, default_preci
 from services.inference.engine.grammar import Grammars
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
-from shared.bases.base_model import LoadedBase, choose_device, compute_dtype, load_base, prepare_base
+from shared.bases.base_model import LoadedBase, compute_dtype, load_base, prepare_base
 from shared.bases.catalogue import Catalogue
+from shared.bases.device import choose_device
 from shared.datasets.templates import template_by_id
 from shared.errors import InvalidRequest
 from shared.storage.artifacts import ADAPTER_WEIGHTS, LocalArtifactStore
@@ -35,7 +36,7 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = catalogue.get(settings.base) if settings.base else catalogue.bases[0]
-    device = choose_device()
+    device = choose_device(settings.device)
     dtype = compute_dtype("auto", device)
     # Before the base is downloaded: a precision that cannot be served is refused at once.
     requested = settings.precision or default_precision(device.type)

@@ -53,10 +53,6 @@ class LoadedBase:
     megabytes: float
 
 
-def choose_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def prepare_device(device: torch.device) -> None:
     """Set what this process computes with on a device; to be called before a model does.
 

@@ -10,8 +10,9 @@ from services.trainer.recipe.metrics import measure_peak_flops
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker.loop import Worker
 from services.trainer.worker.out_of_service import FaultCount
-from shared.bases.base_model import choose_device, compute_dtype, quiet_libraries
+from shared.bases.base_model import compute_dtype, quiet_libraries
 from shared.bases.catalogue import load_catalogue
+from shared.bases.device import choose_device
 from shared.jobs.leases import Leases
 from shared.jobs.spec import BasePrecision
 from shared.jobs.worker_outages import WorkerOutages
@@ -21,11 +22,15 @@ from shared.storage.installation_id import require_own_folder
 
 
 def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faults: FaultCount) -> Worker:
-    """A worker on this process's device. Fixes torch's thread count: resumed jobs should compute as before."""
+    """A worker on this process's device. Fixes torch's thread count: resumed jobs should compute as before.
+
+    Raises:
+        TunesmithError: the settings want a GPU, and there is none.
+    """
     quiet_libraries()
     torch.set_num_threads(settings.torch_threads)
     store = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
-    device = choose_device()
+    device = choose_device(settings.device)
     database = Database(settings.sql_url)
 
     def check_folder() -> None:

@@ -6,6 +6,8 @@ device, and a replacement child is up before its supervisor times out.
 
 import mmap
 import os
+import subprocess
+import sys
 from typing import Any
 
 from celery.signals import celeryd_init, setup_logging, worker_shutting_down
@@ -37,6 +39,16 @@ def _setup_logging(**_: object) -> None:
 @celeryd_init.connect
 def _keep_files_private(**_: object) -> None:
     keep_files_private(settings.umask)
+
+
+@celeryd_init.connect
+def _refuse_to_start_without_the_gpu(**_: object) -> None:
+    """In a process of its own, for torch stays out of this one."""
+    if settings.device == "cuda":
+        command = [sys.executable, "-m", "shared.installation", "device"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(done.stderr.strip()[-1000:])
 
 
 @worker_shutting_down.connect
