@@ -128,14 +128,21 @@ def _failure(kind: Pack) -> str | None:
 
 
 def pack(layers: list[nn.Linear], precision: PackedPrecision) -> Linear:
-    """Several layers with the same input as one product, their outputs side by side."""
+    """Several layers with the same input as one product, their outputs side by side.
+
+    Where the product keeps its weights as they are, the layers' become views of them: a base is never there twice.
+    """
     weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     biases: list[torch.Tensor] = [
         torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias.detach() for layer in layers
     ]
     bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
-    return _KINDS[precision](weight, bias)
+    packed = _KINDS[precision](weight, bias)
+    if isinstance(packed, PlainLinear):
+        for layer, part in zip(layers, torch.split(weight, [layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = part
+    return packed
 
 
 class Embedding:

@@ -17,10 +17,11 @@ def evaluation_loss(model: Any, rows: Rows, token_budget: int, precision: Precis
     Raises:
         StopRequested: between two micro-batches.
     """
-    total = 0.0
+    losses: list[torch.Tensor] = []
     with torch.no_grad(), training_forward(model, dropout=False):
         for micro_batch in pack_rows(list(range(len(rows))), rows.lengths, token_budget):
             check()
             with precision.autocast():
-                total += float(loss_sum(model, pack([rows[row] for row in micro_batch], precision.device)))
-    return total / int(rows.supervised.sum())
+                losses.append(loss_sum(model, pack([rows[row] for row in micro_batch], precision.device)))
+    # Read once, and last: a GPU computes on while its work is queued.
+    return float(sum(torch.stack(losses).tolist())) / int(rows.supervised.sum())

@@ -62,15 +62,16 @@ def accumulate_gradients(model: Any, packs: Sequence[Packed], precision: Precisi
         StopRequested: between two packs.
     """
     supervised = sum(len(pack.labels) for pack in packs)
-    total = 0.0
+    losses: list[torch.Tensor] = []
     for packed in packs:
         check()
         with precision.autocast():
             loss = loss_sum(model, packed) / supervised
-        total += float(loss.detach())
+        losses.append(loss.detach())
         scaled = precision.scaler.scale(loss) if precision.scaler else loss
         torch.autograd.backward(scaled)
-    return total
+    # Read once, and last: a GPU computes on while its work is queued.
+    return float(sum(torch.stack(losses).tolist())) if losses else 0.0
 
 
 def take_step(

@@ -60,3 +60,19 @@ def test_plain_weights_do_without_onednn_where_it_raises(monkeypatch: pytest.Mon
             packed._reorders_fp32.cache_clear()
         assert isinstance(plain, PlainLinear)
         torch.testing.assert_close(plain(x), expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_that_stay_as_they_are_are_there_once(count: int) -> None:
+    """As on a GPU; in bf16, which oneDNN's layout is not for."""
+    layers = [torch.nn.Linear(8, 4 + number, dtype=torch.bfloat16) for number in range(count)]
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = torch.cat([layer(x) for layer in layers], 1)
+        plain = pack(layers, "plain")
+        assert isinstance(plain, PlainLinear)
+        torch.testing.assert_close(plain(x), expected)
+        torch.testing.assert_close(torch.cat([layer(x) for layer in layers], 1), expected)
+    storage = plain._weight.untyped_storage()
+    assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {storage.data_ptr()}
+    assert storage.nbytes() == sum(layer.weight.nbytes for layer in layers)
