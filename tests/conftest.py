@@ -1,5 +1,7 @@
 """Servers that several folders of tests use, tiers of tests, and how tests are divided among processes."""
 
+import atexit
+import os
 import random
 import signal
 import sys
@@ -9,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import hypothesis
 import pytest
 import structlog
@@ -48,11 +51,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
+    os.environ.setdefault("SSL_CERT_FILE", str(_one_certificate()))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # With tracebacks as they are: in colour, with every variable, one takes seconds.
     plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
+
+
+def _one_certificate() -> Path:
+    """A file of one root certificate: each client reads all it is given, and of all of them that takes 30 ms and more.
+
+    No test speaks TLS.
+    """
+    first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    path = Path(tempfile.gettempdir()) / f"tunesmith-test-certificate-{os.getuid()}-{os.getpid()}.pem"
+    path.write_text(first + end)
+    atexit.register(path.unlink, missing_ok=True)
+    return path
 
 
 class LogToStdout:

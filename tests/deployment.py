@@ -70,10 +70,10 @@ class Deployment:
         data = "".join(json.dumps(row) + "\n" for row in rows(count)).encode()
         return self.openai.files.create(file=("rows.jsonl", data), purpose="fine-tune").id
 
-    def create(self, hyperparameters: dict[str, Any]) -> str:
+    def create(self, hyperparameters: dict[str, Any], **more: Any) -> str:
         """An acknowledged job on the deployment's file."""
         self.file = self.file or self.upload()
-        body = {"hyperparameters": hyperparameters}
+        body = {"hyperparameters": hyperparameters, **more}
         return self.openai.fine_tuning.jobs.create(model="tiny", training_file=self.file, extra_body=body).id
 
     def generate(self, model: str | None) -> httpx.Response:

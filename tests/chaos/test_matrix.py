@@ -72,7 +72,8 @@ def test_matrix_of_torn_checkpoints(stack: Stack, file: str, tear: str, round_se
 @pytest.mark.parametrize(("action", "state"), [("cancel", State.CANCELLED), ("pause", State.PAUSED)])
 def test_matrix_of_requested_actions(stack: Stack, action: str, state: State, round_seed: int) -> None:
     deployment, moment = stack.deployment, random.Random(f"{action} {round_seed}")
-    job = deployment.create(ENDLESS)
+    # All checkpoints, so that none that was there may be missing afterwards.
+    job = deployment.create(ENDLESS, keep_checkpoints=1000)
     deployment.wait(lambda: deployment.job(job).state is State.RUNNING, "the worker")
     time.sleep(moment.uniform(0, 12))
     before = deployment.steps(job)
