@@ -336,7 +336,8 @@ def test_chunks_may_be_cut_anywhere(tmp_path: Path, cuts: random.Random, purpose
     body = form(PURPOSE, FILE) if purpose_first else form(FILE, PURPOSE)
     upload = DatasetUpload("multipart/form-data; boundary=x", tmp_path, 1 << 20)
     while body:
-        size = cuts.choice([1, 2, 5, 50, 5000])
+        # Simplest first: hypothesis takes no test whose simplest input is hundreds of cuts.
+        size = cuts.choice([5000, 50, 5, 2, 1])
         upload.feed(body[:size])
         body = body[size:]
     new = upload.finish()
