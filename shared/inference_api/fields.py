@@ -5,7 +5,10 @@ too, so that it is refused by name (`Only`) or named in a header (`Ignored`) ins
 """
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -30,6 +33,16 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, json_schema_extra=_closed)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_is_a_number(cls, given: Any) -> Any:
+        """Pydantic would take true for 1."""
+        if isinstance(given, dict):
+            for name in _number_fields(cls):
+                if isinstance(given.get(name), bool):
+                    raise PydanticCustomError("number", "Input should be a number", named(name))
+        return given
+
     @model_validator(mode="after")
     def _known_fields_only(self) -> Self:
         if self.__pydantic_extra__:
@@ -39,6 +52,24 @@ class Body(BaseModel):
             self.__pydantic_fields_set__.difference_update(self.__pydantic_extra__)
             self.__pydantic_extra__.clear()
         return self
+
+
+@cache
+def _number_fields(body: type[BaseModel]) -> tuple[str, ...]:
+    """Fields that take numbers and neither true nor false."""
+    kinds = {field.alias or name: set(_leaves(field.annotation)) for name, field in body.model_fields.items()}
+    return tuple(name for name, found in kinds.items() if found & {int, float} and not found & {bool, Any})
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types of a union, without what lists and dictionaries hold."""
+    if get_origin(annotation) is Annotated:
+        yield from _leaves(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for each in get_args(annotation):
+            yield from _leaves(each)
+    else:
+        yield annotation
 
 
 NotBuilt = Annotated[Any, Only()]
