@@ -14,8 +14,8 @@ from shared.inference_api.fields import (
     MAX_NEW_TOKENS,
     MAX_PROMPTS,
     MAX_SEQUENCES,
-    MAX_TEXT,
     MIN_DIVISOR,
+    NO_BOOL,
     Body,
     Candidates,
     Count,
@@ -28,6 +28,7 @@ from shared.inference_api.fields import (
     StopString,
     StopStrings,
     Text,
+    TokenIds,
     TopK,
     TopP,
     stops_of,
@@ -74,16 +75,16 @@ class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
     """
 
     model: ModelName | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), NO_BOOL] | None = None
     top_p: TopP | None = None
     top_k: TopK = None
-    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100), NO_BOOL] | None = None
     repeat_penalty: Annotated[
-        Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None,
+        Annotated[float, Field(ge=MIN_DIVISOR, le=100), NO_BOOL] | None,
         Field(description="llama.cpp's word for repetition_penalty."),
     ] = None
     ignore_eos: bool | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), NO_BOOL] | None = None
     stop: StopString | StopStrings | None = None
     include_stop_str_in_output: bool | None = None
     max_tokens: Count | None = None
@@ -93,7 +94,7 @@ class _OpenAIBody(OpenAIFields, LlamaCppFields, OllamaFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Candidates | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1), NO_BOOL] | None = None
     typical_p: Probability | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -125,7 +126,7 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), NO_BOOL] | None = None
     response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
@@ -177,9 +178,6 @@ class ChatCompletionBody(_OpenAIBody, VllmChatFields, PromptingFields):
         return self
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TEXT)]
-
-
 class CompletionBody(_OpenAIBody, VllmCompletionFields):
     """`prompt` is a text, as it stands, or its token ids, or several of either.
 
@@ -196,8 +194,8 @@ class CompletionBody(_OpenAIBody, VllmCompletionFields):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS), NO_BOOL] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), NO_BOOL] | None = None
     best_of: Candidates | None = None
     echo: bool | None = None
     suffix: NotBuilt = None

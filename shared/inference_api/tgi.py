@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, RootModel, model_validator
 
 from shared.inference_api.fields import (
     MIN_DIVISOR,
+    NO_BOOL,
     Body,
     Candidates,
     Count,
@@ -44,11 +45,11 @@ class Parameters(TgiFields):
     adapter_id: ModelName | None = None
     max_new_tokens: Count | None = 100
     do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100), NO_BOOL] | None = None
     top_k: TopK = None
     top_p: TopP | None = None
-    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_DIVISOR, le=100), NO_BOOL] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63), NO_BOOL] | None = None
     stop: StopStrings | None = None
     stop_sequences: Annotated[StopStrings | None, Field(description="An older name of stop.")] = None
     ignore_eos_token: bool | None = None
@@ -56,7 +57,7 @@ class Parameters(TgiFields):
     truncate: Count | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
-    top_n_tokens: Annotated[int, Field(ge=0, le=5)] | None = None
+    top_n_tokens: Annotated[int, Field(ge=0, le=5), NO_BOOL] | None = None
     best_of: Candidates | None = None
     frequency_penalty: Penalty | None = None
     typical_p: Probability | None = None

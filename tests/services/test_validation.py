@@ -15,7 +15,7 @@ from services.gateway.jobs.request_schema import JobRequest
 from services.gateway.responses.request_schema import ResponseBody
 from shared.http.validation import validation_error
 from shared.inference_api.openai import ChatCompletionBody, CompletionBody
-from shared.inference_api.tgi import GenerateBody
+from shared.inference_api.tgi import GenerateBody, Parameters
 
 MODELS: list[type[BaseModel]] = [ChatCompletionBody, CompletionBody, GenerateBody, JobRequest, ResponseBody]
 # What a client could have written: names of fields, indexes and keys, one after another.
@@ -160,3 +160,36 @@ def test_branches_of_unions_are_left_out(
     assert refused is not None
     assert words in refused[0]
     assert param is None or refused[1] == param
+
+
+def numbers(schema: dict[str, Any]) -> bool:
+    """Whether a field's schema takes numbers, and neither true nor false."""
+    kinds = {each.get("type") for each in [schema, *schema.get("anyOf", [])]}
+    return bool(kinds & {"number", "integer"}) and "boolean" not in kinds
+
+
+@pytest.mark.parametrize("model", [ChatCompletionBody, CompletionBody, Parameters, ResponseBody, JobRequest])
+def test_true_and_false_are_no_numbers(model: type[BaseModel]) -> None:
+    fields = [name for name, schema in model.model_json_schema()["properties"].items() if numbers(schema)]
+    assert fields
+    for name in fields:
+        for value in (True, False):
+            refused = sentence(model, good(model) | {name: value})
+            assert refused is not None, name
+            assert refused[1] == name
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, False]}, "prompt"),
+        ({"prompt": [[1], [True]]}, "prompt.1"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+    ],
+)
+def test_nor_are_they_within_others(change: dict[str, Any], param: str) -> None:
+    refused = sentence(CompletionBody, good(CompletionBody) | change)
+    assert refused is not None
+    assert refused[1] is not None
+    assert refused[1].startswith(param), refused

@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from services.gateway.responses.tool_schema import ResponseTool, ToolChoice, offered
 from shared.http.validation import named
-from shared.inference_api.fields import Arguments, Body, Count, FunctionName, ModelName, Text, TopP
+from shared.inference_api.fields import NO_BOOL, Arguments, Body, Count, FunctionName, ModelName, Text, TopP
 from shared.inference_api.ignored import Ignored, Only
 from shared.inference_api.prompting import Effort
 from shared.inference_api.structured import JsonSchemaFormat
@@ -154,7 +154,7 @@ class ResponseBody(Body):
     store: bool | None = None
     stream: bool | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), NO_BOOL] | None = None
     top_p: TopP | None = None
     text: TextConfig | None = None
     metadata: (
