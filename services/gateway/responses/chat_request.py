@@ -3,12 +3,13 @@
 import re
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from services.gateway.responses.conversation import Chat
 from services.gateway.responses.request_schema import ResponseBody
-from services.gateway.responses.tool_schema import offered
 from shared.errors import InvalidRequest
+from shared.http.validation import validation_error
 from shared.inference_api.openai import ChatCompletionBody
 
 _RENAMED = {
@@ -23,10 +24,11 @@ def chat_request(body: ResponseBody, messages: Chat) -> ChatCompletionBody:
     """Its instructions come first, and are not handed on to the next response.
 
     Raises:
-        InvalidRequest: the conversation is too long or has what cannot come back, as arguments that were cut off.
+        InvalidRequest: the tools or the choice among them do not fit, or the conversation is too long or has what
+            cannot come back, as arguments that were cut off.
     """
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    tools, choice = offered(body.tools, body.tool_choice)
+    tools, choice = [tool.as_chat for tool in body.tools or []], body.tool_choice
     chat: dict[str, Any] = {
         "messages": [*system, *messages],
         "model": body.model,
@@ -37,7 +39,7 @@ def chat_request(body: ResponseBody, messages: Chat) -> ChatCompletionBody:
         "stream_options": {"include_usage": True} if body.stream else None,
         "reasoning_effort": body.reasoning and body.reasoning.effort,
         "tools": tools or None,
-        "tool_choice": choice,
+        "tool_choice": choice if choice is None or isinstance(choice, str) else choice.as_chat,
         "parallel_tool_calls": body.parallel_tool_calls if tools else None,
     }
     asked = body.text.format if body.text else None
@@ -46,12 +48,15 @@ def chat_request(body: ResponseBody, messages: Chat) -> ChatCompletionBody:
         chat["response_format"] = {"type": asked.type} | (
             {"json_schema": schema} if asked.type == "json_schema" else {}
         )
+    chat = {name: value for name, value in chat.items() if value is not None}
     try:
-        return ChatCompletionBody.model_validate({name: value for name, value in chat.items() if value is not None})
+        return ChatCompletionBody.model_validate(chat)
     except ValidationError as error:
-        first = error.errors()[0]
-        param = renamed(".".join(str(step) for step in first["loc"]))
-        raise InvalidRequest(f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param) from error
+        errors = [each | {"loc": ("body", *each["loc"])} for each in error.errors()]
+        refusal = validation_error(RequestValidationError(errors, body=chat))
+        param = renamed(refusal.param)
+        message = refusal.message.removeprefix(f"{refusal.param}: ")
+        raise InvalidRequest(f"{param}: {message}", param=param) from error
 
 
 def renamed(param: str | None) -> str | None:

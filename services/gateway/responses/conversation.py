@@ -1,6 +1,6 @@
 """Items of responses as messages of chat: calls that follow one another are one message's. No HTTP, no SQL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from services.gateway.responses.request_schema import InputItem
@@ -35,6 +35,6 @@ def joined(messages: Sequence[dict[str, Any]]) -> Chat:
     return chat
 
 
-def calls_in(messages: Sequence[dict[str, Any]]) -> set[str]:
+def calls_in(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Ids of the calls of a conversation."""
-    return {call["id"] for message in messages for call in message.get("tool_calls") or ()}
+    return (call["id"] for message in messages for call in message.get("tool_calls") or ())

@@ -79,7 +79,7 @@ class ResponseDraft:
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": self._format()},
             "tool_choice": choice.model_dump() if isinstance(choice, BaseModel) else choice or "auto",
-            "tools": [tool.told for tool in body.tools or []],
+            "tools": [tool.as_offered for tool in body.tools or []],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": self._counts() if over else None,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.responses.tool_schema import ResponseTool, ToolChoice, offered
+from services.gateway.responses.tool_schema import ResponseTool, ToolChoice
 from shared.http.validation import named
 from shared.inference_api.fields import NO_BOOL, Arguments, Body, Count, FunctionName, ModelName, Text, TopP
 from shared.inference_api.ignored import Ignored, Only
@@ -186,8 +186,3 @@ class ResponseBody(Body):
     prompt_cache_key: Annotated[Any, _CACHE] = None
     prompt_cache_retention: Annotated[Any, _CACHE] = None
     prompt_cache_options: Annotated[Any, _CACHE] = None
-
-    @model_validator(mode="after")
-    def _tools_fit(self) -> Self:
-        offered(self.tools, self.tool_choice)
-        return self

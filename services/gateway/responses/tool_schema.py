@@ -10,8 +10,6 @@ from shared.inference_api.fields import Body, FunctionName
 from shared.inference_api.ignored import Ignored, Only
 from shared.inference_api.tools import MAX_TOOLS, FunctionBody
 
-Mode = Literal["none", "auto", "required"]
-
 
 class _Typed(Body):
     """Tools that OpenAI runs itself, or that are no functions, are refused by their type, whatever else they have."""
@@ -37,14 +35,16 @@ class ResponseTool(_Typed, FunctionBody):
 
     @property
     def as_chat(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", "function": {**function, "strict": self.strict}}
+        return {"type": "function", "function": self._function | {"strict": self.strict}}
 
     @property
-    def told(self) -> dict[str, Any]:
+    def as_offered(self) -> dict[str, Any]:
         """As a response says what was offered."""
-        given = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", **given, "strict": bool(self.strict)}
+        return {"type": "function", **self._function, "strict": bool(self.strict)}
+
+    @property
+    def _function(self) -> dict[str, Any]:
+        return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
 class ChosenFunction(_Typed):
@@ -52,34 +52,22 @@ class ChosenFunction(_Typed):
 
     name: FunctionName
 
+    @property
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
 
-class AllowedTools(Body):
-    """Some of the tools, of which one may be called or must be."""
+
+class AllowedFunctions(Body):
+    """Some of the tools, of which one may be called or must be; the others are not offered."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[ChosenFunction], Field(min_length=1, max_length=MAX_TOOLS)]
 
+    @property
+    def as_chat(self) -> dict[str, Any]:
+        allowed = {"mode": self.mode, "tools": [tool.as_chat for tool in self.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
 
-ToolChoice = Mode | ChosenFunction | AllowedTools
 
-
-def offered(tools: list[ResponseTool] | None, choice: ToolChoice | None) -> tuple[list[dict[str, Any]], Any]:
-    """The tools and the choice of a chat completion that offers the same; those not allowed are not offered.
-
-    Raises:
-        PydanticCustomError: two functions have one name, or the choice is of what is not there.
-    """
-    names = [tool.name for tool in tools or []]
-    if len(set(names)) < len(names):
-        raise PydanticCustomError("same_name", "two functions have one name", named("tools"))
-    if choice not in (None, "none", "auto") and not names:
-        raise PydanticCustomError("no_tools", "there are no tools to choose from", named("tool_choice"))
-    if choice is None or isinstance(choice, str):
-        return [tool.as_chat for tool in tools or []], choice
-    chosen = [each.name for each in choice.tools] if isinstance(choice, AllowedTools) else [choice.name]
-    if not set(chosen) <= set(names):
-        raise PydanticCustomError("no_such_tool", "there is no such function in tools", named("tool_choice"))
-    if isinstance(choice, AllowedTools):
-        return [tool.as_chat for tool in tools or [] if tool.name in chosen], choice.mode
-    return [tool.as_chat for tool in tools or []], {"type": "function", "function": {"name": choice.name}}
+ToolChoice = Literal["none", "auto", "required"] | ChosenFunction | AllowedFunctions

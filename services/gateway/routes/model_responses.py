@@ -126,14 +126,19 @@ def _messages(database: Database, store: ResponseStore, project: str, body: Resp
             found += earlier["messages"]
         if isinstance(body.input, str):
             return [*found, {"role": "user", "content": body.input}]
+        calls = set(calls_in(found))
         for place, item in enumerate(body.input):
-            if item.kind == "item_reference":
-                found += store.find(tx, project, item.id or "", f"input.{place}.id")["messages"]
-            elif item.kind != "reasoning":
-                if item.kind == "function_call_output" and item.call_id not in calls_in(found):
-                    param = f"input.{place}.call_id"
-                    raise InvalidRequest(f"{param}: no call before it has the id {item.call_id}", param=param)
-                found.append(message_of(item))
+            if item.kind == "reasoning":
+                continue
+            if item.kind == "function_call_output" and item.call_id not in calls:
+                param = f"input.{place}.call_id"
+                raise InvalidRequest(f"{param}: no call before it has the id {item.call_id}", param=param)
+            kept = item.kind == "item_reference"
+            added = (
+                store.find(tx, project, item.id or "", f"input.{place}.id")["messages"] if kept else [message_of(item)]
+            )
+            calls.update(calls_in(added))
+            found += added
     if not found or found[-1]["role"] == "assistant":
         raise InvalidRequest("the last item of input must not be the assistant's", param="input")
     return joined(found)

@@ -285,8 +285,10 @@ def test_a_choice_is_made_among_the_functions(client: OpenAI, inference: StandIn
     assert (sent["parallel_tool_calls"], answer.parallel_tool_calls) == (False, False)
     some: Any = {"type": "allowed_tools", "mode": "required", "tools": [named]}
     client.responses.create(model=BASE, input="hi", tools=[ADD | {"name": "sub"}, ADD], tool_choice=some)
-    sent = inference.sent[-1][1]
-    assert ([tool["function"]["name"] for tool in sent["tools"]], sent["tool_choice"]) == (["add"], "required")
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "add"}}]}
+    assert inference.sent[-1][1]["tool_choice"] == {"type": "allowed_tools", "allowed_tools": allowed}
+    # Which of them are offered, inference says.
+    assert len(inference.sent[-1][1]["tools"]) == 2
 
 
 def test_a_call_that_was_cut_off_cannot_come_back(client: OpenAI, inference: StandIn) -> None:
@@ -341,6 +343,18 @@ def test_a_conversation_that_became_too_long_is_refused(gateway: Gateway, infere
         ({"input": "a", "tools": [ADD | {"defer_loading": True}]}, "tools.0.defer_loading"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice"),
         ({"input": "a", "tools": [ADD], "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice"),
+        (
+            {
+                "input": "a",
+                "tools": [ADD],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "sub"}],
+                },
+            },
+            "tool_choice",
+        ),
         ({"input": "a", "reasoning": {"effort": "boundless"}}, "reasoning.effort"),
         ({"input": "a", "conversation": "conv_1"}, "conversation"),
         ({"input": "a", "background": True}, "background"),
