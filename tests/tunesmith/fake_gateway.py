@@ -4,10 +4,11 @@ An answer is a JSON object, or a list of bytes: pieces of an event stream.
 """
 
 import json
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.tunesmith.answering_server import AnsweringServer
 
 Json = dict[str, Any]
 Answer = tuple[int, Json | list[bytes]]
@@ -44,7 +45,7 @@ def error(status: int, message: str, code: str, param: str | None = None, **more
     return status, {"error": {"message": message, "type": kind, "code": code, "param": param, **more}}
 
 
-class FakeGateway:
+class FakeGateway(AnsweringServer):
     """Answers `METHOD /path` from a table; a callable is called for each request with the request's JSON body."""
 
     def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
@@ -52,33 +53,7 @@ class FakeGateway:
         self.bodies: list[tuple[str, Json]] = []
         self.forms: list[bytes] = []
         self.resumed: list[str | None] = []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                fake._answer(self)
-
-            def do_POST(self) -> None:
-                fake._answer(self)
-
-            def do_DELETE(self) -> None:
-                fake._answer(self)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                return
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "FakeGateway":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__()
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         raw = request.rfile.read(int(request.headers.get("content-length") or 0))

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
+
+from tests.tunesmith.answering_server import AnsweringServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "some/data"
 
 
-class MockHub:
+class MockHub(AnsweringServer):
     """Answers for `REPO` at `COMMIT`, which `main` and `v1` stand for too; everything else is missing.
 
     Attributes:
@@ -26,30 +27,7 @@ class MockHub:
         self.refuse: tuple[int, str] | None = None
         self.asked: list[str] = []
         self.tokens: list[str | None] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub._answer(self)
-
-            def do_HEAD(self) -> None:
-                hub._answer(self)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "MockHub":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__()
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(request.path.partition("?")[0])

@@ -1,6 +1,7 @@
 """What will be cut of a job's rows is told when it is created, with the `max_length` that would cut none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,25 +9,19 @@ import pytest
 from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.jobs import length_check
 from services.gateway.jobs.length_check import LengthCheck, Look
-from services.gateway.settings import GatewaySettings
-from shared.bases.base_model import prepare_base
 from shared.datasets.loss_mask import MaskedTokens
 from shared.errors import InvalidRequest, Overloaded
 from shared.jobs.spec import Hyperparameters, JobSpec
 from shared.storage.artifacts import LocalArtifactStore
-from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, running_gateway
-from tests.tiny import tiny_catalogue, write_catalogue, write_tiny_model
+from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl
+from tests.services.gateway.tiny_gateway import running_on_tiny
 
 PATH = "/v1/fine_tuning/jobs"
 
 
 @pytest.fixture
-def gateway(settings: Callable[..., GatewaySettings], tmp_path: Any) -> Iterator[Gateway]:
-    """With the tiny base prepared."""
-    model = write_tiny_model(tmp_path / "model")
-    made = settings(catalogue=write_catalogue(tmp_path / "catalogue.toml", model))
-    prepare_base(tiny_catalogue(model).get("tiny"), LocalArtifactStore(made.artifacts_root))
-    with running_gateway(made) as running:
+def gateway(tmp_path: Path, redis_url: str) -> Iterator[Gateway]:
+    with running_on_tiny(tmp_path, redis_url) as running:
         yield running
 
 

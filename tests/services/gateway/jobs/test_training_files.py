@@ -1,6 +1,6 @@
 """A job on several files is as one on the file that they make together, wherever files are looked at."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,11 @@ import pytest
 from services.gateway.files.store import FileStore
 from services.gateway.jobs.request_schema import JobRequest
 from services.gateway.jobs.sources import JobSources
-from services.gateway.settings import GatewaySettings
 from shared.adapters.store import AdapterStore
-from shared.bases.base_model import prepare_base
 from shared.errors import InvalidRequest
 from shared.jobs.store import JobStore
-from shared.storage.artifacts import LocalArtifactStore
-from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
-from tests.tiny import tiny_catalogue, write_catalogue, write_tiny_model
+from tests.services.gateway.conftest import ROWS, Gateway
+from tests.services.gateway.tiny_gateway import running_on_tiny
 
 PATH = "/v1/fine_tuning/jobs"
 ESTIMATES = "/v1/fine_tuning/estimates"
@@ -26,12 +23,8 @@ RAGGED = [{"instruction": f"{n}?", "output": "7 " * (n * 3 % 50 + 1)} for n in r
 
 
 @pytest.fixture
-def gateway(settings: Callable[..., GatewaySettings], tmp_path: Path) -> Iterator[Gateway]:
-    """With the tiny base prepared."""
-    model = write_tiny_model(tmp_path / "model")
-    made = settings(catalogue=write_catalogue(tmp_path / "catalogue.toml", model))
-    prepare_base(tiny_catalogue(model).get("tiny"), LocalArtifactStore(made.artifacts_root))
-    with running_gateway(made) as running:
+def gateway(tmp_path: Path, redis_url: str) -> Iterator[Gateway]:
+    with running_on_tiny(tmp_path, redis_url) as running:
         yield running
 
 

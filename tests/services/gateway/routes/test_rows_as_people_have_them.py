@@ -8,24 +8,15 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from services.gateway.settings import GatewaySettings
-from shared.bases.base_model import prepare_base
-from shared.storage.artifacts import LocalArtifactStore
-from tests.services.gateway.conftest import Gateway, as_jsonl, running_gateway
-from tests.tiny import tiny_catalogue, write_catalogue, write_tiny_model
+from tests.services.gateway.conftest import Gateway, as_jsonl
+from tests.services.gateway.tiny_gateway import running_on_tiny
 
 EOS = "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Iterator[Gateway]:
-    """With the tiny base prepared."""
-    home = tmp_path_factory.mktemp("home")
-    model = write_tiny_model(home / "model")
-    catalogue = write_catalogue(home / "catalogue.toml", model)
-    settings = GatewaySettings.model_validate({"home": home, "redis_url": redis_server, "catalogue": catalogue})
-    prepare_base(tiny_catalogue(model).get("tiny"), LocalArtifactStore(settings.artifacts_root))
-    with running_gateway(settings) as running:
+    with running_on_tiny(tmp_path_factory.mktemp("home"), redis_server) as running:
         yield running
 
 
