@@ -51,7 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
-    os.environ.setdefault("SSL_CERT_FILE", str(_one_certificate()))
+    if "SSL_CERT_FILE" not in os.environ:
+        os.environ["SSL_CERT_FILE"] = str(_one_certificate())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # With tracebacks as they are: in colour, with every variable, one takes seconds.
@@ -122,11 +123,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def group_of(nodeid: str) -> str:
-    """What runs in one process: a file; the contract's files together; a long file's tests on PostgreSQL apart."""
-    place, _, test = nodeid.partition("::")
-    if place.startswith("tests/contract/"):
-        return "tests/contract"
-    return f"{place}, PostgreSQL" if "chaos/" in place and "postgresql" in test else place
+    """What runs in one process: a file; the contract's files together."""
+    place = nodeid.partition("::")[0]
+    return "tests/contract" if place.startswith("tests/contract/") else place
 
 
 def _rank(item: pytest.Item) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from shared.processor import this_processor
 
-WITH_ROUNDS_ONLY = ("test_matrix.py", "test_nemeses.py", "test_recovery.py")
+WITH_ROUNDS_ONLY = ("test_matrix.py", "test_nemeses.py", "test_recovery.py", "test_several_of_each.py")
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Two workers on one queue, two inference processes behind one gateway: shared, split, and one of each dies."""
+"""Two workers on one queue, two inference processes behind one gateway: shared, split, and one of each dies.
+
+Runs with `--chaos-rounds N` only.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +12,6 @@ import pytest
 
 from services.gateway.inference.replicas import rendezvous
 from shared.jobs.spec import State
-from tests.chaos.conftest import rounds
 from tests.cluster import SHORT_LEASES, TOKEN, Cluster
 from tests.deployment import ENDLESS, LONG, LONGER, SHORT, Deployment
 from tests.stack_processes import Postgres, Processes, answers, running_postgres
@@ -51,8 +53,6 @@ ON_POSTGRESQL = "postgresql"
 
 @pytest.fixture(scope="module", params=["sqlite", ON_POSTGRESQL])
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    if not rounds(request.config):
-        pytest.skip("several of each: make chaos")
     folder = tmp_path_factory.mktemp("several")
     with ExitStack() as stack, Processes(folder) as processes:
         postgres = stack.enter_context(running_postgres()) if request.param == "postgresql" else None
