@@ -36,14 +36,15 @@ def torch(settings: Settings) -> str:
     layer = bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
     if not layer(torch.ones(1, 8)).isfinite().all():
         raise TunesmithError("bitsandbytes computes nonsense")
-    on = device(settings)
-    if on.startswith("GPU"):
+    from shared.bases.device import choose_device
+
+    if choose_device(settings.device).type == "cuda":
         # Its GPU library is another one, chosen by the version of CUDA.
         weight = torch.randn(64, 64, device="cuda")
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         if not torch.allclose(bitsandbytes.functional.dequantize_4bit(packed, state), weight, atol=1):
             raise TunesmithError("bitsandbytes computes nonsense on the GPU")
-    return f"{torch.__version__} on {on}; bitsandbytes {bitsandbytes.__version__}"
+    return f"{torch.__version__} on {device(settings)}; bitsandbytes {bitsandbytes.__version__}"
 
 
 def device(settings: Settings) -> str:

@@ -48,7 +48,7 @@ def as_toml(base: Base) -> str:
     return "\n".join(["[[base]]", *lines]) + "\n"
 
 
-def named(name: str, source: str, aliases: tuple[str, ...]) -> Base:
+def entry_of(name: str, source: str, aliases: tuple[str, ...]) -> Base:
     """The entry that a name and a source ask for.
 
     Raises:
@@ -131,7 +131,7 @@ def _replace(path: Path, text: str) -> None:
 def main() -> int:
     path, name, source, *aliases = sys.argv[1:]
     try:
-        base = named(name, source, tuple(aliases))
+        base = entry_of(name, source, tuple(aliases))
         add_base(Path(path), base)
     except ValidationError as error:
         first = error.errors()[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.bases import hub
 from shared.bases.catalogue import Base, load_catalogue
-from shared.bases.catalogue_entry import add_base, as_toml, named, pinned
+from shared.bases.catalogue_entry import add_base, as_toml, entry_of, pinned
 from shared.errors import TunesmithError
 from tests.tiny import write_tiny_model
 
@@ -78,16 +78,16 @@ def test_a_known_model_and_any_repository_need_no_source(tmp_path: Path, monkeyp
     # A MOCK of the hub: it cannot be reached from tests.
     monkeypatch.setattr(hub, "commit_of", lambda repo, revision: COMMIT)
     for name in ("phi-3.5-mini-instruct", "microsoft/Phi-3.5-mini-instruct"):
-        base = named(name, "", ("phi",))
+        base = entry_of(name, "", ("phi",))
         assert (base.id, base.source) == ("phi-3.5-mini-instruct", f"hub:microsoft/Phi-3.5-mini-instruct@{COMMIT}")
         assert (base.aliases, base.target_modules) == (
             ("microsoft/Phi-3.5-mini-instruct", "phi"),
             ("qkv_proj", "o_proj"),
         )
-    mine = named("Me/My_Model", "", ())
+    mine = entry_of("Me/My_Model", "", ())
     assert (mine.id, mine.source, mine.aliases) == ("my-model", f"hub:Me/My_Model@{COMMIT}", ("Me/My_Model",))
     path = tmp_path / "catalogue.toml"
     add_base(path, base)
     assert load_catalogue(path).get("phi") == base
     with pytest.raises(TunesmithError, match="no known model"):
-        named("my-model", "", ())
+        entry_of("my-model", "", ())
