@@ -12,8 +12,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Several processes share the cores; threads that spin while they wait would slow all of them down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# Most tests wait for something most of the time: more processes than cores (six leave a third of two cores idle). Tests that share servers share one.
-WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 5 : 8)))
+# Many tests wait for servers: more processes than cores. Each imports what all tests need, which takes it 20 s.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 3 : 8)))
 SEED ?= $(shell date +%s)
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

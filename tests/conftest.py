@@ -51,6 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     """A runner started in a shell's background ignores SIGINT, and so would every process that tests interrupt."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Cores are shared: threads of several processes that wait for each other cost more than they give.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "SSL_CERT_FILE" not in os.environ:
         os.environ["SSL_CERT_FILE"] = str(_one_certificate())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -58,6 +61,9 @@ def pytest_configure() -> None:
     # With tracebacks as they are: in colour, with every variable, one takes seconds.
     plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
+    # Cores are shared: how long an example takes says nothing about the code.
+    hypothesis.settings.register_profile("shared cores", deadline=None)
+    hypothesis.settings.load_profile("shared cores")
 
 
 def _one_certificate() -> Path:
@@ -89,9 +95,6 @@ class LogToStdout:
             out.write(f"{message}\n")
 
     log = debug = info = warn = warning = err = error = critical = exception = fatal = failure = msg
-    # Cores are shared: how long an example takes says nothing about the code.
-    hypothesis.settings.register_profile("shared cores", deadline=None)
-    hypothesis.settings.load_profile("shared cores")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from tests.stack_processes import answers, wait_until
 
 pytestmark = pytest.mark.servers
 
-LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos_token": True}
+LONG: dict[str, Any] = {"max_new_tokens": 240, "ignore_eos_token": True}
 LOADS = "tunesmith_adapter_loads_total"
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
 

@@ -1,4 +1,7 @@
-"""What each command writes where and how it ends: the installed command as a process, against a fake gateway."""
+"""What each command writes where and how it ends, against a fake gateway.
+
+In this process, as a runner starts a process in half a second; what signals and terminals do is tested on processes.
+"""
 
 import json
 import os
@@ -13,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from shared.jobs.spec import MAX_TRAINING_FILES
 from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job, stream
+from tunesmith.cli import app
 from tunesmith.commands import datasets
 
 JOB = "/v1/fine_tuning/jobs/ftjob-1"
@@ -38,9 +43,11 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(gateway: FakeGateway, *arguments: str, key: str = KEY, said: str = "", **environ: str) -> tuple[int, str, str]:
-    env = environment(gateway.url, key) | environ
-    done = subprocess.run(command(*arguments), env=env, input=said, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+    env: dict[str, str | None] = dict.fromkeys(os.environ)
+    done = CliRunner().invoke(app, arguments, input=said, env=env | environment(gateway.url, key) | environ)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from tests.services.gateway.conftest import ROWS, Gateway, as_jsonl, eventually,
 
 
 class QuickTimeouts(TimeoutProtocol):
-    head_seconds = 0.4
-    body_seconds = 0.4
+    head_seconds = 1.0
+    body_seconds = 1.0
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_slow_upload_that_makes_progress_is_received(gateway: Gateway) -> None
         yield b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="slow.jsonl"\r\n\r\n'
         for row in rows.splitlines(keepends=True):
-            time.sleep(0.15)
+            time.sleep(0.3)
             yield row
         yield b"\r\n--x--\r\n"
 
@@ -132,6 +132,6 @@ def test_slow_answers_are_nobodys_fault(gateway: Gateway) -> None:
     with gateway.http.stream("GET", events, headers={"accept": "text/event-stream"}) as answer:
         pieces = answer.iter_text()
         next(pieces)
-        time.sleep(1.0)
+        time.sleep(2.0)
         gateway.http.post(f"/v1/fine_tuning/jobs/{job}/cancel")
         assert "".join(pieces).endswith("[DONE]\n\n")

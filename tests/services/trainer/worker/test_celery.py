@@ -112,7 +112,7 @@ def trainer_child(worker: Running) -> psutil.Process:
     return child
 
 
-LONG = {"n_epochs": 20, "batch_size": 1, "checkpoint_steps": 40}
+LONG = {"n_epochs": 8, "batch_size": 1, "checkpoint_steps": 16}
 
 
 def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(stack: Stack) -> None:
