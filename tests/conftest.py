@@ -27,7 +27,6 @@ ROOT = Path(__file__).parent
 SERVERS = {"postgres_url", "redis_server", "tiny_stack", "machine", "machine_of_all_tests"}
 # Those that take longest come first, so that nobody waits for one at the end.
 LONGEST_FIRST = (
-    "chaos/test_faults.py",
     "test_journey.py",
     "test_fuzz.py",
     "test_compose.py",
@@ -62,7 +61,7 @@ def pytest_configure() -> None:
     plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
     # Cores are shared: how long an example takes says nothing about the code.
-    hypothesis.settings.register_profile("shared cores", deadline=None)
+    hypothesis.settings.register_profile("shared cores", deadline=None, max_examples=50)
     hypothesis.settings.load_profile("shared cores")
 
 

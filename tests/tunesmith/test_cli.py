@@ -42,6 +42,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from tunesmith.cli import main; main()", *arguments]
 
 
+def run_process(gateway: FakeGateway, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    """As a process of its own: for what libraries read of the environment when they are imported."""
+    env = environment(gateway.url) | environ
+    done = subprocess.run(command(*arguments), env=env, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
 def run(gateway: FakeGateway, *arguments: str, key: str = KEY, said: str = "", **environ: str) -> tuple[int, str, str]:
     env: dict[str, str | None] = dict.fromkeys(os.environ)
     done = CliRunner().invoke(app, arguments, input=said, env=env | environment(gateway.url, key) | environ)

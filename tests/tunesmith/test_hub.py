@@ -11,7 +11,7 @@ from tests.cluster import Cluster
 from tests.stack_processes import free_port
 from tests.tunesmith.fake_gateway import FakeGateway, job
 from tests.tunesmith.mock_hub import COMMIT, REPO, MockHub
-from tests.tunesmith.test_cli import run, uploads
+from tests.tunesmith.test_cli import run_process, uploads
 from tunesmith import hub
 from tunesmith.hub_files import HubError, HubName
 
@@ -50,7 +50,7 @@ class Tool:
         self.gateway, self.environment = gateway, environment
 
     def __call__(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        return run(self.gateway, *arguments, **(self.environment | environment))
+        return run_process(self.gateway, *arguments, **(self.environment | environment))
 
 
 def test_each_file_of_the_split_is_uploaded_and_one_job_trained_on_all(tool: Tool, mock: MockHub) -> None:
@@ -169,7 +169,7 @@ def test_a_real_gateway_takes_them(tiny_stack: Cluster, mock: MockHub, tmp_path:
     environment["TUNESMITH_URL"] = tiny_stack.url
     name = f"hf:{REPO}:main/sft"
     with FakeGateway({}) as unused:
-        code, out, err = run(unused, "train", name, "--model", "tiny", "--json", **environment)
+        code, out, err = run_process(unused, "train", name, "--model", "tiny", "--json", **environment)
     assert code == 0, err
     made = json.loads(out)
     assert len(made["training_files"]) == 3

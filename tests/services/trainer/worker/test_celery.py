@@ -43,6 +43,8 @@ class Stack:
     environment: dict[str, str]
     database: Database
     processes: Processes
+    worker: Running | None = None
+    whole: str = ""
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.database)
@@ -53,9 +55,24 @@ class Stack:
     def notify(self) -> None:
         assert self.notifications.notify()
 
-    def start_worker(self) -> Running:
-        command = [sys.executable, "-m", "celery", "-A", "services.trainer.worker", *CELERY_FLAGS]
-        return self.processes.start("worker", command, self.environment)
+    def running_worker(self) -> Running:
+        """One that takes jobs; every test finds it as the one before has left it, or a new one."""
+        if self.worker is None:
+            command = [sys.executable, "-m", "celery", "-A", "services.trainer.worker", *CELERY_FLAGS]
+            self.worker = self.processes.start("worker", command, self.environment)
+        elif not self.worker.alive():
+            self.worker.restart()
+        return self.worker
+
+    def uninterrupted(self) -> str:
+        """The hash of what `LONG` comes to undisturbed; trained once."""
+        if not self.whole:
+            job = self.create(**LONG)
+            self.running_worker()
+            wait_until(lambda: self.state(job).final, "an undisturbed job")
+            assert self.state(job) is State.SUCCEEDED, self.processes.tails()
+            self.whole = self.adapter_sha(job)
+        return self.whole
 
     def create(self, **hyperparameters: object) -> Job:
         file_id = new_id("file")
@@ -86,8 +103,9 @@ class Stack:
         return sha256_of(self.artifacts.adapter(adapter) / "adapter_model.safetensors")
 
 
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    tmp_path = tmp_path_factory.mktemp("celery")
     artifacts, base, _ = prepared_tiny(tmp_path)
     url = f"sqlite:///{tmp_path / 'tunesmith.db'}"
     migrate(url)
@@ -116,10 +134,9 @@ LONG = {"n_epochs": 8, "batch_size": 1, "checkpoint_steps": 16}
 
 
 def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(stack: Stack) -> None:
-    whole, job = stack.create(**LONG), stack.create(**LONG)
-    worker = stack.start_worker()
+    worker, whole = stack.running_worker(), stack.uninterrupted()
+    job = stack.create(**LONG)
     wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
-    assert stack.state(whole) is State.SUCCEEDED, stack.processes.tails()
     child = trainer_child(worker)
     child.send_signal(signal.SIGKILL)
     assert stack.state(job) is State.RUNNING
@@ -131,7 +148,7 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
     wait_until(ended, "the job to be trained again")
     done = stack.jobs.get("default", job.id)
     assert (done.state, done.attempt) == (State.SUCCEEDED, 2), stack.processes.tails()
-    assert stack.adapter_sha(job) == stack.adapter_sha(whole)
+    assert stack.adapter_sha(job) == whole
     messages = [event.message for event in stack.jobs.events("default", job.id, after=0, limit=1000).items]
     assert sum("was lost" in line for line in messages) == 1
     assert sum("successfully completed" in line for line in messages) == 1
@@ -153,24 +170,24 @@ def test_killed_in_mid_job_it_ends_once_with_the_bytes_of_an_uninterrupted_run(s
 
 
 def test_sigterm_saves_hands_over_and_ends_the_process(stack: Stack) -> None:
-    whole, job = stack.create(**LONG), stack.create(**LONG)
-    worker = stack.start_worker()
+    worker, whole = stack.running_worker(), stack.uninterrupted()
+    job = stack.create(**LONG)
     wait_until(lambda: stack.checkpointed(job), "the first checkpoint")
     worker.process.send_signal(signal.SIGTERM)
     worker.process.wait(WAIT_SECONDS)
     handed_over = stack.jobs.get("default", job.id)
     assert (handed_over.state, handed_over.worker_failures) == (State.QUEUED, 0), stack.processes.tails()
     step = stack.jobs.checkpoints("default", job.id).items[0].step
-    stack.start_worker()
+    stack.running_worker()
     stack.notifications.notify()
     wait_until(lambda: stack.state(job).final, "the second worker to finish")
     assert stack.state(job) is State.SUCCEEDED
-    assert stack.adapter_sha(job) == stack.adapter_sha(whole)
+    assert stack.adapter_sha(job) == whole
     assert step > 0
 
 
 def test_a_worker_is_notified_after_redis_was_emptied_and_three_notifications_are_one(stack: Stack) -> None:
-    worker = stack.start_worker()
+    worker = stack.running_worker()
     first = stack.create(n_epochs=1)
     stack.notifications.notify()
     stack.notifications.notify()
@@ -186,7 +203,7 @@ def test_a_worker_is_notified_after_redis_was_emptied_and_three_notifications_ar
 def test_a_foreign_message_is_refused_and_the_worker_lives(stack: Stack) -> None:
     """A pickle pushed into Redis by hand must not be opened."""
     canary = stack.home / "canary"
-    worker = stack.start_worker()
+    worker = stack.running_worker()
     pickled = f"cposix\nsystem\n(S'touch {canary}'\ntR."
     body = {
         "body": base64.b64encode(pickled.encode()).decode(),
