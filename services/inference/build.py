@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,23 +11,27 @@ import torch
 
 from services.inference.adapters.registry import AdapterRegistry, Checked
 from services.inference.adapters.residency import Residency
-from services.inference.adapters.weights import read_adapter, refuse
+from services.inference.adapters.verified import verified
+from services.inference.adapters.weights import read_adapter
 from services.inference.engine.admission import Admission
+from services.inference.engine.base_shape import BaseShape
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, default_precision, precision_to_load
 from services.inference.engine.grammar import Grammars
+from services.inference.engine.interface import Engine
+from services.inference.engine.vllm_engine import AdapterFolder, VllmEngine
+from services.inference.precision import VLLM_PRECISIONS
 from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.base_model import LoadedBase, compute_dtype, load_base, prepare_base
-from shared.bases.catalogue import Catalogue
+from shared.bases.catalogue import Base, Catalogue
 from shared.bases.device import choose_device
-from shared.datasets.templates import template_by_id
-from shared.errors import InvalidRequest
-from shared.storage.artifacts import ADAPTER_WEIGHTS, LocalArtifactStore
+from shared.datasets.tokens import Tokenizer
+from shared.storage.artifacts import LocalArtifactStore
 
 
 def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalogue: Catalogue) -> Serving:
-    """Prepare and load the base, start the engine.
+    """Prepare the base, load it or leave that to vLLM, start the engine.
 
     Raises:
         NotFound: the catalogue has no such base.
@@ -36,6 +40,9 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = catalogue.get(settings.base) if settings.base else catalogue.bases[0]
+    if settings.engine == "vllm":
+        prepare_base(base, store)
+        return beside_vllm(base, settings, store)
     device = choose_device(settings.device)
     dtype = compute_dtype("auto", device)
     # Before the base is downloaded: a precision that cannot be served is refused at once.
@@ -65,13 +72,6 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
     engine = BatchEngine(runner, loaded.tokenizer, admission, prefill_chunk=chunk, on_device_lost=_leave)
     modules, dtype = engine.lora_modules, runner.dtype
 
-    def read(folder: Path) -> Checked:
-        return read_checked(folder, loaded, store, settings, modules, dtype)
-
-    # Readers compute on one thread each: more would take the cores from the engine's threads.
-    pool = ThreadPoolExecutor(2, "adapter-reader", initializer=torch.set_num_threads, initargs=(1,))
-    residency = Residency(engine, budget=settings.adapter_bytes, slots=settings.adapter_slots)
-    adapters = AdapterRegistry(store, engine, read, pool, residency)
     base = ServedBase(
         id=loaded.base.id,
         aliases=loaded.base.aliases,
@@ -83,43 +83,70 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
         dtype=str(dtype).removeprefix("torch."),
         device=loaded.device.type,
     )
-    grammars = Grammars(loaded.tokenizer, runner.vocabulary)
+
+    def read(folder: Path) -> Checked:
+        manifest, template = verified(folder, base, loaded.tokenizer, store, settings.adapter_bytes)
+        weights = read_adapter(folder, modules, max_rank=settings.largest_rank, dtype=dtype)
+        return Checked(manifest, weights, template)
+
+    return served(base, loaded.tokenizer, engine, admission, read, runner.vocabulary, settings, store)
+
+
+def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
+    """The service beside a vLLM server, which holds the prepared base; the server may come up later."""
+    folder = store.base(base.id)
+    manifest, tokenizer, shape = store.verify(folder, "base"), Tokenizer(folder), BaseShape.of(folder)
+    precision = settings.precision if settings.precision in VLLM_PRECISIONS else VLLM_PRECISIONS[0]
+    dtype = compute_dtype(precision, torch.device("cpu"))
+    admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
+    engine = VllmEngine(
+        settings.vllm_url,
+        base.id,
+        tokenizer,
+        admission,
+        rows=settings.slots,
+        context=min(settings.context, shape.positions),
+        vocabulary=shape.vocabulary,
+    )
+    served_base = ServedBase(
+        id=base.id,
+        aliases=base.aliases,
+        revision=base.revision,
+        sha256=manifest.base_sha256,
+        precision=precision,
+        runner="vllm",
+        dtype=str(dtype).removeprefix("torch."),
+        device=settings.device if settings.device != "auto" else choose_device().type,
+    )
+
+    def read(adapter: Path) -> Checked:
+        manifest, template = verified(adapter, served_base, tokenizer, store, settings.adapter_bytes)
+        weights = read_adapter(adapter, shape.lora_modules, max_rank=settings.largest_rank, dtype=dtype)
+        return Checked(manifest, AdapterFolder(adapter, weights.rank, weights.nbytes), template)
+
+    return served(served_base, tokenizer, engine, admission, read, shape.vocabulary, settings, store)
+
+
+def served(
+    base: ServedBase,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    admission: Admission,
+    read: Callable[[Path], Checked],
+    vocabulary: int,
+    settings: InferenceSettings,
+    store: LocalArtifactStore,
+) -> Serving:
+    """The service around an engine."""
+    # Readers compute on one thread each: more would take the cores from the engine's threads.
+    pool = ThreadPoolExecutor(2, "adapter-reader", initializer=torch.set_num_threads, initargs=(1,))
+    residency = Residency(engine, budget=settings.adapter_bytes, slots=settings.adapter_slots)
+    adapters = AdapterRegistry(store, engine, read, pool, residency)
     cuts = settings.beyond_context == "cut"
-    return Serving(base, loaded.tokenizer, engine, admission, adapters, grammars, cuts_new_tokens=cuts)
+    grammars = Grammars(tokenizer, vocabulary)
+    return Serving(base, tokenizer, engine, admission, adapters, grammars, cuts_new_tokens=cuts)
 
 
 def _leave() -> None:
     """Have this process answer what is open and end, for whoever started it to start it anew."""
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def read_checked(
-    folder: Path,
-    loaded: LoadedBase,
-    store: LocalArtifactStore,
-    settings: InferenceSettings,
-    modules: Mapping[str, tuple[int, int]],
-    dtype: torch.dtype,
-) -> Checked:
-    """Verify an adapter folder, see that it belongs to this base, and read it.
-
-    Raises:
-        NotFound, ArtifactCorrupt: see `LocalArtifactStore.verify`.
-        InvalidRequest: code `adapter_refused`, with the reason.
-    """
-    manifest = store.verify(folder, "adapter")
-    if manifest.id != folder.name:
-        raise refuse(f"its manifest is {manifest.id[:100]}'s")
-    if (manifest.base, manifest.base_sha256) != (loaded.base.id, loaded.sha256):
-        same = "other weights of it" if manifest.base == loaded.base.id else f"this server has {loaded.base.id}"
-        raise refuse(f"it was trained on the base {manifest.base} ({same})")
-    if ADAPTER_WEIGHTS not in manifest.files:
-        raise refuse(f"it has no {ADAPTER_WEIGHTS}")
-    if manifest.files[ADAPTER_WEIGHTS].size > settings.adapter_bytes:
-        raise refuse(f"it is larger than this server's budget of {settings.adapter_bytes} bytes")
-    try:
-        template = template_by_id(manifest.template, loaded.tokenizer.chat) if manifest.template else None
-    except InvalidRequest as error:
-        raise refuse(error.message) from None
-    weights = read_adapter(folder, modules, max_rank=settings.max_rank, dtype=dtype)
-    return Checked(manifest, weights, template)

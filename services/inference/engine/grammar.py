@@ -33,9 +33,14 @@ _KEPT = 64
 
 
 class Grammar:
-    """A compiled grammar; any number of sequences may follow it."""
+    """A compiled grammar; any number of sequences may follow it.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+    Attributes:
+        text: what it was compiled from; of a schema only what can be followed.
+    """
+
+    def __init__(self, text: GrammarText, matcher: LLMatcher, vocabulary: int) -> None:
+        self.text = text
         self._matcher, self._vocabulary = matcher, vocabulary
 
     def begin(self) -> "GrammarState":
@@ -126,9 +131,12 @@ class Grammars:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, text: GrammarText) -> Grammar:
-        source = _source(text)
-        _check_cost(source)
-        return Grammar(self._matcher(source), self._vocabulary)
+        followed = _followed(text)
+        _check_cost(_serialised(followed))
+        return self._grammar(followed)
+
+    def _grammar(self, followed: GrammarText) -> Grammar:
+        return Grammar(followed, self._matcher(_serialised(followed)), self._vocabulary)
 
     def _matcher(self, source: str) -> LLMatcher:
         matcher = LLMatcher(self._own_tokenizer(), source, log_level=0, limits=check_grammar.limits())
@@ -144,16 +152,23 @@ class Grammars:
             return self._own
 
 
-def _source(text: GrammarText) -> str:
-    """The grammar as the library takes it.
-
-    Raises:
-        InvalidRequest: a schema that is no JSON object, or too deep.
-    """
+def _serialised(text: GrammarText) -> str:
+    """What is followed, as the library takes it."""
     if text.kind == "lark":
         return str(LLMatcher.grammar_from_lark(text.source))
     if text.kind == "regex":
         return str(LLMatcher.grammar_from_regex(text.source))
+    return str(LLMatcher.grammar_from_json_schema(text.source))
+
+
+def _followed(text: GrammarText) -> GrammarText:
+    """What of a grammar is followed: of a schema, what the library understands as clients mean it.
+
+    Raises:
+        InvalidRequest: a schema that is no JSON object, or too deep.
+    """
+    if text.kind in ("lark", "regex"):
+        return text
     try:
         schema = json.loads(text.source)
     except (ValueError, RecursionError):
@@ -164,7 +179,7 @@ def _source(text: GrammarText) -> str:
         raise _refused(f"is more than {MOST_DEPTH} levels deep")
     # Keywords that cannot be followed are refused where somebody insists on them.
     lenient = text.kind == "lenient_json_schema"
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(for_grammar(schema, lenient=lenient))))
+    return GrammarText("json_schema", json.dumps(for_grammar(schema, lenient=lenient)))
 
 
 def _depth(value: Any) -> int:

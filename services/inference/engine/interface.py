@@ -89,6 +89,12 @@ class Constraint(Protocol):
 class CompiledGrammar(Protocol):
     """A grammar ready for use by any number of sequences."""
 
+    @property
+    def text(self) -> GrammarText:
+        """What it was compiled from, for engines that follow grammars by themselves: a schema as JSON, a regular
+        expression, or llguidance's notation."""
+        ...
+
     def begin(self) -> Constraint:
         """A state at the beginning of a text."""
         ...
@@ -108,6 +114,7 @@ class GenerationRequest:
         prompt_logprobs: report the log probability of each prompt token.
         prompt_top_logprobs: and so many alternatives to each.
         grammar: what the text must follow; it ends when the grammar does.
+        cache_scope: requests of the same scope may share what was computed of their prompts.
     """
 
     prompt: Sequence[int]
@@ -121,6 +128,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     prompt_top_logprobs: int = 0
     grammar: CompiledGrammar | None = None
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,13 @@ from services.inference.engine.interface import (
     Event,
     Failed,
     Finished,
-    FinishReason,
     GenerationRequest,
     Sink,
     Started,
     Token,
 )
+from services.inference.engine.output import Output
 from services.inference.engine.sampling import Choice, Chooser
-from services.inference.engine.text import Detokenizer, StopFinder
 from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError
 
@@ -49,9 +48,7 @@ class SequenceState:
         self.submitted_at = time.monotonic()
         self.queue_seconds = 0.0
         self._sink = sink
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopFinder(request.stop, keep=request.keep_stop)
-        self._stop_ids = frozenset() if request.ignore_eos else tokenizer.stop_ids
+        self._text = Output(request, tokenizer)
         self._generator: torch.Generator | None = None
         if request.sampling.do_sample:
             self._generator = torch.Generator(device).manual_seed(request.sampling.seed)
@@ -111,21 +108,8 @@ class SequenceState:
             self._generated[choice.id] += 1
         if self._constraint is not None:
             self._constraint.take(choice.id)
-        ends = choice.id in self._stop_ids
-        text = "" if ends else self._stops.push(self._detokenizer.push(choice.id))
-        reason = self._reason(ends or (self._constraint is not None and self._constraint.complete))
-        if reason in ("length", "eos_token"):
-            text += self._stops.push(self._detokenizer.flush())
-            if self._stops.found:
-                reason = "stop_sequence"
-            text += self._stops.flush()
+        complete = self._constraint is not None and self._constraint.complete
+        text, reason = self._text.push(choice.id, last=complete)
         self.emit(Token(choice.id, text, choice.logprob, choice.id in special_ids, choice.alternatives, reason))
         if reason is not None:
             self.end(Finished(reason))
-
-    def _reason(self, ends: bool) -> FinishReason | None:
-        if self._stops.found:
-            return "stop_sequence"
-        if ends:
-            return "eos_token"
-        return "length" if len(self.output) >= self.request.max_new_tokens else None

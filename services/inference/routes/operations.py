@@ -40,7 +40,7 @@ async def info(serving: ServingDep, settings: SettingsDep) -> InfoJson:
         context=context,
         adapter_slots=settings.adapter_slots,
         adapter_bytes=settings.adapter_bytes,
-        max_rank=settings.max_rank,
+        max_rank=settings.largest_rank,
         model_id=base.id,
         model_sha=base.revision,
         model_dtype=base.dtype,

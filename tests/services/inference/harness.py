@@ -1,9 +1,10 @@
 """A tiny base with its engine, driven without HTTP: submit, wait, compare."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ class Heard:
     @property
     def started(self) -> Started:
         return next(event for event in self.events if isinstance(event, Started))
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values of lists, dictionaries, dataclasses and numbers differ in the last digits of floats only."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-3)
+    if is_dataclass(one) and type(one) is type(other):
+        return all(alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
 
 
 class EngineUnderTest:

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 
 from services.inference.app import create_app
-from services.inference.build import assemble
+from services.inference.build import assemble, beside_vllm
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
 from tests.services.inference.harness import Tiny
@@ -62,7 +62,10 @@ def running(tiny: Tiny, *, send_buffer: int = 0, **settings: Any) -> Iterator[Se
     built: list[Serving] = []
 
     def build() -> Serving:
-        built.append(assemble(tiny.load(), chosen, tiny.store))
+        if chosen.engine == "vllm":
+            built.append(beside_vllm(tiny.base, chosen, tiny.store))
+        else:
+            built.append(assemble(tiny.load(), chosen, tiny.store))
         return built[0]
 
     # With the protocol named asyncio sets TCP_NODELAY, as it does for sockets it makes itself; without, every answer

@@ -82,6 +82,29 @@ def test_plan_is_json(home: Home) -> None:
     assert json.loads(encode(plan))["ready"].keys() == {"gateway", "inference"}
 
 
+def test_a_vllm_server_is_one_more_process_that_knows_no_secret(home: Home, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    plan = make_plan(home, 0, "tiny", environment(home, {"TUNESMITH_DATABASE_URL": "postgresql://u:pw@db/x"}), python)
+    children = {child.name: child for child in plan.children}
+    vllm, inference = children["vllm"], children["inference"]
+    assert vllm.argv == (str(python), str(plans.CHECKOUT / "services" / "inference" / "vllm_server.py"))
+    assert vllm.env["TUNESMITH_DATABASE_URL"] == vllm.env["HF_TOKEN"] == vllm.env["PYTHONPATH"] == ""
+    assert "TUNESMITH_INTERNAL_TOKEN" not in vllm.env
+    assert inference.env["TUNESMITH_INFERENCE_ENGINE"] == "vllm"
+    for name in ("TUNESMITH_HOME", "TUNESMITH_INFERENCE_BASE", "TUNESMITH_INFERENCE_VLLM_URL"):
+        assert vllm.env[name] == inference.env[name]
+    assert plan.ready["vllm"] == vllm.env["TUNESMITH_INFERENCE_VLLM_URL"] + "/health"
+    assert list(children) == ["redis", "vllm", "inference", "trainer", "gateway"]
+
+
+def test_without_vllms_python_it_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "CHECKOUT", tmp_path)
+    with pytest.raises(CannotPlan, match=r"no Python with vLLM at .*\.venv-vllm"):
+        plans.checked_vllm_python(None)
+    (tmp_path / "python").touch()
+    assert plans.checked_vllm_python(tmp_path / "python") == tmp_path / "python"
+
+
 def test_a_catalogue_in_the_stacks_folder_counts_unless_another_is_named(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     assert "TUNESMITH_CATALOGUE" not in environment(home, {})

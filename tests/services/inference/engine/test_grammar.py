@@ -93,9 +93,7 @@ def schemas() -> st.SearchStrategy[dict[str, Any]]:
 def test_whatever_is_drawn_is_valid(
     grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
 ) -> None:
-    own = Grammar(
-        grammars._matcher(grammar._source(GrammarText("json_schema", json.dumps(schema)))), tokenizer.vocabulary
-    )
+    own = grammars._grammar(grammar._followed(GrammarText("json_schema", json.dumps(schema))))
     text = drawn(own, tokenizer, seed)
     assert validator_for(schema).is_valid(json.loads(text)), text
 
