@@ -24,6 +24,7 @@ class Settings(BaseSettings):
         reserve_bytes: so much of the artifacts' disk stays free: uploads and checkpoints beyond it are refused.
         device: what training and inference compute on; `auto` takes a GPU if torch sees one, and `cuda` refuses to
             start without.
+        gpu_share: of a GPU's memory, what training and inference each may take: 1 is all that is free.
         umask: of what is written, octal; 007 for a folder that several users of one group share.
         installation: the id that the artifacts folder must carry; for inference, which cannot ask the database.
     """
@@ -38,6 +39,7 @@ class Settings(BaseSettings):
     internal_token: SecretStr = SecretStr("")
     installation: str = ""
     device: DeviceChoice = "auto"
+    gpu_share: float = Field(1.0, gt=0, le=1)
     reserve_bytes: int = Field(1 << 30, ge=0)
     umask: str = Field("077", pattern=r"^[0-7]{3,4}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -348,7 +348,10 @@ def test_the_gpu_profile_reserves_a_gpu_and_differs_in_nothing_else() -> None:
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu", "compute", "utility"])
         # By number: a count is given GPU 0 each time.
         assert device["device_ids"] == ["0"]
-        assert with_gpu["environment"] == cpu[name]["environment"] | {"TUNESMITH_DEVICE": "cuda"}
+        assert with_gpu["environment"] == cpu[name]["environment"] | {
+            "TUNESMITH_DEVICE": "cuda",
+            "TUNESMITH_GPU_SHARE": "1",
+        }
         assert "deploy" not in cpu[name]
         indexes = [one["build"]["args"]["TORCH_INDEX"] for one in (cpu[name], with_gpu)]
         assert indexes == ["https://download.pytorch.org/whl/cpu", ""]

@@ -25,7 +25,7 @@ from services.inference.serving import ServedBase, Serving
 from services.inference.settings import InferenceSettings
 from shared.bases.base_model import LoadedBase, compute_dtype, load_base, prepare_base
 from shared.bases.catalogue import Base, Catalogue
-from shared.bases.device import choose_device
+from shared.bases.device import choose_device, take_share
 from shared.datasets.tokens import Tokenizer
 from shared.storage.artifacts import LocalArtifactStore
 
@@ -44,6 +44,7 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
         prepare_base(base, store)
         return beside_vllm(base, settings, store)
     device = choose_device(settings.device)
+    take_share(device, settings.gpu_share)
     dtype = compute_dtype("auto", device)
     # Before the base is downloaded: a precision that cannot be served is refused at once.
     requested = settings.precision or default_precision(device.type)

@@ -29,6 +29,15 @@ def choose_device(wanted: DeviceChoice = "auto", driver_file: Path = DRIVER) -> 
     return torch.device("cpu")
 
 
+def take_share(device: torch.device, share: float) -> None:
+    """Have this process take no more than a share of a GPU's memory; beyond it torch says that it is out of memory.
+
+    What the CUDA context and its libraries take, some hundred MB a process, is not counted.
+    """
+    if device.type == "cuda" and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def why_no_gpu(driver_file: Path = DRIVER) -> str:
     """What is known about it, as part of a sentence."""
     driver = driver_version(driver_file)

@@ -12,7 +12,7 @@ from services.trainer.worker.loop import Worker
 from services.trainer.worker.out_of_service import FaultCount
 from shared.bases.base_model import compute_dtype, quiet_libraries
 from shared.bases.catalogue import load_catalogue
-from shared.bases.device import choose_device
+from shared.bases.device import choose_device, take_share
 from shared.jobs.leases import Leases
 from shared.jobs.spec import BasePrecision
 from shared.jobs.worker_outages import WorkerOutages
@@ -31,6 +31,7 @@ def make_worker(settings: TrainerSettings, *, handover: Callable[[], bool], faul
     torch.set_num_threads(settings.torch_threads)
     store = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
     device = choose_device(settings.device)
+    take_share(device, settings.gpu_share)
     database = Database(settings.sql_url)
 
     def check_folder() -> None:

@@ -18,10 +18,12 @@ from services.trainer.model.llama import fused_form
 from services.trainer.model.llama_kernels import attend_per_sample
 from services.trainer.model.lora import lora_attached, trainable
 from services.trainer.model.precision import Precision, choose_precision
+from services.trainer.recipe.free_memory import free_bytes
 from services.trainer.recipe.metrics import measure_peak_flops
 from services.trainer.recipe.step import accumulate_gradients, make_optimizer, take_step
 from shared import installation
 from shared.bases.catalogue import Catalogue
+from shared.bases.device import take_share
 from shared.errors import JobFailed
 from shared.jobs.spec import BasePrecision, ComputeDtype, Hyperparameters, LoraSpec
 from shared.settings import Settings
@@ -292,6 +294,17 @@ def test_a_job_leaves_no_memory_behind_but_the_warm_base(tiny: TinyJob) -> None:
     allocated = [size for size, _ in sizes]
     assert max(allocated[1:]) <= allocated[0] + 1_000_000, sizes
     assert sizes[-1][1] <= allocated[-1] + 64_000_000, sizes
+
+
+def test_a_share_of_the_card_is_what_a_process_gets() -> None:
+    _, total = torch.cuda.mem_get_info()
+    try:
+        take_share(torch.device("cuda"), 0.05)
+        assert free_bytes(torch.device("cuda")) <= total * 0.05
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(total * 0.06), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_the_measured_peak_is_what_the_card_can_do() -> None:

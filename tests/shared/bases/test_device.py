@@ -10,7 +10,7 @@ import pytest
 import structlog
 import torch
 
-from shared.bases.device import choose_device, driver_version, why_no_gpu
+from shared.bases.device import choose_device, driver_version, take_share, why_no_gpu
 from shared.errors import TunesmithError
 from tests.stack_processes import ROOT
 
@@ -33,6 +33,17 @@ def test_a_gpu_is_taken_where_there_is_one_unless_the_cpu_was_asked_for(monkeypa
     # A MOCK of a GPU: nothing is computed on it.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [choose_device(wanted).type for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_a_process_takes_its_share_of_a_gpu_and_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    # A MOCK of a GPU's allocator.
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", taken.append)
+    take_share(torch.device("cpu"), 0.5)
+    take_share(torch.device("cuda"), 1.0)
+    assert taken == []
+    take_share(torch.device("cuda"), 0.5)
+    assert taken == [0.5]
 
 
 @pytest.mark.usefixtures("no_gpu")

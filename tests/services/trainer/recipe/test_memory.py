@@ -206,6 +206,28 @@ def test_free_memory_is_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert free_bytes(CPU) == 600
 
 
+@pytest.mark.parametrize(
+    ("free", "share", "expected"),
+    [
+        (1000, 1.0, 1000 + 300),
+        # The card has more than this process may take.
+        (1000, 0.5, 1000 - 800 + 300),
+        # Others have taken it.
+        (50, 0.5, 50 + 300),
+        # It has been given less than it holds already.
+        (1000, 0.25, 300),
+    ],
+)
+def test_a_gpus_free_memory_is_no_more_than_this_process_may_take(
+    monkeypatch: pytest.MonkeyPatch, free: int, share: float, expected: int
+) -> None:
+    # A MOCK of a GPU of 2,000 bytes, of which the allocator has reserved 800 and uses 500.
+    told: dict[str, Any] = {"mem_get_info": (free, 2000), "memory_reserved": 800, "memory_allocated": 500}
+    for name, value in (told | {"get_per_process_memory_fraction": share}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert free_bytes(torch.device("cuda")) == expected
+
+
 def test_out_of_memory_names_the_numbers_that_were_known(tiny: TinyJob, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"instruction": f"{n}?", "output": "It is long. " * 200} for n in range(4)]
     session = RecordingSession()
