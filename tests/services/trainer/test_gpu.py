@@ -240,6 +240,21 @@ def test_a_stopped_job_goes_on_from_its_checkpoint(tiny: TinyJob) -> None:
     assert weights_of(resumed)
 
 
+@pytest.mark.parametrize("begun_on", ["cpu", "cuda"])
+def test_a_job_goes_on_where_it_was_not_begun(tiny: TinyJob, begun_on: str) -> None:
+    """On another kind of device the last bits differ, and no more."""
+    spec = tiny.spec(base_precision="fp32", compute_dtype="fp32")
+    places = {"cpu": tiny.fresh_bases(), "cuda": on_cuda(tiny)}
+    whole = tiny.finish(spec, job="ftjob-whole", bases=places[begun_on])
+    first = RecordingSession(stop=lambda steps: steps == 4)
+    tiny.run(spec, first, bases=places.pop(begun_on))
+    found = [tiny.store.checkpoint("ftjob-one", 1, commit.step) for commit in reversed(first.commits)]
+    (elsewhere,) = places.values()
+    resumed = tiny.finish(spec, token=2, candidates=found, bases=elsewhere)
+    assert resumed.report.steps == whole.report.steps
+    assert resumed.report.train_loss == pytest.approx(whole.report.train_loss, rel=1e-3)
+
+
 def test_a_stopped_fp16_job_goes_on_with_its_loss_scale(tiny: TinyJob) -> None:
     spec, bases = tiny.spec(base_precision="fp32", compute_dtype="fp16"), on_cuda(tiny)
     first = RecordingSession(stop=lambda steps: steps == 4)
