@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,8 @@ class VllmEngine:
 
     def cancel(self, handle: VllmSequence) -> None:
         """See `Engine.cancel`."""
-        if not self._closing:
+        # Without its loop the engine has ended everything.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._cancel, handle)
 
     def load(self, uid: str, weights: AdapterFolder) -> "Future[None]":
