@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import TunesmithError
+from shared.jobs.spec import DeviceKind
 from shared.logs import get_logger
 from shared.settings import DeviceChoice
 
@@ -36,6 +37,11 @@ def take_share(device: torch.device, share: float) -> None:
     """
     if device.type == "cuda" and share < 1:
         torch.cuda.set_per_process_memory_fraction(share)
+
+
+def device_kind(device: torch.device) -> DeviceKind:
+    """A device as reports and events name it."""
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def why_no_gpu(driver_file: Path = DRIVER) -> str:

@@ -13,7 +13,7 @@ from shared.jobs.fencing import Lease, change_leased_job
 from shared.jobs.publication import reserve_adapter, succeed
 from shared.jobs.requeue import STATE_WITHOUT_WORKER, failure, requeue
 from shared.jobs.rows import Checkpoint, NewEvent, change_job, read_job
-from shared.jobs.spec import JobFault, Phase, Progress, RequestedAction, State, TrainingReport
+from shared.jobs.spec import DeviceKind, JobFault, Phase, Progress, RequestedAction, State, TrainingReport
 from shared.storage.database import Database, check_revision
 from shared.storage.tables import jobs
 
@@ -38,10 +38,13 @@ class Leases:
         self._adapters = AdapterStore(now)
         self._now = now
 
-    def claim(self, worker: str, *, without_bases: Sequence[str] = ()) -> Lease | None:
+    def claim(
+        self, worker: str, *, device: DeviceKind | None = None, without_bases: Sequence[str] = ()
+    ) -> Lease | None:
         """Take the oldest queued job, or None if nothing waits. Two callers never get the same one.
 
         Args:
+            device: what the worker computes on; the job's events say it.
             without_bases: bases whose jobs are passed over.
 
         Raises:
@@ -74,7 +77,7 @@ class Leases:
             }
             before = read_job(tx, job_id)
             started = "Started" if before.attempt == 0 else f"Started again (attempt {before.attempt + 1})"
-            claimed = [NewEvent(f"{started} on worker {worker}")]
+            claimed = [NewEvent(f"{started} on worker {worker}", data={"device": device} if device else None)]
             if not change_job(tx, job_id, [jobs.c.state == State.QUEUED], values, claimed, now):
                 return None
             job = read_job(tx, job_id)

@@ -93,6 +93,7 @@ MAX_TRAINING_FILES = 16
 
 BasePrecision = Literal["int8", "nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+DeviceKind = Literal["cpu", "cuda"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Truncation = Literal["cut_end", "cut_start", "drop_row"]
 
@@ -247,6 +248,7 @@ class TrainingReport(Frozen):
         tokens_per_second: real (non-pad) tokens per second of training time, evaluation and saving excluded.
         mfu: model FLOP utilisation against a measured sgemm peak; None if the peak was not measured.
         tokens_at_once: tokens of the largest micro-batch of the last claim, which its peak of memory depends on.
+        device: what the last claim computed on; None in the reports of versions that did not say.
         peak_memory_mb: peak resident memory of the worker (CPU) or of the allocator (CUDA), in MB of 10^6 bytes.
         quantized_layers: how many linear layers bitsandbytes holds (0 unless int8 or nf4).
         base_mb: bytes of the frozen base as it lies in memory, in MB of 10^6 bytes.
@@ -271,6 +273,7 @@ class TrainingReport(Frozen):
     tokens_per_second: float
     mfu_formula: str = "4N FLOP per token"
     mfu: float | None = None
+    device: DeviceKind | None = None
     peak_memory_mb: float
     tokens_at_once: int | None = None
     grad_norm: float

@@ -42,8 +42,9 @@ def test_preview_marks_supervised_text_and_prints_no_foreign_escape() -> None:
 
 def test_estimate_says_what_is_known() -> None:
     known: dict[str, Any] = {"total_steps": 12, "tokens": 900, "supervised_tokens": 600}
-    known |= {"minutes": 1.25, "peak_memory_mb": 1700.4}
-    answers = [known, known | {"minutes": None, "peak_memory_mb": None}]
+    known |= {"minutes": 1.25, "peak_memory_mb": 1700.4, "warnings": []}
+    unknown = {"peak_memory_mb": None, "warnings": ["nobody knows"]}
+    answers = [known, known | unknown | {"minutes": None}, known | unknown]
     with FakeGateway({}) as gateway:
         gateway.answers["POST /v1/fine_tuning/estimates"] = lambda _body: (200, answers.pop(0))
         code, out, _ = run(gateway, "estimate", "file-1", "--epochs", "2", "--precision", "fp32")
@@ -51,4 +52,7 @@ def test_estimate_says_what_is_known() -> None:
         assert out == "12 steps, 900 tokens, 600 of them supervised\nabout 1.2 minutes, 1700 MB at the peak\n"
         assert gateway.bodies[-1][1]["hyperparameters"] == {"n_epochs": 2}
         assert gateway.bodies[-1][1]["base_precision"] == "fp32"
-        assert "not calibrated" in run(gateway, "estimate", "file-1")[1]
+        _, out, err = run(gateway, "estimate", "file-1")
+        assert "not calibrated" in out
+        assert err == "warning: nobody knows\n"
+        assert run(gateway, "estimate", "file-1")[1].endswith("about 1.2 minutes, memory not known\n")

@@ -66,7 +66,7 @@ def estimate(
     json: AsJson = False,
 ) -> None:
     """Say what a job would take: steps, tokens, and, once a job of its kind has finished here, minutes and memory."""
-    from tunesmith.output import session, show_json
+    from tunesmith.output import plain, say, session, show_json
 
     with session(timeout=600) as client:
         body = {"model": model, **datasets.files_of_job(client, datasets.find(files, on_bad_rows), on_bad_rows)}
@@ -79,4 +79,8 @@ def estimate(
     if answer["minutes"] is None:
         print("time and memory: not calibrated, no job of this base and precision has finished here yet")
     else:
-        print(f"about {answer['minutes']:.1f} minutes, {answer['peak_memory_mb']:.0f} MB at the peak")
+        peak = answer["peak_memory_mb"]
+        memory = "memory not known" if peak is None else f"{peak:.0f} MB at the peak"
+        print(f"about {answer['minutes']:.1f} minutes, {memory}")
+    for warning in answer["warnings"]:
+        say(f"warning: {plain(warning)}")

@@ -1,24 +1,22 @@
 """What a job will take: a pure function of its specification, of its files' tokens and of what was measured before.
 
-Steps and checkpoints are those of the trainer's own plan, memory comes from the model's shape and the largest
-micro-batch, minutes from what finished jobs of the same base and precision have measured, which also corrects the
-memory. Before the first of them nothing can be said about time.
+Steps and checkpoints are those of the trainer's own plan, minutes come from what finished jobs of the same base and
+precision have measured on the same kind of device. Before the first of them nothing can be said about time, and about
+memory only on a CPU.
 """
 
-import random
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
 from services.gateway.bases.tokenised import TokenCounts
 from services.gateway.jobs.calibration import Calibration
+from services.gateway.jobs.peak_memory import memory_on_cpu_mb, memory_on_gpu_mb
 from shared.errors import InvalidRequest
-from shared.jobs.spec import BasePrecision, JobSpec
-from shared.training.memory import ModelShape, peak_memory_mb
-from shared.training.plan import CPU_TOKEN_BUDGET, held_out_rows, plan_training
+from shared.jobs.spec import BasePrecision, DeviceKind, JobSpec
+from shared.training.memory import ModelShape
+from shared.training.plan import held_out_rows, plan_training
 
-SHUFFLES = 3
 # A validation token costs the forward half of a training token's products.
 EVALUATION_SHARE = 0.5
 
@@ -34,15 +32,22 @@ class EstimateJson(BaseModel):
     checkpoints: Annotated[int, Field(description="of the whole run, the last one included")]
     tokens: Annotated[int, Field(description="real tokens over the whole run")]
     supervised_tokens: int
+    device: Annotated[
+        DeviceKind | None,
+        Field(description="what the worker computes on that took a job last; null before the first has said so"),
+    ]
     calibration: Annotated[
         Literal["calibrated", "not calibrated"],
-        Field(description="whether a job of this base and precision has finished here, whose throughput is known"),
+        Field(description="whether a job of this base and precision has finished here on such a device"),
     ]
     tokens_per_second: float | None
     minutes: Annotated[float | None, Field(description="of training and evaluation; loading the base not counted")]
     peak_memory_mb: Annotated[
         float | None,
-        Field(description="of the worker; before the first finished job what the model's shape says of one on a CPU"),
+        Field(
+            description="of the worker on a CPU, before the first finished job by the model's shape; of a GPU what "
+            "finished jobs with micro-batches of about as many tokens took, else null"
+        ),
     ]
     warnings: list[str]
 
@@ -54,13 +59,16 @@ def estimate(
     calibration: Calibration | None,
     warnings: list[str],
     shape: ModelShape | None = None,
+    device: DeviceKind | None = None,
 ) -> EstimateJson:
     """What a job will take.
 
     Args:
         validation: of the validation file, if there is one.
-        calibration: what finished jobs have measured, if there are any.
+        calibration: what finished jobs have measured on such a device, if there are any.
+        warnings: about the job; what cannot be said of its time and memory is added to them.
         shape: of the base, if its memory can be computed.
+        device: what the job will be computed on, if that is known.
 
     Raises:
         InvalidRequest: nothing is left to train on.
@@ -81,6 +89,7 @@ def estimate(
     # Evaluated before the first step and at every checkpoint.
     training_equivalent = tokens + EVALUATION_SHARE * evaluated * (1 + checkpoints)
     rate = calibration.tokens_per_second if calibration else None
+    memory = _peak_memory_mb(spec, training, calibration, shape, device)
     return EstimateJson(
         model=spec.base,
         base_precision=spec.base_precision,
@@ -91,27 +100,39 @@ def estimate(
         checkpoints=checkpoints,
         tokens=tokens,
         supervised_tokens=round(training.supervised_tokens * passes),
+        device=device,
         calibration="calibrated" if calibration else "not calibrated",
         tokens_per_second=rate,
         minutes=round(training_equivalent / rate / 60, 2) if rate else None,
-        peak_memory_mb=_peak_memory_mb(spec, training, calibration, shape),
-        warnings=warnings,
+        peak_memory_mb=memory,
+        warnings=[*warnings, *_unknown(device, calibration, memory)],
     )
 
 
 def _peak_memory_mb(
-    spec: JobSpec, training: TokenCounts, calibration: Calibration | None, shape: ModelShape | None
+    spec: JobSpec,
+    training: TokenCounts,
+    calibration: Calibration | None,
+    shape: ModelShape | None,
+    device: DeviceKind | None,
 ) -> float | None:
-    if shape is None or not training.lengths:
-        return calibration.peak_memory_mb if calibration else None
-    tokens = largest_micro_batch_tokens(training.lengths, spec.hyperparameters.batch_size)
-    beyond = calibration.memory_beyond_model_mb or 0 if calibration else 0
-    return round(peak_memory_mb(shape, spec.base_precision, spec.lora, tokens) + beyond, 1)
+    if device == "cuda":
+        return memory_on_gpu_mb(spec, training.lengths, calibration.peaks if calibration else ())
+    return memory_on_cpu_mb(spec, training.lengths, calibration, shape)
 
 
-def largest_micro_batch_tokens(lengths: Sequence[int], batch_size: int) -> int:
-    """Tokens of the largest micro-batch that steps of random rows come to; the trainer has an order of its own."""
-    order = random.Random(0)  # noqa: S311
-    epochs = [order.sample(lengths, len(lengths)) for _ in range(SHUFFLES)]
-    steps = (sum(epoch[start : start + batch_size]) for epoch in epochs for start in range(0, len(epoch), batch_size))
-    return max(max(lengths), min(CPU_TOKEN_BUDGET, max(steps)))
+def _unknown(device: DeviceKind | None, calibration: Calibration | None, memory: float | None) -> list[str]:
+    """Why time or memory is missing, or may be another device's."""
+    if device is None and memory is not None:
+        return ["no worker has said yet what it computes on: peak_memory_mb is reckoned for a CPU"]
+    if device != "cuda" or memory is not None:
+        return []
+    if calibration is None:
+        return [
+            "no job of this base and precision has been trained on a GPU of this installation yet: minutes and "
+            "peak_memory_mb are not known"
+        ]
+    return [
+        "the jobs of this base and precision that were trained on a GPU here had much larger or smaller micro-batches: "
+        "peak_memory_mb is not known"
+    ]

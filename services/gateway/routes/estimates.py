@@ -9,6 +9,7 @@ from services.gateway.http.small_pool import Check
 from services.gateway.jobs.calibration import calibrate
 from services.gateway.jobs.estimate import EstimateJson, estimate
 from services.gateway.jobs.request_schema import JobRequest
+from services.gateway.jobs.worker_device import newest_device
 from services.gateway.routes.dependencies import (
     ArtifactsDep,
     BasesDep,
@@ -57,7 +58,8 @@ async def estimate_fine_tuning_job(
         metadata = bases(spec.base)
         shape = metadata.shape if metadata else None
         with database.read() as tx:
-            calibration = calibrate(tx, spec, shape)
-        return json_response(estimate(spec, training, validation, calibration, resolved.warnings, shape))
+            device = newest_device(tx)
+            calibration = calibrate(tx, spec, device, shape)
+        return json_response(estimate(spec, training, validation, calibration, resolved.warnings, shape, device))
 
     return await pool.run(request, estimated)

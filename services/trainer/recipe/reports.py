@@ -9,6 +9,7 @@ from services.trainer.recipe.memory import Shortage
 from services.trainer.recipe.metrics import History, peak_memory_mb, utilisation
 from services.trainer.recipe.schedule import learning_rate
 from services.trainer.recipe.state import TrainingState
+from shared.bases.device import device_kind
 from shared.jobs.spec import Progress, TrainingReport
 from shared.logs import get_logger
 
@@ -175,6 +176,7 @@ def training_report(run: RunContext, state: TrainingState, counts: tuple[int, in
         stopped_early=history.step < run.layout.total_steps,
         tokens_per_second=round(history.tokens_per_second, 2),
         mfu=utilisation(history.tokens_per_second, run.matmul_weights, run.peak_flops),
+        device=device_kind(run.device),
         peak_memory_mb=round(peak_memory_mb(run.device), 1),
         tokens_at_once=state.claim.largest_micro_batch_tokens,
         grad_norm=history.grad_norm,

@@ -23,6 +23,7 @@ from services.trainer.worker.out_of_service import (
 )
 from services.trainer.worker.retry import with_retries
 from shared.bases.base_model import device_answers
+from shared.bases.device import device_kind
 from shared.errors import JobFailed, LeaseLost, TunesmithError
 from shared.jobs.fencing import Lease
 from shared.jobs.leases import Leases
@@ -113,7 +114,8 @@ class Worker:
     def _claim(self) -> Lease | None:
         try:
             self._check_folder()
-            return self._leases.claim(self._name, without_bases=self._blocked.names())
+            device = device_kind(self._bases.device)
+            return self._leases.claim(self._name, device=device, without_bases=self._blocked.names())
         except (TunesmithError, OSError) as error:
             seconds = pause_seconds(self._faults.add(), self._retry_seconds)
             self._log.error("out of service: no job is claimed", error=_told(error), seconds=seconds)

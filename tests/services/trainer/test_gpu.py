@@ -56,6 +56,7 @@ def test_every_precision_trains_and_its_adapter_is_checked(
     assert report.eval_loss_before is not None
     assert report.eval_loss_after is not None
     assert report.eval_loss_after < report.eval_loss_before
+    assert report.device == "cuda"
     assert report.peak_memory_mb > 0
 
 

@@ -8,15 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.bases.tokenised import TokenCounts, TokenisedRow, count_tokens
-from services.gateway.jobs.calibration import Calibration
-from services.gateway.jobs.estimate import estimate, largest_micro_batch_tokens
+from services.gateway.jobs.calibration import Calibration, MeasuredPeak
+from services.gateway.jobs.estimate import estimate
+from services.gateway.jobs.peak_memory import largest_micro_batch_tokens, memory_on_gpu_mb
 from services.trainer.data.layout import plan_layout
 from shared.datasets.loss_mask import MaskedTokens
 from shared.errors import InvalidRequest
-from shared.jobs.spec import Hyperparameters, JobSpec
-from shared.training.plan import CPU_TOKEN_BUDGET
+from shared.jobs.spec import DeviceKind, Hyperparameters, JobSpec
+from shared.training.memory import ModelShape
+from shared.training.plan import CPU_TOKEN_BUDGET, CUDA_TOKEN_BUDGET
 
 SPEC = JobSpec(base="tiny", base_revision="r", training_file="f", training_sha256="s")
+SHAPE = ModelShape(2, 32, 64, 32, 16, 400, tied=True)
+BUDGETS: dict[DeviceKind, int] = {"cpu": CPU_TOKEN_BUDGET, "cuda": CUDA_TOKEN_BUDGET}
 
 
 def spec(**hyper: Any) -> JobSpec:
@@ -69,15 +73,58 @@ def test_a_large_file_is_taken_to_be_like_its_beginning() -> None:
     assert count_tokens(iter([]), 0) == TokenCounts(0, 0, 0, 0)
 
 
-@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), st.integers(1, 20))
-def test_the_largest_micro_batch_is_near_the_trainers_own(lengths: list[int], batch_size: int) -> None:
-    hyper = Hyperparameters(batch_size=batch_size, n_epochs=3)
-    layout = plan_layout(np.asarray(lengths), hyper, 42, "cpu")
+@pytest.mark.parametrize("device", BUDGETS)
+@given(lengths=st.lists(st.integers(2, 700), min_size=1, max_size=60), batch_size=st.integers(1, 40))
+def test_the_largest_micro_batch_is_near_the_trainers_own(
+    device: DeviceKind, lengths: list[int], batch_size: int
+) -> None:
+    hyper, budget = Hyperparameters(batch_size=batch_size, n_epochs=3), BUDGETS[device]
+    layout = plan_layout(np.asarray(lengths), hyper, 42, device)
     batches = [batch for step in range(layout.total_steps) for batch in layout.micro_batches(step)]
     actual = max(sum(lengths[row] for row in batch) for batch in batches)
-    found = largest_micro_batch_tokens(lengths, batch_size)
-    assert max(lengths) <= found <= max(CPU_TOKEN_BUDGET, max(lengths))
+    found = largest_micro_batch_tokens(lengths, batch_size, budget)
+    assert max(lengths) <= found <= max(budget, max(lengths))
     # No step of any order is larger, and none smaller than its share.
-    assert actual <= max(found, min(CPU_TOKEN_BUDGET, sum(sorted(lengths)[-batch_size:])))
-    if len(set(lengths)) == 1 and sum(lengths[:batch_size]) <= CPU_TOKEN_BUDGET:
+    assert actual <= max(found, min(budget, sum(sorted(lengths)[-batch_size:])))
+    if len(set(lengths)) == 1 and sum(lengths[:batch_size]) <= budget:
         assert found == actual
+
+
+def test_on_a_gpu_the_shape_says_nothing_and_the_reason_is_given() -> None:
+    training = TokenCounts(80, 0, 8_000, 4_000, (100,) * 80)
+
+    def memory(device: DeviceKind | None, calibration: Calibration | None) -> tuple[float | None, str]:
+        found = estimate(spec(), training, None, calibration, ["of the job"], SHAPE, device)
+        first, *others = found.warnings
+        assert (found.device, first) == (device, "of the job")
+        assert (found.minutes is None) == (calibration is None)
+        return found.peak_memory_mb, " ".join(others)
+
+    of_shape, said = memory("cpu", None)
+    assert (of_shape is not None, said) == (True, "")
+    unknown, said = memory(None, None)
+    assert unknown == of_shape
+    assert "reckoned for a CPU" in said
+    nothing, said = memory("cuda", None)
+    assert nothing is None
+    assert "no job of this base and precision has been trained on a GPU" in said
+    # Eight rows of 100 tokens.
+    alike = Calibration(1_000.0, 1.0, peaks=(MeasuredPeak(800, 10.0, 50.0),))
+    assert memory("cuda", alike) == (50.0, "")
+    others = Calibration(1_000.0, 1.0, peaks=(MeasuredPeak(399, 10.0, 50.0), MeasuredPeak(1_601, 10.0, 50.0)))
+    nothing, said = memory("cuda", others)
+    assert nothing is None
+    assert "larger or smaller micro-batches" in said
+    # What finished jobs took beyond a CPU's model is no GPU's.
+    assert memory("cpu", alike)[0] == of_shape
+
+
+def test_on_a_gpu_memory_grows_with_the_tokens_beside_the_base_up_to_its_budget() -> None:
+    peaks = [MeasuredPeak(8_192, 1_000.0, 9_000.0)]
+    at = [memory_on_gpu_mb(spec(batch_size=batch), (512,) * 400, peaks) for batch in (8, 16, 32, 64)]
+    assert at == [5_000.0, 9_000.0, 17_000.0, 17_000.0]
+    assert memory_on_gpu_mb(spec(), (), peaks) is None
+    # Of the newest five that are near: 9,000 is the median of all.
+    near = [MeasuredPeak(800, 0.0, peak) for peak in (1_000.0, 2_000.0, 3_000.0, 4_000.0, 5_000.0)]
+    older = [MeasuredPeak(800, 0.0, 9_000.0)] * 9
+    assert memory_on_gpu_mb(spec(batch_size=8), (100,) * 80, [*near, *older]) == 3_000.0

@@ -86,6 +86,7 @@ def test_it_reports_what_was_trained(tiny: TinyJob) -> None:
     assert report.eval_loss_after < report.eval_loss_before
     assert report.train_loss < report.eval_loss_before
     assert report.tokens_per_second > 0
+    assert report.device == "cpu"
     assert report.peak_memory_mb > 50
     assert report.mfu is None
     base_event = next(data for _, message, data in session.events if "Linear8bitLt" in message)

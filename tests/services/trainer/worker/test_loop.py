@@ -137,6 +137,8 @@ def test_a_job_becomes_an_adapter_and_leaves_nothing_private(place: Place) -> No
     assert done.report is not None
     assert done.report.quantized_layers == 14
     assert done.report.steps == 6
+    (started,) = [event.data for event in place.events(job) if event.message == "Started on worker w"]
+    assert started == {"device": done.report.device} == {"device": "cpu"}
     assert done.adapter is not None
     place.artifacts.verify(place.artifacts.adapter(done.adapter), "adapter")
     assert [c.step for c in place.jobs.checkpoints("default", job.id).items] == [6, 3]
