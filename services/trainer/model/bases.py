@@ -1,10 +1,9 @@
 """The frozen base model that a worker trains on, kept in memory (warm) from one job to the next.
 
-Owns what is done to a base once, before any LoRA is attached, and the fingerprint that shows it never changes.
+Owns what is done to a base once, before any LoRA is attached.
 """
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
-from torch import nn
 
 from services.trainer.model.attention import attend_per_sample
 from services.trainer.model.dequantised import multiply_dequantised
+from services.trainer.model.fingerprint import fingerprint
 from services.trainer.model.llama import can_fuse, fuse
 from services.trainer.model.malloc import limit_kernel_cache, release_free_memory
 from services.trainer.model.mixed_precision import compute_in_fp32
@@ -32,7 +31,7 @@ class TrainableBase:
     """A base ready to have LoRA attached.
 
     Attributes:
-        fingerprint: hash of every weight as it lies in memory.
+        fingerprint: hash of every weight as it lay in memory once it was loaded.
         dtype: of its matrix products.
     """
 
@@ -167,30 +166,3 @@ def make_trainable(model: Any, *, quantized: bool, dtype: torch.dtype) -> None:
         compute_in_fp32(model)
     attend_per_sample(model)
     fuse(model, dtype)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers as they lie in memory, quantisation scales included."""
-    digest = hashlib.sha256()
-    seen: set[int] = set()
-    for name, module in sorted(model.named_modules(), key=lambda item: item[0]):
-        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        for key, tensor in sorted((tensors | _quantization_tensors(module)).items()):
-            if tensor.data_ptr() in seen:
-                continue
-            seen.add(tensor.data_ptr())
-            digest.update(f"{name}.{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _quantization_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """bitsandbytes keeps scales outside of parameters and buffers, and moves int8 ones on the first forward pass."""
-    weight = getattr(module, "weight", None)
-    scales = {
-        "SCB": getattr(weight, "SCB", None) if hasattr(weight, "SCB") else None,
-        "absmax": getattr(getattr(weight, "quant_state", None), "absmax", None),
-    }
-    if scales["SCB"] is None:
-        scales["SCB"] = getattr(getattr(module, "state", None), "SCB", None)
-    return {key: value for key, value in scales.items() if isinstance(value, torch.Tensor)}

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from services.trainer.model.bases import TrainableBase, fingerprint
+from services.trainer.model.bases import TrainableBase
+from services.trainer.model.fingerprint import fingerprint
 from services.trainer.model.forward import Packed, supervised_logits, training_forward
 from services.trainer.model.lora import lora_loaded, trainable
 from services.trainer.model.precision import Precision

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.trainer.model import lora_kernels
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.dequantised import DequantisedLinear
+from services.trainer.model.fingerprint import BlockMixer, fingerprint, frozen_tensors
 from services.trainer.model.forward import Packed, pack, supervised_logits, training_forward
 from services.trainer.model.llama import fused_form
 from services.trainer.model.llama_kernels import attend_per_sample
@@ -213,6 +214,21 @@ def test_the_loss_and_every_gradient_are_the_cpus(
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((actual[name] - gradient).norm() / gradient.norm()) <= bound, name
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "bf16", "fp32"])
+def test_the_fingerprint_of_a_base_is_mixed_where_it_lies(tiny: TinyJob, precision: BasePrecision) -> None:
+    """Whole numbers are the same on every device; one bit of a weight or of what lies beside it counts."""
+    model = on_cuda(tiny).load(tiny.spec(base_precision=precision), torch.bfloat16)[0].loaded.model
+    before = fingerprint(model)
+    for name, tensor in frozen_tensors(model):
+        words = BlockMixer(tensor.device, 64).words(tensor)
+        assert torch.equal(words.cpu(), BlockMixer(torch.device("cpu"), 64).words(tensor.cpu())), name
+        memory = tensor.view(-1).view(torch.uint8)
+        memory[-1] ^= 1
+        assert fingerprint(model) != before, name
+        memory[-1] ^= 1
+    assert fingerprint(model) == before
 
 
 def test_int8_layers_multiply_their_dequantised_weights(tiny: TinyJob) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from services.trainer.model.bases import fingerprint
+from services.trainer.model.fingerprint import fingerprint
 from services.trainer.model.lora import lora_attached, parameter_counts, trainable
 from shared.errors import JobFailed
 from shared.jobs.spec import PRESETS, BasePrecision, LoraSpec

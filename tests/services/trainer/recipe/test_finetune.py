@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from services.trainer.contract import Finished
 from services.trainer.data.dataset import Rows, prepare_data
-from services.trainer.model.bases import WarmBases, fingerprint
+from services.trainer.model.bases import WarmBases
+from services.trainer.model.fingerprint import fingerprint
 from services.trainer.model.forward import pack, supervised_logits, training_forward
 from services.trainer.recipe.evaluate import evaluation_loss
 from shared.bases.base_model import load_base
