@@ -44,28 +44,58 @@ class Packed:
         return self.ids.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class HostPack:
+    """A pack in the host's memory.
+
+    Attributes:
+        numbers: int64 [2 x tokens + 2 x supervised]: ids, positions, predictors and labels, one behind the other.
+        lengths: tokens of each sample.
+    """
+
+    numbers: Tensor
+    lengths: list[int]
+
+    def to(self, device: torch.device) -> Packed:
+        """The pack on a device, by one copy; from pinned memory nothing waits for it."""
+        numbers = self.numbers.to(device, non_blocking=True)
+        tokens = sum(self.lengths)
+        supervised = len(numbers) // 2 - tokens
+        ids, positions, predictors, labels = numbers.split_with_sizes([tokens, tokens, supervised, supervised])
+        return Packed(ids[None], positions[None], self.lengths, predictors, labels)
+
+
 def pack(samples: Sequence[Sample], device: torch.device) -> Packed:
     """Pack samples one behind the other.
 
     No sample's first token may be supervised: no token of the sample predicts it.
     """
+    parts, lengths = _parts(samples)
+    ids, positions, predictors, labels = (torch.as_tensor(values, device=device) for values in parts)
+    return Packed(ids[None], positions[None], lengths, predictors, labels)
+
+
+def pack_on_host(samples: Sequence[Sample], *, pinned: bool) -> HostPack:
+    """The same in the host's memory.
+
+    Args:
+        pinned: in memory that a GPU reads by itself; there must be one.
+    """
+    parts, lengths = _parts(samples)
+    numbers = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pinned)
+    np.concatenate(parts, out=numbers.numpy())
+    return HostPack(numbers, lengths)
+
+
+def _parts(samples: Sequence[Sample]) -> tuple[list[NDArray[np.int64]], list[int]]:
+    """([ids, positions, predictors, labels], tokens of each sample)."""
     ids = np.concatenate([ids for ids, _ in samples])
     supervised = np.concatenate([flags for _, flags in samples])
     lengths = [len(ids) for ids, _ in samples]
     positions = np.concatenate([np.arange(length) for length in lengths])
     (indices,) = np.nonzero(supervised)
     assert not (positions[indices] == 0).any()
-
-    def as_tensor(values: NDArray[np.int64]) -> Tensor:
-        return torch.as_tensor(values, device=device)
-
-    return Packed(
-        ids=as_tensor(ids)[None],
-        positions=as_tensor(positions)[None],
-        lengths=lengths,
-        predictors=as_tensor(indices - 1),
-        labels=as_tensor(ids[indices]),
-    )
+    return [ids, positions, indices - 1, ids[indices]], lengths
 
 
 def supervised_logits(model: Any, packed: Packed) -> Tensor:

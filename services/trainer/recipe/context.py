@@ -7,10 +7,11 @@ import torch
 
 from services.trainer.contract import Check, JobRun, Session
 from services.trainer.data.dataset import Data
-from services.trainer.data.layout import Layout, pack_rows
+from services.trainer.data.layout import Layout
 from services.trainer.model.bases import TrainableBase, UntrainedLosses
 from services.trainer.model.forward import Packed, pack
 from services.trainer.model.precision import Precision
+from services.trainer.recipe.batches import Batches
 from services.trainer.recipe.checkpoint import Identity
 from services.trainer.recipe.free_memory import FreeMemory
 from services.trainer.recipe.metrics import History
@@ -38,6 +39,7 @@ class RunContext:
     base: TrainableBase
     data: Data
     layout: Layout
+    batches: Batches
     precision: Precision
     store: LocalArtifactStore
     session: Session
@@ -76,12 +78,6 @@ class RunContext:
             "processor": processor_of(self.device),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
         }
-
-    def packs(self, step: int, token_budget: int) -> list[Packed]:
-        """The micro-batches of 0-based step `step`, of at most `token_budget` tokens, as tensors."""
-        rows = self.data.training
-        batches = pack_rows(self.layout.rows(step), self.layout.lengths, token_budget)
-        return [pack([rows[row] for row in batch], self.device) for batch in batches]
 
     def sample(self) -> Packed:
         """A few supervised tokens of the first step's shortest row, to tell whether two adapters compute the same."""

@@ -22,6 +22,7 @@ from services.trainer.model.lora import lora_attached, parameter_counts, trainab
 from services.trainer.model.malloc import release_free_memory
 from services.trainer.model.precision import choose_precision
 from services.trainer.recipe.adapter import adapter_manifest, write_adapter
+from services.trainer.recipe.batches import Batches
 from services.trainer.recipe.checkpoint import prune, publish_state, resume
 from services.trainer.recipe.checks import check_base_unchanged, check_reload, check_trained, sample_logits
 from services.trainer.recipe.context import Clock, RunContext
@@ -69,6 +70,7 @@ def finetune(
     clock: Clock = time.monotonic,
     free_memory: FreeMemory = free_bytes,
     strict_resume: bool = False,
+    ahead: bool | None = None,
 ) -> Outcome:
     """Run a job to its end, or to where it is asked to stop.
 
@@ -76,6 +78,7 @@ def finetune(
         candidates: committed resume states of earlier claims, newest first.
         free_memory: bytes that can still be allocated on a device.
         strict_resume: refuse to continue what was begun on a machine that computes otherwise.
+        ahead: whether a thread makes the next step's micro-batches; None does that for GPUs alone.
 
     Raises:
         JobFailed: trying again would not help; the message says what to change.
@@ -83,7 +86,7 @@ def finetune(
     """
     try:
         with out_of_memory_explained():
-            run = prepare(job, bases, store, session, peak_flops or {}, clock, free_memory, strict_resume)
+            run = prepare(job, bases, store, session, peak_flops or {}, clock, free_memory, strict_resume, ahead)
             return adapt(run, candidates)
     except StopRequested:
         return Stopped(step=0)
@@ -104,6 +107,7 @@ def prepare(
     clock: Clock,
     free_memory: FreeMemory,
     strict_resume: bool,
+    ahead: bool | None,
 ) -> RunContext:
     """Everything before the LoRA weights: the rows first, so that a bad file fails before any model is loaded."""
     spec = job.spec
@@ -125,6 +129,7 @@ def prepare(
         base=base,
         data=data,
         layout=layout,
+        batches=Batches(data.training, layout, bases.device, ahead=ahead),
         precision=precision,
         store=store,
         session=session,
@@ -150,7 +155,8 @@ def adapt(run: RunContext, candidates: Sequence[Path]) -> Outcome:
             stack.enter_context(out_of_memory_explained(check_memory(run, claim, model)))
             state = begin(run, claim, model, candidates)
             try:
-                train(run, model, state)
+                with run.batches:
+                    train(run, model, state)
             except StopRequested:
                 save_on_stop(run, model, state)
                 return Stopped(step=state.history.step)
@@ -250,7 +256,7 @@ def train_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:
 def try_step(run: RunContext, model: PeftModel, state: TrainingState) -> StepResult | None:
     """The next step; None, and smaller micro-batches from now on, if a GPU had no memory for the largest one."""
     step, hyper, claim = state.history.step, run.job.spec.hyperparameters, state.claim
-    packs = run.packs(step, claim.token_budget)
+    packs = run.batches.take(step, claim.token_budget)
     largest = max(packed.tokens for packed in packs)
     claim.largest_micro_batch_tokens = max(claim.largest_micro_batch_tokens, largest)
     try:

@@ -161,9 +161,12 @@ class TinyJob:
         candidates: Sequence[Path] = (),
         bases: WarmBases | None = None,
         strict_resume: bool = False,
+        ahead: bool | None = None,
     ) -> Outcome:
         run, session = JobRun(job, token, spec), session or RecordingSession()
-        return finetune(run, bases or self.bases, self.store, session, candidates, strict_resume=strict_resume)
+        return finetune(
+            run, bases or self.bases, self.store, session, candidates, strict_resume=strict_resume, ahead=ahead
+        )
 
     def finish(self, spec: JobSpec, session: RecordingSession | None = None, **where: Any) -> Finished:
         outcome = self.run(spec, session, **where)

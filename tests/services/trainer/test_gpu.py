@@ -14,7 +14,7 @@ from services.trainer.model import lora_kernels
 from services.trainer.model.bases import WarmBases
 from services.trainer.model.dequantised import DequantisedLinear
 from services.trainer.model.fingerprint import BlockMixer, fingerprint, frozen_tensors
-from services.trainer.model.forward import Packed, pack, supervised_logits, training_forward
+from services.trainer.model.forward import Packed, pack, pack_on_host, supervised_logits, training_forward
 from services.trainer.model.llama import fused_form
 from services.trainer.model.llama_kernels import attend_per_sample
 from services.trainer.model.lora import lora_attached, trainable
@@ -214,6 +214,16 @@ def test_the_loss_and_every_gradient_are_the_cpus(
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((actual[name] - gradient).norm() / gradient.norm()) <= bound, name
+
+
+def test_a_pack_from_pinned_memory_is_the_pack() -> None:
+    samples = ragged(LENGTHS)
+    on_host = pack_on_host(samples, pinned=True)
+    assert on_host.numbers.is_pinned()
+    moved, plain = on_host.to(CUDA), pack(samples, CUDA)
+    assert moved.lengths == plain.lengths
+    for name in ("ids", "positions", "predictors", "labels"):
+        assert torch.equal(getattr(moved, name), getattr(plain, name)), name
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "bf16", "fp32"])
