@@ -7,7 +7,7 @@ dequantised into a buffer that all layers share, so that a quantised base stays 
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class FrozenLinears:
         self._in_bf16 = in_bf16
         self._joined = _join(self._layers, torch.bfloat16 if in_bf16 else torch.float32)
         self._row_scales: Tensor | None = None
-        ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
+        ends = accumulate((layer.out_features for layer in layers), initial=0)
         self.slices = [slice(start, end) for start, end in pairwise(ends)]
 
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class FrozenLinears:
             if len(self._layers) == 1:
                 return first.detach()
             # A model that was moved to another dtype or device no longer uses the joined matrix.
-            if self._joined is not None and self._joined.data_ptr() == first.data_ptr():
+            if self._joined is not None and self._joined.untyped_storage() is first.untyped_storage():
                 return self._joined
         rows, filled = self._buffer.take(self, self.slices[-1].stop, self._layers[0].in_features, dtype)
         if not filled:
@@ -125,7 +125,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 
 def _join(layers: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     """Make the layers' weights slices of one new matrix, if they are stored in the dtype they are multiplied in."""
-    if len(layers) == 1 or any(type(layer.weight) is not nn.Parameter for layer in layers):
+    if len(layers) == 1 or any(hasattr(layer.weight, "quant_state") for layer in layers):
         return None
     if any(layer.weight.dtype not in (dtype, torch.float64) for layer in layers):
         return None

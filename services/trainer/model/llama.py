@@ -5,15 +5,29 @@ The modules stay transformers' and peft's: this reads their weights, computes wh
 LoRA matrices the same gradients. Layers that only few tokens need are only computed for those.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from services.trainer.model.frozen import Buffer, FrozenLinears
-from services.trainer.model.llama_kernels import attend_per_sample, head_loss, norm_branch, rotate_and_split, swiglu
-from services.trainer.model.lora_kernels import Lora, lora_linears
+from services.trainer.model.llama_kernels import (
+    Bounds,
+    attend_per_sample,
+    attend_together,
+    gated,
+    head_loss,
+    norm_branch,
+    rotate_and_split,
+    swiglu,
+)
+from services.trainer.model.lora_kernels import Kept, Lora, lora_linears
+from shared.training.memory import LOSS_ROWS
 
+# Rows of logits that a GPU makes at a time: it needs more work at once than a CPU.
+GPU_LOSS_ROWS = 1024
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,14 +49,37 @@ class FusedLayer:
         return _loras(self.query_key_value, attention.q_proj, attention.k_proj, attention.v_proj)
 
 
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """What all layers need to know of the tokens: their rotations, and which belong together.
+
+    Attributes:
+        cos, sin: [tokens, 1, dimension / 2].
+        where: tokens of each sample; bounds where attention is over all at once.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    where: list[int] | Bounds
+
+
 class FusedLlama:
     """A base whose linear layers are ready to be multiplied together; made once, before any LoRA is attached.
 
     Args:
         dtype: of the frozen layers' products, fp32 or bf16; everything else is fp32.
+        as_gpu: compute as GPUs do: attention over all samples at once, more logits at a time, and what is kept for the
+            gradient of norms, SwiGLU and LoRA in bf16. None: as the model's own device does.
+
+    Attributes:
+        kept: dtype of what is kept for the gradient; None for what it is computed in.
+        loss_rows: rows of logits made at a time.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, as_gpu: bool | None = None) -> None:
+        self._as_gpu = model.device.type != "cpu" if as_gpu is None else as_gpu
+        self.kept = torch.bfloat16 if self._as_gpu else None
+        self.loss_rows = GPU_LOSS_ROWS if self._as_gpu else LOSS_ROWS
         buffer, in_bf16 = Buffer(model.device), dtype == torch.bfloat16
         self.dtype = dtype
         self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
@@ -58,38 +95,52 @@ class FusedLlama:
     def loss(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of labels int64 [rows] after the tokens `rows`."""
         with torch.autocast(ids.device.type, enabled=False):
-            return head_loss(self._hidden(ids, positions, lengths, rows), self.head, labels)
+            hidden = self._hidden(ids, positions, lengths, rows)
+            return head_loss(hidden, self.head, labels, self.loss_rows)
 
     def _hidden(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
         model = self._model
         x: Tensor = model.embed_tokens(ids)
         cos, sin = (t[0, :, None, : t.shape[-1] // 2].contiguous() for t in model.rotary_emb(x, positions[None]))
+        samples = _Samples(cos, sin, Bounds.of(lengths, x.device) if self._as_gpu else lengths)
         for layer in self.layers[:-1]:
-            x = self._layer(layer, x, cos, sin, lengths, None)
-        x = self._layer(self.layers[-1], x, cos, sin, lengths, rows)
-        return norm_branch(x, model.norm.weight, model.config.rms_norm_eps)[1]
+            x = self._layer(layer, x, samples, None)
+        x = self._layer(self.layers[-1], x, samples, rows)
+        return norm_branch(x, model.norm.weight, model.config.rms_norm_eps, self.kept)[1]
 
-    def _layer(
-        self, fused: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], rows: Tensor | None
-    ) -> Tensor:
+    def _layer(self, fused: FusedLayer, x: Tensor, samples: "_Samples", rows: Tensor | None) -> Tensor:
         """One decoder layer of x [tokens, hidden]; the output is that of the tokens `rows` only, if given."""
-        layer, epsilon = fused.layer, self._model.config.rms_norm_eps
-        residual, normed = norm_branch(x, layer.input_layernorm.weight, epsilon)
-        joined = lora_linears(normed, None, fused.query_key_value, fused.attention_loras())
-        attn_output = self._attend(joined, cos, sin, lengths)
+        layer = fused.layer
+        residual, normed, kept = self._norm(x, layer.input_layernorm.weight)
+        joined = lora_linears(normed, None, fused.query_key_value, fused.attention_loras(), kept)
+        attn_output, kept = self._attend(joined, samples)
         if rows is not None:
-            attn_output, residual = attn_output[rows], residual[rows]
-        x = lora_linears(attn_output, residual, fused.output, _loras(fused.output, layer.self_attn.o_proj))
-        residual, normed = norm_branch(x, layer.post_attention_layernorm.weight, epsilon)
+            attn_output, residual, kept = attn_output[rows], residual[rows], None
+        x = lora_linears(attn_output, residual, fused.output, _loras(fused.output, layer.self_attn.o_proj), kept)
+        residual, normed, kept = self._norm(x, layer.post_attention_layernorm.weight)
         gate_up = _loras(fused.gate_up, layer.mlp.gate_proj, layer.mlp.up_proj)
-        product = swiglu(lora_linears(normed, None, fused.gate_up, gate_up))
-        return lora_linears(product, residual, fused.down, _loras(fused.down, layer.mlp.down_proj))
+        product, kept = self._swiglu(lora_linears(normed, None, fused.gate_up, gate_up, kept))
+        return lora_linears(product, residual, fused.down, _loras(fused.down, layer.mlp.down_proj), kept)
 
-    def _attend(self, joined: Tensor, cos: Tensor, sin: Tensor, lengths: list[int]) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Kept | None]:
+        residual, normed, scaled = norm_branch(x, weight, self._model.config.rms_norm_eps, self.kept)
+        # One pass more in the backward pass, which a CPU has no memory to gain by.
+        return residual, normed, Kept(scaled, partial(torch.mul, weight)) if self.kept else None
+
+    def _attend(self, joined: Tensor, samples: "_Samples") -> tuple[Tensor, Kept | None]:
         """Causal attention of each sample by itself: [tokens, heads x dimension]."""
         queries, keys = self._model.config.num_attention_heads, self._model.config.num_key_value_heads
-        rotated, values = rotate_and_split(joined, cos, sin, queries + keys)
-        return attend_per_sample(rotated, values, lengths, queries).flatten(1)
+        rotated, values = rotate_and_split(joined, samples.cos, samples.sin, queries + keys)
+        if not isinstance(samples.where, Bounds):
+            return attend_per_sample(rotated, values, samples.where, queries).flatten(1), None
+        attn_output, kept = attend_together(rotated, values, samples.where, queries)
+        return attn_output.flatten(1), Kept(kept, lambda narrow: narrow.flatten(1).float())
+
+    def _swiglu(self, joined: Tensor) -> tuple[Tensor, Kept | None]:
+        if self.kept is None:
+            return swiglu(joined), None
+        kept = joined.detach().to(self.kept)
+        return swiglu(joined, kept), Kept(kept, lambda narrow: gated(narrow.float()))
 
 
 def fuse(model: Any, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ function with autograd's gradient of the plain formula.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -17,36 +17,50 @@ from torch.autograd import Function
 from services.trainer.model.frozen import FrozenLinears
 from shared.training.memory import LOSS_ROWS
 
-# Rows of logits that a GPU makes at a time: it needs more work at once than a CPU.
-GPU_LOSS_ROWS = 1024
-
-
-def loss_rows(device: torch.device) -> int:
-    """Rows of logits made at a time on a device."""
-    return LOSS_ROWS if device.type == "cpu" else GPU_LOSS_ROWS
-
 
 class _NormBranch(Function):
-    """x → (x, weight * x / rms(x)): where a residual stream forks (Zhang and Sennrich 2019)."""
+    """x → (x, weight * x / rms(x), x / rms(x)): where a residual stream forks (Zhang and Sennrich 2019)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kept: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, inverse, weight)
-        return x.view_as(x), (x * inverse).mul_(weight)
+        scaled = x * inverse
+        normed = scaled * weight
+        scaled = scaled.to(kept or x.dtype)
+        ctx.save_for_backward(scaled, inverse, weight)
+        ctx.mark_non_differentiable(scaled)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), normed, scaled
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse, weight = ctx.saved_tensors
-        grad_residual, grad_normed = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        scaled, inverse, weight = ctx.saved_tensors
+        grad_residual, grad_normed, _ = grads
+        if grad_normed is None:
+            return grad_residual, None, None, None
         grad_scaled = grad_normed * weight
-        grad_inverse = (grad_scaled * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return torch.addcmul(grad_residual, grad_scaled, inverse).addcmul_(x, grad_inverse), None, None
+        along = (grad_scaled * scaled).mean(-1, keepdim=True)
+        grad_x = grad_scaled.addcmul_(scaled, along, value=-1)
+        grad_x = grad_x.mul_(inverse) if grad_residual is None else torch.addcmul(grad_residual, grad_x, inverse)
+        return grad_x, None, None, None
 
 
-def norm_branch(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(residual, normed), both as x [tokens, width]; the norm's weight is frozen."""
-    branch: tuple[Tensor, Tensor] = _NormBranch.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+def norm_branch(
+    x: Tensor, weight: Tensor, epsilon: float, kept: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A residual stream and its norm, whose weight is frozen.
+
+    Args:
+        x: [tokens, width].
+        kept: dtype of what is kept for the gradient; x's own if None.
+
+    Returns:
+        (residual, normed, scaled), each [tokens, width]: `scaled` is what is kept, without a gradient of its own;
+        `scaled * weight` is `normed` again.
+    """
+    branch: tuple[Tensor, Tensor, Tensor] = _NormBranch.apply(x, weight, epsilon, kept)  # type: ignore[no-untyped-call]
     return branch
 
 
@@ -129,34 +143,47 @@ class _AttendPerSample(Function):
         return grad_rotated, grad_values, None, None
 
 
-class _AttendPerSampleOnGpu(Function):
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where samples lie in a pack.
+
+    Attributes:
+        starts: where each sample begins, and where the last one ends: int32 [samples + 1].
+        longest: tokens of the longest sample.
+    """
+
+    starts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Bounds":
+        return cls(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths))
+
+
+class _AttendTogether(Function):
     """The same for all samples at once, in bf16: flash attention over samples of any lengths (Dao 2023)."""
 
     @staticmethod
-    def forward(ctx: Any, rotated: Tensor, values: Tensor, lengths: Sequence[int], queries: int) -> Tensor:
+    def forward(ctx: Any, rotated: Tensor, values: Tensor, bounds: Bounds, queries: int) -> tuple[Tensor, Tensor]:
         q, k, v = (t.bfloat16().contiguous() for t in (rotated[:, :queries], rotated[:, queries:], values))
-        bounds, longest = _bounds(tuple(lengths), rotated.device), max(lengths)
+        starts, longest = bounds.starts, bounds.longest
         attn_output, log_sum, *random, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, bounds, bounds, longest, longest, 0.0, True, False
+            q, k, v, starts, starts, longest, longest, 0.0, True, False
         )
-        ctx.save_for_backward(q, k, v, attn_output, log_sum, bounds, *random)
+        ctx.save_for_backward(q, k, v, attn_output, log_sum, starts, *random)
         ctx.longest, ctx.dtype = longest, rotated.dtype
-        return attn_output.to(rotated.dtype)  # type: ignore[no-any-return]
+        ctx.mark_non_differentiable(attn_output)
+        ctx.set_materialize_grads(False)
+        return attn_output.to(rotated.dtype), attn_output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q, k, v, attn_output, log_sum, bounds, *random = ctx.saved_tensors
+        q, k, v, attn_output, log_sum, starts, *random = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-            grads[0].bfloat16().contiguous(), q, k, v, attn_output, log_sum, bounds, bounds, ctx.longest, ctx.longest,
+            grads[0].bfloat16().contiguous(), q, k, v, attn_output, log_sum, starts, starts, ctx.longest, ctx.longest,
             0.0, True, *random,
         )  # fmt: skip
         return torch.cat([grad_q, grad_k], 1).to(ctx.dtype), grad_v.to(ctx.dtype), None, None
-
-
-@lru_cache(maxsize=16)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sample begins, and where the last one ends: int32 [samples + 1]. All layers ask for the same."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _heads_first(rotated: Tensor, values: Tensor, queries: int) -> list[Tensor]:
@@ -175,32 +202,42 @@ def attend_per_sample(rotated: Tensor, values: Tensor, lengths: Sequence[int], q
     Returns:
         [tokens, queries, dimension].
     """
-    function = _AttendPerSample if rotated.device.type == "cpu" else _AttendPerSampleOnGpu
-    attn_output: Tensor = function.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
+    attn_output: Tensor = _AttendPerSample.apply(rotated, values, lengths, queries)  # type: ignore[no-untyped-call]
     return attn_output
+
+
+def attend_together(rotated: Tensor, values: Tensor, bounds: Bounds, queries: int) -> tuple[Tensor, Tensor]:
+    """What `attend_per_sample` computes, in bf16 on a GPU, and once more in bf16, as it is kept for the gradient."""
+    both: tuple[Tensor, Tensor] = _AttendTogether.apply(rotated, values, bounds, queries)  # type: ignore[no-untyped-call]
+    return both
 
 
 class _SwiGlu(Function):
     @staticmethod
-    def forward(ctx: Any, joined: Tensor) -> Tensor:
-        ctx.save_for_backward(joined)
-        gate, up = joined.chunk(2, -1)
-        return torch.nn.functional.silu(gate).mul_(up)
+    def forward(ctx: Any, joined: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return gated(joined)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (joined,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        joined = ctx.saved_tensors[0].to(grads[0].dtype)
         gate, up = joined.chunk(2, -1)
         grad_joined = torch.empty_like(joined)
         grad_gate, grad_up = grad_joined.chunk(2, -1)
         torch.mul(torch.nn.functional.silu(gate), grads[0], out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad_joined
+        return grad_joined, None
 
 
-def swiglu(joined: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020) of joined [tokens, gate then up]."""
-    product: Tensor = _SwiGlu.apply(joined)  # type: ignore[no-untyped-call]
+def gated(joined: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) of joined [tokens, gate then up], without a gradient."""
+    gate, up = joined.chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def swiglu(joined: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`gated` with its gradient, for which `kept` is kept: joined itself if None, or joined in a narrower dtype."""
+    product: Tensor = _SwiGlu.apply(joined, joined.detach() if kept is None else kept)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -208,10 +245,9 @@ class _HeadLoss(Function):
     """Summed cross-entropy over blocks of rows; each block's gradient is computed while its logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: FrozenLinears, labels: Tensor, block: int) -> Tensor:
         total = hidden.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        block = loss_rows(hidden.device)
         for start in range(0, len(labels), block):
             rows = slice(start, start + block)
             targets = labels[rows, None]
@@ -226,12 +262,16 @@ class _HeadLoss(Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0], None, None
+        return grad_hidden * grads[0], None, None, None
 
 
-def head_loss(hidden: Tensor, head: FrozenLinears, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the rows of hidden [supervised, width] and labels int64 [supervised]."""
-    loss: Tensor = _HeadLoss.apply(hidden, head, labels)  # type: ignore[no-untyped-call]
+def head_loss(hidden: Tensor, head: FrozenLinears, labels: Tensor, block: int = LOSS_ROWS) -> Tensor:
+    """Cross-entropy in nats, summed over the rows of hidden [supervised, width] and labels int64 [supervised].
+
+    Args:
+        block: rows of logits made at a time.
+    """
+    loss: Tensor = _HeadLoss.apply(hidden, head, labels, block)  # type: ignore[no-untyped-call]
     return loss

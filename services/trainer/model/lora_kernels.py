@@ -1,10 +1,11 @@
 """LoRA on the frozen linear layers of a micro-batch, as one function with a hand-written gradient, over flat tokens.
 
 autograd would keep each product of a LoRA pair and the dropped-out input of each; here a mask of one byte a number and
-the hidden products are all that is saved. Tests compare the gradients with autograd's of the plain formula.
+the hidden products are all that is saved beside the input, or beside what that can be made of again (`Kept`). Tests
+compare the gradients with autograd's of the plain formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,19 @@ class Lora:
     dropout: float
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a product's input is made of again for the gradient, where that takes less memory than the input.
+
+    Attributes:
+        tensor: kept for another function's gradient anyway.
+        restore: tensor → the input [tokens, inputs], up to the rounding of `tensor`.
+    """
+
+    tensor: Tensor
+    restore: Callable[[Tensor], Tensor]
+
+
 class _LoraLinears(Function):
     """y = x W^T (+ residual) + LoRA; a dropout mask takes one byte a number."""
 
@@ -38,14 +52,14 @@ class _LoraLinears(Function):
         residual: Tensor | None,
         frozen: FrozenLinears,
         loras: Sequence[Lora],
+        kept: Kept | None,
         *matrices: Tensor,
     ) -> Tensor:
         y = frozen.product(x, residual)
         masks = [_dropout_mask(x, lora.dropout) for lora in loras]
         saved_hidden = []
         for mask, group in _by_input(masks, loras):
-            a = torch.cat([lora.a for lora in group])
-            lora_hidden = _masked(x, mask) @ a.T
+            lora_hidden = _masked(x, mask) @ _stacked(group).T
             parts = torch.split(lora_hidden, [lora.a.shape[0] for lora in group], 1)
             for lora, part in zip(group, parts, strict=True):
                 y[:, lora.columns].addmm_(part.mul_(_scale(lora)), lora.b.T)
@@ -53,7 +67,10 @@ class _LoraLinears(Function):
         ctx.frozen, ctx.loras = frozen, loras
         ctx.has_residual, ctx.masked = residual is not None, bool(masks) and masks[0] is not None
         if loras:
-            ctx.save_for_backward(x, *saved_hidden, *(mask for mask in masks if mask is not None))
+            ctx.restore = None if kept is None else kept.restore
+            ctx.save_for_backward(
+                x if kept is None else kept.tensor, *saved_hidden, *(mask for mask in masks if mask is not None)
+            )
         return y
 
     @staticmethod
@@ -63,6 +80,8 @@ class _LoraLinears(Function):
         grad_matrices: list[Tensor] = []
         if loras:
             x, *rest = ctx.saved_tensors
+            if ctx.restore is not None:
+                x = ctx.restore(x)
             masks: list[Tensor | None] = rest[len(loras) :] if ctx.masked else [None] * len(loras)
             for lora_hidden, (mask, group) in zip(rest, _by_input(masks, loras), strict=False):
                 ranks = [lora.a.shape[0] for lora in group]
@@ -77,12 +96,17 @@ class _LoraLinears(Function):
                 grad_a = torch.split(grad_hidden.T @ _masked(x, mask), ranks)
                 grad_matrices += [tensor for pair in zip(grad_a, grad_b, strict=True) for tensor in pair]
                 if grad_x is not None:
-                    a = torch.cat([lora.a for lora in group])
+                    a = _stacked(group)
                     if mask is None:
                         grad_x.addmm_(grad_hidden, a)
                     else:
                         grad_x.add_((grad_hidden @ a).mul_(mask))
-        return (grad_x, grad if ctx.has_residual else None, None, None, *grad_matrices)
+        return (grad_x, grad if ctx.has_residual else None, None, None, None, *grad_matrices)
+
+
+def _stacked(loras: Sequence[Lora]) -> Tensor:
+    """The A of all pairs, one below the other."""
+    return loras[0].a if len(loras) == 1 else torch.cat([lora.a for lora in loras])
 
 
 def _by_input(masks: Sequence[Tensor | None], loras: Sequence[Lora]) -> list[tuple[Tensor | None, Sequence[Lora]]]:
@@ -112,16 +136,19 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def lora_linears(x: Tensor, residual: Tensor | None, frozen: FrozenLinears, loras: Sequence[Lora]) -> Tensor:
+def lora_linears(
+    x: Tensor, residual: Tensor | None, frozen: FrozenLinears, loras: Sequence[Lora], kept: Kept | None = None
+) -> Tensor:
     """Several frozen layers of one input, with LoRA on some of them.
 
     Args:
         x: [tokens, inputs].
         residual: [tokens, outputs], added to the product.
+        kept: what x is made of again for LoRA's gradients; x itself is kept if None.
 
     Returns:
         [tokens, outputs], the layers' outputs side by side.
     """
     matrices = [matrix for lora in loras for matrix in (lora.a, lora.b)]
-    y: Tensor = _LoraLinears.apply(x, residual, frozen, loras, *matrices)  # type: ignore[no-untyped-call]
+    y: Tensor = _LoraLinears.apply(x, residual, frozen, loras, kept, *matrices)  # type: ignore[no-untyped-call]
     return y

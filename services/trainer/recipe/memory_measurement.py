@@ -13,7 +13,6 @@ from torch import Tensor
 
 from services.trainer.model.forward import Packed, loss_sum, pack, training_forward
 from services.trainer.model.llama import fused_form
-from services.trainer.model.llama_kernels import loss_rows
 from services.trainer.model.lora import Parameters
 from services.trainer.model.precision import Precision
 from services.trainer.recipe.memory import Need
@@ -45,11 +44,13 @@ def measure_need(
     vocabulary = model.config.vocab_size
     # The weights themselves are there already.
     fixed = once + OPTIMIZER_BYTES * sum(parameter.numel() for parameter in parameters.values())
-    per_token = each * (FRAGMENTATION + LAYERS_AT_WORK / model.config.num_hidden_layers)
     with precision.autocast():
-        fused = fused_form(model) is not None
-    if fused:
-        return Need(fixed + logits_bytes(vocabulary, loss_rows(precision.device)), per_token)
+        fused = fused_form(model)
+    # What is kept in bf16 is worked on in fp32.
+    at_work = 2 * LAYERS_AT_WORK if fused is not None and fused.kept is not None else LAYERS_AT_WORK
+    per_token = each * (FRAGMENTATION + at_work / model.config.num_hidden_layers)
+    if fused is not None:
+        return Need(fixed + logits_bytes(vocabulary, fused.loss_rows), per_token)
     return Need(fixed, per_token + logits_bytes(vocabulary, share))
 
 

@@ -49,14 +49,14 @@ def make_optimizer(parameters: Parameters, hyper: Hyperparameters) -> torch.opti
     )
 
 
-def accumulate_gradients(model: Any, packs: Sequence[Packed], precision: Precision, check: Check) -> float:
+def accumulate_gradients(model: Any, packs: Sequence[Packed], precision: Precision, check: Check) -> torch.Tensor:
     """Add the gradient of the step's loss to the parameters' `grad`.
 
     The loss is the sum over the supervised tokens of all packs, divided by their number: how samples are packed does
     not change it.
 
     Returns:
-        The loss, in nats per supervised token.
+        What each pack adds to the loss: [packs], on the device; the loss, in nats per supervised token, is their sum.
 
     Raises:
         StopRequested: between two packs.
@@ -70,8 +70,7 @@ def accumulate_gradients(model: Any, packs: Sequence[Packed], precision: Precisi
         losses.append(loss.detach())
         scaled = precision.scaler.scale(loss) if precision.scaler else loss
         torch.autograd.backward(scaled)
-    # Read once, and last: a GPU computes on while its work is queued.
-    return float(sum(torch.stack(losses).tolist())) if losses else 0.0
+    return torch.stack(losses) if losses else torch.zeros(0, device=precision.device)
 
 
 def take_step(
@@ -92,16 +91,17 @@ def take_step(
         JobFailed: `non_finite_loss`, or `zero_gradient` although there is something to learn.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(model, packs, precision, check)
-    if not math.isfinite(loss):
-        raise JobFailed(
-            f"the loss became {loss}; lower the learning rate, or use compute_dtype fp32 or bf16",
-            code="non_finite_loss",
-        )
+    losses = accumulate_gradients(model, packs, precision, check)
     scaler = precision.scaler
     if scaler:
         scaler.unscale_(optimizer)
-    norm = _clip(parameters, max_grad_norm, loss, scaled=scaler is not None)
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+    # Read once, when all is queued: a GPU would stand still at every read before.
+    *parts, norm = torch.cat([losses, total.to(losses.device)[None]]).tolist()
+    loss = float(sum(parts))
+    _check(loss, norm, scaled=scaler is not None)
+    if math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, total)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if scaler:
@@ -114,23 +114,22 @@ def take_step(
     return StepResult(loss, norm, sum(pack.tokens for pack in packs), sum(len(pack.labels) for pack in packs))
 
 
-def _clip(parameters: Parameters, max_norm: float, loss: float, *, scaled: bool) -> float:
-    grads = [p.grad for p in parameters.values() if p.grad is not None]
-    total = torch.nn.utils.get_total_norm(grads)
-    norm = float(total)
+def _check(loss: float, norm: float, *, scaled: bool) -> None:
+    """Raise what `take_step` says it raises; a norm that is not finite only skips the step where the loss is scaled."""
+    if not math.isfinite(loss):
+        raise JobFailed(
+            f"the loss became {loss}; lower the learning rate, or use compute_dtype fp32 or bf16",
+            code="non_finite_loss",
+        )
     # A loss of zero has no gradient: the model has learnt everything, nothing is broken.
-    if not grads or (norm == 0 and loss > 1e-6):
+    if norm == 0 and loss > 1e-6:
         raise JobFailed(
             "no gradient reaches the LoRA weights, so nothing would be learnt; check target_modules, or use "
             "compute_dtype fp32",
             code="zero_gradient",
         )
-    if not math.isfinite(norm):
-        if not scaled:
-            raise JobFailed(
-                f"the gradient's norm became {norm}; lower the learning rate, or use compute_dtype fp32",
-                code="non_finite_loss",
-            )
-        return norm
-    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, total)
-    return norm
+    if not math.isfinite(norm) and not scaled:
+        raise JobFailed(
+            f"the gradient's norm became {norm}; lower the learning rate, or use compute_dtype fp32",
+            code="non_finite_loss",
+        )

@@ -179,7 +179,7 @@ def gradients(bases: WarmBases, spec: Any, packs: list[Packed]) -> tuple[float, 
             values = torch.randn(parameter.shape, generator=draw) * (0.05 if ".lora_B." in name else 0.3)
             parameter.data.copy_(values)
         with training_forward(model, dropout=True):
-            loss = accumulate_gradients(model, packs, unscaled(precision), ignore)
+            loss = float(accumulate_gradients(model, packs, unscaled(precision), ignore).sum())
         return loss, {name: p.grad.float().cpu() for name, p in trainable(model).items() if p.grad is not None}
 
 

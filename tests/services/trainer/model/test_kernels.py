@@ -1,6 +1,7 @@
 """Each hand-written gradient against autograd's of the plain formula, in float64."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 from services.trainer.model import lora_kernels
 from services.trainer.model.frozen import Buffer, FrozenLinears
 from services.trainer.model.llama_kernels import attend_per_sample, head_loss, norm_branch, rotate_and_split, swiglu
-from services.trainer.model.lora_kernels import Lora, lora_linears
+from services.trainer.model.lora_kernels import Kept, Lora, lora_linears
 from tests.rounding import close, rounding
 
 # No function here passes more than a few sums, and none is longer than the most targets.
@@ -45,7 +46,9 @@ def same_gradients(ours: Tensor, plain: Tensor, inputs: list[Tensor]) -> None:
 
 def test_the_norm_and_its_residual() -> None:
     x, weight = wide(5, 8), torch.rand(8, dtype=torch.float64)
-    residual, normed = norm_branch(x, weight, 1e-5)
+    residual, normed, scaled = norm_branch(x, weight, 1e-5)
+    assert close((scaled * weight).detach(), normed.detach(), BOUND)
+    assert not scaled.requires_grad
     plain = torch.cat([x, nn.functional.rms_norm(x, (8,), weight, 1e-5)])
     same_gradients(torch.cat([residual, normed]), plain, [x])
 
@@ -97,6 +100,31 @@ def test_linears_with_lora(with_lora: list[int], with_residual: bool) -> None:
     plain = torch.cat(outputs, 1) + (residual if residual is not None else 0)
     inputs = [x, *([residual] if residual is not None else []), *(t for lora in loras for t in (lora.a, lora.b))]
     same_gradients(lora_linears(x, residual, frozen, loras), plain, inputs)
+
+
+def test_what_an_input_is_made_of_serves_its_gradients_as_well_as_the_input() -> None:
+    x, weight = wide(5, 6), torch.rand(6, dtype=torch.float64)
+    frozen = FrozenLinears([linear(6, 4)], Buffer())
+    lora = Lora(frozen.slices[0], wide(2, 6), wide(4, 2), 1.5, 0.0)
+    _, normed, scaled = norm_branch(x, weight, 1e-5)
+    ours = lora_linears(normed, None, frozen, [lora], Kept(scaled, partial(torch.mul, weight)))
+    same_gradients(
+        ours, lora_linears(nn.functional.rms_norm(x, (6,), weight, 1e-5), None, frozen, [lora]), [x, lora.a, lora.b]
+    )
+
+
+def test_what_is_kept_in_bf16_costs_gradients_its_rounding_and_results_nothing() -> None:
+    x, weight, joined = torch.randn(50, 64, requires_grad=True), torch.rand(64), torch.randn(50, 64, requires_grad=True)
+    pairs = [
+        (norm_branch(x, weight, 1e-5, torch.bfloat16)[1], norm_branch(x, weight, 1e-5)[1], x),
+        (swiglu(joined, joined.detach().bfloat16()), swiglu(joined), joined),
+    ]
+    for ours, exact, leaf in pairs:
+        assert torch.equal(ours, exact)
+        cotangent = torch.randn_like(exact)
+        ((near,), (expected,)) = (torch.autograd.grad(each, leaf, cotangent) for each in (ours, exact))
+        assert not torch.equal(near, expected)
+        assert float((near - expected).norm()) <= 2**-8 * float(expected.norm())
 
 
 def test_dropout_is_drawn_for_each_lora_and_its_gradient_uses_the_same_draw(monkeypatch: pytest.MonkeyPatch) -> None:
