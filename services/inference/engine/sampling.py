@@ -4,8 +4,10 @@ The processors are transformers' where it has them, OpenAI's penalties and bias 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,29 +49,41 @@ class Chooser:
 
 
 def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[Choice | Exception]:
-    """One token per row of fp32 `logits` [rows, vocabulary], or why there is none: each row fails alone."""
-    greedy = logits.argmax(dim=-1).tolist()
-    # Two reads for all rows: on a GPU each waits for everything that was asked of it before.
-    normalisers, best = torch.stack((torch.logsumexp(logits, dim=-1), logits.amax(dim=-1))).tolist()
+    """One token per row of fp32 `logits` [rows, vocabulary], or why there is none: each row fails alone.
+
+    Greedy rows are read once, all together; those that sample add two reads, other processed ones one, and so does each
+    number of alternatives that is asked for: on a GPU each read waits for everything that was asked of it before.
+    """
+    best = logits.argmax(dim=-1)
+    normalisers, scores, greedy = _read(torch.logsumexp(logits, dim=-1), logits.amax(dim=-1), best)
     asking = [row for row, normaliser in enumerate(normalisers) if math.isfinite(normaliser)]
     asking = [row for row in asking if not choosers[row].plain]
     chosen = dict(zip(asking, _chosen(logits, choosers, asking), strict=True))
+    alternatives = _alternatives(logits, normalisers, choosers)
     choices: list[Choice | Exception] = []
-    for row, chooser in enumerate(choosers):
+    for row in range(len(choosers)):
         if not math.isfinite(normalisers[row]):
             choices.append(TunesmithError("the model gave no finite scores", code="non_finite"))
             continue
-        token = chosen.get(row, greedy[row])
-        if isinstance(token, Exception):
-            choices.append(token)
+        found = chosen.get(row, (int(greedy[row]), scores[row]))
+        if isinstance(found, Exception):
+            choices.append(found)
             continue
-        logprob = (float(logits[row, token]) if row in chosen else best[row]) - normalisers[row]
-        choices.append(Choice(token, logprob, _alternatives(logits[row], normalisers[row], chooser.alternatives)))
+        token, score = found
+        choices.append(Choice(token, score - normalisers[row], alternatives.get(row, ())))
     return choices
 
 
-def _chosen(logits: torch.Tensor, choosers: Sequence[Chooser], rows: Sequence[int]) -> list[int | Exception]:
-    """The tokens of rows that are not plain, in the order of `rows`."""
+def _read(*columns: torch.Tensor) -> list[list[Any]]:
+    """Several tensors of one shape in one read; float64 holds fp32 and every token id exactly."""
+    read: list[list[Any]] = torch.stack([column.double() for column in columns]).tolist()
+    return read
+
+
+def _chosen(
+    logits: torch.Tensor, choosers: Sequence[Chooser], rows: Sequence[int]
+) -> list[tuple[int, float] | Exception]:
+    """The tokens of rows that are not plain, and what the model gave them, in the order of `rows`."""
     if not rows:
         return []
     own = [choosers[row] for row in rows]
@@ -80,26 +94,35 @@ def _chosen(logits: torch.Tensor, choosers: Sequence[Chooser], rows: Sequence[in
         if len(rows) == 1:
             return [error]
         return [_chosen(logits, choosers, [row])[0] for row in rows]
-    return _drawn(scores, own)
-
-
-def _drawn(scores: torch.Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
-    """A token per row of `scores` [rows, vocabulary], which are as `processed` returns them."""
-    tokens = scores.argmax(dim=-1)
-    allowed = scores.gather(1, tokens[:, None])[:, 0].isfinite().tolist()
-    # A generator moves on only where there is something to draw, so that no row's failure shows in another's text.
-    sampled = [row for row, ok in enumerate(allowed) if ok and choosers[row].sampling.do_sample]
-    if sampled:
-        shares = scores[sampled].softmax(-1)
-        draws = [
-            torch.multinomial(share, 1, generator=choosers[row].generator)
-            for share, row in zip(shares, sampled, strict=True)
-        ]
-        tokens[sampled] = torch.cat(draws)
+    tokens, allowed = _drawn(scores, own)
     return [
-        token if ok else TunesmithError("no token is allowed", code="generation_failed")
-        for token, ok in zip(tokens.tolist(), allowed, strict=True)
+        (int(token), score) if ok else TunesmithError("no token is allowed", code="generation_failed")
+        for token, ok, score in zip(*_read(tokens, allowed, logits[list(rows), tokens]), strict=True)
     ]
+
+
+def _drawn(scores: torch.Tensor, choosers: Sequence[Chooser]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token per row of `scores` [rows, vocabulary], which are as `processed` returns them, and whether it may be."""
+    tokens = scores.argmax(dim=-1)
+    allowed = scores.gather(1, tokens[:, None])[:, 0].isfinite()
+    if not any(chooser.sampling.do_sample for chooser in choosers):
+        return tokens, allowed
+    # A generator moves on only where there is something to draw, so that no row's failure shows in another's text.
+    sampled = [row for row, ok in enumerate(allowed.tolist()) if ok and choosers[row].sampling.do_sample]
+    if sampled:
+        tokens[sampled] = _draw(scores[sampled].softmax(-1), [choosers[row].generator for row in sampled])
+    return tokens, allowed
+
+
+def _draw(shares: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+    """A token of each row of `shares` [rows, vocabulary], by the row's own generator.
+
+    It is the one `torch.multinomial` draws, which reads twice for each row: the largest share per exponential wait.
+    """
+    waits = torch.empty_like(shares)
+    for row, generator in zip(waits, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (shares / waits).argmax(dim=-1)
 
 
 def processed(scores: torch.Tensor, choosers: Sequence[Chooser]) -> torch.Tensor:
@@ -222,11 +245,19 @@ def likeliest(logprobs: torch.Tensor, count: int) -> list[tuple[Alternative, ...
     ]
 
 
-def _alternatives(logits: torch.Tensor, normaliser: float, count: int) -> tuple[Alternative, ...]:
-    if not count:
-        return ()
-    top = logits.topk(min(count, logits.numel()))
-    return tuple(
-        Alternative(token, value - normaliser)
-        for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    )
+def _alternatives(
+    logits: torch.Tensor, normalisers: Sequence[float], choosers: Sequence[Chooser]
+) -> dict[int, tuple[Alternative, ...]]:
+    """The likeliest tokens of the rows that ask for some; rows that ask for as many are read together."""
+    rows_by_count: dict[int, list[int]] = defaultdict(list)
+    for row, chooser in enumerate(choosers):
+        if chooser.alternatives and math.isfinite(normalisers[row]):
+            rows_by_count[min(chooser.alternatives, logits.shape[1])].append(row)
+    found: dict[int, tuple[Alternative, ...]] = {}
+    for count, rows in rows_by_count.items():
+        top = logits[rows].topk(count, dim=-1)
+        for row, ids, values in zip(rows, *_read(top.indices, top.values), strict=True):
+            found[row] = tuple(
+                Alternative(int(token), value - normalisers[row]) for token, value in zip(ids, values, strict=True)
+            )
+    return found

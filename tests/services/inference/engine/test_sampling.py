@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from services.inference.engine.interface import Sampling
-from services.inference.engine.sampling import Choice, Chooser, choose, likeliest, processed
+from services.inference.engine.sampling import Choice, Chooser, _draw, choose, likeliest, processed
 
 VOCABULARY = 50
 TOKENS = st.integers(0, VOCABULARY - 1)
@@ -186,6 +186,18 @@ def test_samples_follow_the_distribution() -> None:
     drawn = [choice.id for _ in range(4000) if isinstance(choice := choose(logits, [chooser])[0], Choice)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / len(drawn)
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
+
+
+@given(st.integers(0, 1 << 62), st.integers(1, 4), st.sampled_from([2, 50, 1000]))
+def test_a_draw_is_the_one_torch_makes_with_the_same_generator(seed: int, rows: int, vocabulary: int) -> None:
+    generators = [[torch.Generator().manual_seed(seed + row) for row in range(rows)] for _ in range(2)]
+    shares = (torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3).softmax(-1)
+    shares[:, 0] = 0
+    for _ in range(3):
+        expected = [
+            torch.multinomial(share, 1, generator=each) for share, each in zip(shares, generators[0], strict=True)
+        ]
+        assert torch.equal(_draw(shares, generators[1]), torch.cat(expected))
 
 
 def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
