@@ -24,7 +24,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients test-vllm chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients test-vllm chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-launches bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -109,6 +109,9 @@ bench-estimates: .venv/ready ## what is said of jobs before and while they run, 
 
 bench-warm: .venv/ready ## from a job's claim to its first step, on a cold and on a warm base
 	$(BIN)/python -m benchmarks.warm_start
+
+bench-launches: .venv/ready ## what training and decode steps ask of a GPU, counted without one
+	$(BIN)/python -m benchmarks.launches
 
 bench-gpu: .venv/ready ## training speed on a CUDA device
 	$(BIN)/python -m benchmarks.gpu
