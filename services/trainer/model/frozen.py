@@ -40,15 +40,19 @@ class FrozenLinears:
 
     Args:
         in_bf16: multiply in bf16 and return the input's dtype; int8 weights are exact in it, scales come after.
+        as_gpu: multiply as on a GPU, by no kernel that only CPUs have.
 
     Attributes:
         slices: which output columns are each layer's.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], buffer: Buffer, *, in_bf16: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear], buffer: Buffer, *, in_bf16: bool = False, as_gpu: bool = False
+    ) -> None:
         self._layers = list(layers)
         self._buffer = buffer
         self._in_bf16 = in_bf16
+        self._multiply = plain_product if as_gpu else multiply
         self._joined = _join(self._layers, torch.bfloat16 if in_bf16 else torch.float32)
         self._row_scales: Tensor | None = None
         ends = accumulate((layer.out_features for layer in layers), initial=0)
@@ -57,8 +61,8 @@ class FrozenLinears:
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`x W^T (+ residual)`: [tokens, inputs] → [tokens, outputs], of x's dtype."""
         if not self._in_bf16:
-            return multiply(x, self._weight(x.dtype), residual)
-        y, scales = multiply(x.bfloat16(), self._weight(torch.bfloat16)), self._scales()
+            return self._multiply(x, self._weight(x.dtype), residual)
+        y, scales = self._multiply(x.bfloat16(), self._weight(torch.bfloat16)), self._scales()
         if scales is None:
             return y.to(x.dtype) if residual is None else residual + y
         return y * scales if residual is None else torch.addcmul(residual, y.to(x.dtype), scales)
@@ -66,10 +70,10 @@ class FrozenLinears:
     def gradient(self, grad: Tensor) -> Tensor:
         """`grad W`, the gradient of `product` by x: [tokens, outputs] → [tokens, inputs], of grad's dtype."""
         if not self._in_bf16:
-            return multiply(grad, self._weight(grad.dtype).T)
+            return self._multiply(grad, self._weight(grad.dtype).T)
         scales = self._scales()
         scaled = grad.bfloat16() if scales is None else torch.mul(grad, scales, out=grad.new_empty(0).bfloat16())
-        return multiply(scaled, self._weight(torch.bfloat16).T).to(grad.dtype)
+        return self._multiply(scaled, self._weight(torch.bfloat16).T).to(grad.dtype)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """All layers' weights [all outputs, inputs] in `dtype`; valid until any layer's next call."""
@@ -105,6 +109,11 @@ def multiply(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tenso
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, None, "add")  # type: ignore[no-any-return]
+    return plain_product(x, weight, residual)
+
+
+def plain_product(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """What `multiply` computes, by the device's own library."""
     return x @ weight.T if residual is None else torch.addmm(residual, x, weight.T)
 
 

@@ -5,6 +5,7 @@ The modules stay transformers' and peft's: this reads their weights, computes wh
 LoRA matrices the same gradients. Layers that only few tokens need are only computed for those.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,15 +35,13 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class FusedLayer:
     """One decoder layer: its frozen linears, and the modules that peft attaches LoRA to."""
 
-    def __init__(self, layer: Any, buffer: Buffer, in_bf16: bool) -> None:
+    def __init__(self, layer: Any, linears: Callable[[list[nn.Linear]], FrozenLinears]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
-        self.query_key_value = FrozenLinears(
-            [attention.q_proj, attention.k_proj, attention.v_proj], buffer, in_bf16=in_bf16
-        )
-        self.output = FrozenLinears([attention.o_proj], buffer, in_bf16=in_bf16)
-        self.gate_up = FrozenLinears([mlp.gate_proj, mlp.up_proj], buffer, in_bf16=in_bf16)
-        self.down = FrozenLinears([mlp.down_proj], buffer, in_bf16=in_bf16)
+        self.query_key_value = linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = linears([attention.o_proj])
+        self.gate_up = linears([mlp.gate_proj, mlp.up_proj])
+        self.down = linears([mlp.down_proj])
 
     def attention_loras(self) -> list[Lora]:
         attention = self.layer.self_attn
@@ -80,11 +79,12 @@ class FusedLlama:
         self._as_gpu = model.device.type != "cpu" if as_gpu is None else as_gpu
         self.kept = torch.bfloat16 if self._as_gpu else None
         self.loss_rows = GPU_LOSS_ROWS if self._as_gpu else LOSS_ROWS
-        buffer, in_bf16 = Buffer(model.device), dtype == torch.bfloat16
+        linears = partial(FrozenLinears, in_bf16=dtype == torch.bfloat16, as_gpu=self._as_gpu)
         self.dtype = dtype
-        self.layers = [FusedLayer(layer, buffer, in_bf16) for layer in model.model.layers]
+        shared = Buffer(model.device)
+        self.layers = [FusedLayer(layer, partial(linears, buffer=shared)) for layer in model.model.layers]
         # Not in the shared buffer: a dequantised output head is larger than all else together.
-        self.head = FrozenLinears([model.lm_head], Buffer(model.device), in_bf16=in_bf16)
+        self.head = linears([model.lm_head], Buffer(model.device))
         self._model = model.model
 
     def logits(self, ids: Tensor, positions: Tensor, lengths: list[int], rows: Tensor) -> Tensor:

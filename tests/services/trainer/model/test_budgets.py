@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from benchmarks.launches import SHAPES, Launches, Reads, training
+from services.trainer.model.frozen import _onednn_multiplies
 from shared.jobs.spec import PRESETS
 
 # Of a layer forwards, backwards, and around the layers. The same for both shapes: nothing is computed for each head.
@@ -37,6 +38,12 @@ def test_a_training_step_stays_within_its_launches_its_one_read_and_its_bytes(
     assert cost.backward <= backward
     assert cost.around <= around
     assert cost.kept <= 1e6 * MEGABYTES[shape, preset]
+
+
+def test_counting_asks_no_kernel_of_this_processor_and_so_leaves_no_answer_behind() -> None:
+    _onednn_multiplies.cache_clear()
+    training(SHAPES["tinyllama"], PRESETS["reference"].lora)
+    assert _onednn_multiplies.cache_info().currsize == 0
 
 
 def test_views_and_allocations_launch_nothing_and_changes_in_place_do() -> None:
