@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import certifi
+import httpx
 import hypothesis
 import pytest
 import structlog
@@ -60,7 +61,10 @@ def pytest_configure() -> None:
     # With tracebacks as they are: in colour, with every variable, one takes seconds.
     plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
-    # Cores are shared: how long an example takes says nothing about the code.
+    # Cores are shared: how long an example or an answer takes says nothing about the code. Clients that name no time of
+    # their own wait for five seconds, which a first OpenAPI document on a busy machine has taken.
+    patience = httpx._config.DEFAULT_TIMEOUT_CONFIG
+    patience.connect = patience.read = patience.write = patience.pool = 60.0
     hypothesis.settings.register_profile("shared cores", deadline=None, max_examples=50)
     hypothesis.settings.load_profile("shared cores")
 

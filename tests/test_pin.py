@@ -61,7 +61,7 @@ def registry() -> Iterator[str]:
 
 @pytest.fixture
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=5, trust_env=False) as client:
+    with httpx.Client(trust_env=False) as client:
         yield client
 
 
