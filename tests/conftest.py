@@ -63,8 +63,8 @@ def pytest_configure() -> None:
     structlog.configure(logger_factory=LogToStdout, processors=[*structlog.get_config()["processors"][:-1], plain])
     # Cores are shared: how long an example or an answer takes says nothing about the code. Clients that name no time of
     # their own wait for five seconds, which a first OpenAPI document on a busy machine has taken.
-    patience = httpx._config.DEFAULT_TIMEOUT_CONFIG
-    patience.connect = patience.read = patience.write = patience.pool = 60.0
+    default = httpx._config.DEFAULT_TIMEOUT_CONFIG
+    default.connect = default.read = default.write = default.pool = 60.0
     hypothesis.settings.register_profile("shared cores", deadline=None, max_examples=50)
     hypothesis.settings.load_profile("shared cores")
 
