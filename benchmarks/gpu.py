@@ -22,6 +22,7 @@ import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.llama_shapes import TINYLLAMA_1B
 from services.inference.engine.llama import LlamaRunner
 from services.inference.engine.lora import LoraWeights
 from services.trainer.data.layout import pack_rows
@@ -42,15 +43,7 @@ from shared.jobs.spec import PRESETS, BasePrecision, Hyperparameters, JobSpec
 from shared.training.plan import CUDA_TOKEN_BUDGET
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-TINYLLAMA = {
-    "vocab_size": 32_000,
-    "hidden_size": 2_048,
-    "intermediate_size": 5_632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2_048,
-}
+TINYLLAMA = TINYLLAMA_1B | {"max_position_embeddings": 2_048}
 ROUNDS, STEPS, BATCH, LENGTH = 3, 8, 8, 512
 ROWS, CONTEXT, RANK, ADAPTERS = (16, 64), 1_024, 8, 4
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
+from benchmarks.llama_shapes import LLAMA_3_8B, TINYLLAMA_1B
 from services.inference.engine.interface import Sampling
 from services.inference.engine.llama import LlamaRunner
 from services.inference.engine.lora import LoraWeights
@@ -38,24 +39,7 @@ from shared.jobs.spec import PRESETS, LoraSpec
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 Shape = dict[str, int]
-SHAPES: dict[str, Shape] = {
-    "tinyllama": {
-        "vocab_size": 32_000,
-        "hidden_size": 2_048,
-        "intermediate_size": 5_632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "llama-3-8b": {
-        "vocab_size": 128_256,
-        "hidden_size": 4_096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
+SHAPES: dict[str, Shape] = {"tinyllama": TINYLLAMA_1B, "llama-3-8b": LLAMA_3_8B}
 # Rows of one micro-batch, a third of each being its prompt.
 LENGTHS = (512, 300, 512, 200)
 ROWS, CONTEXT, RANK = 16, 1_024, 8

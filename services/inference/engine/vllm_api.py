@@ -112,7 +112,10 @@ class VllmApi:
         """Have the server read an adapter's folder. One that it has by this name already is that one: names are given
         once. Raises InvalidRequest (code `adapter_refused`), Unavailable, TunesmithError."""
         answer = await self._sent("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if answer.is_error and "already" not in answer.text:
+        if answer.is_server_error:
+            # The adapter has passed this process's checks: it is not at fault.
+            raise _refusal(answer.status_code, answer.content)
+        if answer.is_error and "already been loaded" not in _message(answer.content):
             raise InvalidRequest(f"adapter refused by vLLM: {_message(answer.content)}", code="adapter_refused")
 
     async def unload(self, name: str) -> None:

@@ -99,6 +99,12 @@ def test_adapters_are_loaded_listed_and_forgotten() -> None:
     assert said(answered("unload what is not there"), lambda api: api.unload("nothing")) is None
 
 
+def test_a_server_that_fails_to_load_does_not_blame_the_adapter() -> None:
+    with pytest.raises(TunesmithError) as failed:
+        said(lambda _: httpx.Response(500, text="out of luck"), lambda api: api.load(NAME, Path(FOLDER)))
+    assert (failed.value.status, failed.value.code) == (500, "generation_failed")
+
+
 def test_refusals() -> None:
     with pytest.raises(AdapterGone, match="does not exist"):
         chunks("unknown adapter")

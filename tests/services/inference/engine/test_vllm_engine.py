@@ -251,7 +251,6 @@ def test_an_adapter_that_the_server_refuses_says_why(beside: Callable[..., Besid
         under_test.engine.load("a@1", AdapterFolder(tmp_path / "nowhere", 8, 1)).result(30)
     assert refused.value.code == "adapter_refused"
     assert under_test.engine.stats().adapters == 0
-    # One that a lost answer had loaded is loaded.
     assert under_test.run("a").text
 
 
