@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TextIO
@@ -156,10 +157,25 @@ class Processes:
             one.end()
 
 
+def keeps_an_idle_connection(url: str) -> None:
+    """Fail if the server closes a connection that is unused for longer than httpx, and so OpenAI's SDK, keeps one."""
+    connection = HTTPConnection(url.split("/")[2], timeout=120)
+    try:
+        for pause in (0, 7):
+            time.sleep(pause)
+            connection.request("GET", "/health/live")
+            # A second request is refused by http.client, not sent on a new connection, if this one was closed.
+            connection.auto_open = 0
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (200, True)
+    finally:
+        connection.close()
+
+
 def answers(url: str) -> bool:
     """Whether a GET gives 200."""
     with suppress(httpx.HTTPError):
-        return httpx.get(url, timeout=10, trust_env=False).status_code == 200
+        return httpx.get(url, timeout=60, trust_env=False).status_code == 200
     return False
 
 

@@ -11,6 +11,7 @@ from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError, Unavailable
 from shared.file_modes import keep_files_private
+from shared.http.web import IDLE_CONNECTION_SECONDS
 from shared.logs import configure_logging
 from shared.settings import read_settings
 from shared.storage.artifacts import LocalArtifactStore
@@ -41,6 +42,7 @@ def main() -> None:
         log_config=None,
         server_header=False,
         http=TimeoutProtocol,
+        timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     sys.exit(serve(uvicorn.Server(config), settings.sql_url))

@@ -159,7 +159,7 @@ def inference_client(read_timeout: float) -> httpx.AsyncClient:
     """A client for long, silent answers; the system's proxy settings are not for processes next door."""
     return httpx.AsyncClient(
         timeout=httpx.Timeout(read_timeout, connect=5, write=30, pool=None),
-        # Inference bounds its queue itself. Idle connections go before its server closes them (uvicorn: after 5 s).
+        # Inference bounds its queue itself. Idle connections go long before its server closes them.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
         trust_env=False,
     )

@@ -15,6 +15,7 @@ from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
 from shared.gpu_memory import grow_segments
+from shared.http.web import IDLE_CONNECTION_SECONDS
 from shared.logs import configure_logging, get_logger
 from shared.openmp import spin_briefly
 from shared.settings import read_settings
@@ -56,6 +57,7 @@ def main() -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_CONNECTION_SECONDS,
             # Requests in flight go on; new connections are refused meanwhile.
             timeout_graceful_shutdown=settings.drain_seconds,
         )

@@ -27,6 +27,12 @@ from shared.http.unbuilt_paths import hint
 from shared.http.validation import validation_error
 from shared.logs import get_logger
 
+# How long a connection may stay open unused between two requests, in seconds. Whoever closes first must be the client:
+# a request that it sends just as the server closes is lost without an answer, and a POST is not repeated. Clients and
+# balancers keep connections for 4 s (undici), 5 s (httpx, and so OpenAI's SDK) or 60 s (nginx, AWS); uvicorn's own
+# default is 5 s.
+IDLE_CONNECTION_SECONDS = 75
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 # text-generation-inference's paths, and what an operator asks of a process like it.
 _TGI_PATH = re.compile(r"/|/(generate|generate_stream|info|metrics)|/(health|adapters)(/.*)?")

@@ -113,7 +113,8 @@ class VllmEngine:
         # Adapters of another life of this process are another's.
         self._life = secrets.token_hex(4)
         # Several loads at a time, and connections of streams that are being closed.
-        limits = httpx.Limits(max_connections=2 * rows + 16)
+        # vLLM closes what was unused for 5 s: a request sent at that moment would be lost.
+        limits = httpx.Limits(max_connections=2 * rows + 16, keepalive_expiry=2)
         client = httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits, transport=transport, trust_env=False)
         self._client, self._api = client, VllmApi(client, tokenizer.stop_ids)
         self._closing = False

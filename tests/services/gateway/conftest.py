@@ -22,6 +22,7 @@ from services.gateway.http.client_timeouts import TimeoutProtocol
 from services.gateway.services import Services
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
+from shared.http.web import IDLE_CONNECTION_SECONDS
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.leases import Leases
 from shared.storage.database import migrate
@@ -56,6 +57,7 @@ def served(app: FastAPI, protocol: type[H11Protocol] = TimeoutProtocol) -> Itera
             host="127.0.0.1",
             port=0,
             http=protocol,
+            timeout_keep_alive=IDLE_CONNECTION_SECONDS,
             log_config=None,
             timeout_graceful_shutdown=2,
             server_header=False,
@@ -137,7 +139,7 @@ def running_gateway(settings: GatewaySettings, protocol: type[H11Protocol] = Tim
     with blocking_calls(settings.home) as seen:
         with served(app, protocol) as url:
             key = settings.key_path.read_text().strip()
-            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30) as http:
+            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120) as http:
                 yield Gateway(url, key, app, settings, http)
         assert not seen, "on the event loop:\n" + "\n".join(seen)
 

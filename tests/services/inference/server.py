@@ -16,6 +16,7 @@ from services.inference.app import create_app
 from services.inference.build import assemble, beside_vllm
 from services.inference.serving import Serving
 from services.inference.settings import InferenceSettings
+from shared.http.web import IDLE_CONNECTION_SECONDS
 from tests.services.inference.harness import Tiny
 
 
@@ -76,7 +77,13 @@ def running(tiny: Tiny, *, send_buffer: int = 0, **settings: Any) -> Iterator[Se
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(create_app(chosen, build), log_config=None, access_log=False))
+        config = uvicorn.Config(
+            create_app(chosen, build),
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=IDLE_CONNECTION_SECONDS,
+        )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

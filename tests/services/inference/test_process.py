@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.stack_processes import free_port
+from tests.stack_processes import free_port, keeps_an_idle_connection
 from tests.tiny import write_catalogue, write_tiny_model
 
 pytestmark = pytest.mark.servers
@@ -50,7 +50,7 @@ def process(home: Path, log: Path, **more: str) -> Iterator["tuple[subprocess.Po
             yield running, client
     finally:
         running.kill()
-        running.wait(30)
+        running.wait(120)
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:
@@ -60,6 +60,7 @@ def test_it_serves_and_drains(tmp_path: Path) -> None:
     with process(tmp_path / "home", log, **settings) as (running, client):
         info = client.get("/info").json()
         assert (info["base"], info["slots"]) == ("tiny", 2)
+        keeps_an_idle_connection(str(client.base_url))
         answers: list[httpx.Response] = []
         body: dict[str, Any] = {"inputs": "a", "parameters": {"max_new_tokens": 500, "ignore_eos_token": True}}
         asking = threading.Thread(target=lambda: answers.append(client.post("/generate", json=body)))

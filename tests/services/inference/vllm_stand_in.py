@@ -34,6 +34,7 @@ from services.inference.engine.interface import (
 )
 from services.inference.engine.llama import LlamaRunner
 from shared.errors import TunesmithError
+from shared.http.web import IDLE_CONNECTION_SECONDS
 from tests.services.inference.harness import EngineUnderTest, Tiny
 
 # All that the engine may say: a new word is checked against a real server first.
@@ -75,9 +76,16 @@ class VllmStandIn:
     def start(self) -> None:
         """As a fresh process: without adapters."""
         for name in self.adapters:
-            self.under_test.engine.unload(name).result(30)
+            self.under_test.engine.unload(name).result(120)
         self.adapters.clear()
-        config = uvicorn.Config(self._app(), port=self._port, log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            self._app(),
+            port=self._port,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=IDLE_CONNECTION_SECONDS,
+        )
         config.timeout_graceful_shutdown = 0
         self._server = server = uvicorn.Server(config)
         self._thread = threading.Thread(target=server.run)
