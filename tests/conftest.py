@@ -4,10 +4,8 @@ import atexit
 import os
 import random
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,17 +83,15 @@ class LogToStdout:
     """Where structlog writes while no service has configured it.
 
     `print`, its default, uses sys.stdout without holding on to it: pytest puts another in its place while a server's
-    thread writes, and CPython 3.11 then crashes (python/cpython#130163).
+    thread writes, and CPython 3.11 then crashes (python/cpython#130163). Holding on to it is not enough: pytest closes
+    it, and the write fails or reaches what was opened next under its number. The file descriptor is always there.
     """
 
     def __init__(self, *_: object) -> None:
         pass
 
     def msg(self, message: str) -> None:
-        out = sys.stdout
-        # It may have been closed meanwhile.
-        with suppress(ValueError):
-            out.write(f"{message}\n")
+        os.write(1, f"{message}\n".encode())
 
     log = debug = info = warn = warning = err = error = critical = exception = fatal = failure = msg
 

@@ -558,8 +558,8 @@ RAW: dict[str, bytes] = {
 def test_http(target: Target, name: str) -> None:
     """Bytes that no client library would send: a 4xx, or the connection is closed without a word."""
     host, port = target.stack.url.removeprefix("http://").split(":")
-    with target.unharmed(), socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.settimeout(20)
+    with target.unharmed(), socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.settimeout(120)
         try:
             connection.sendall(RAW[name].replace(b"%(key)s", target.stack.key.encode()))
             connection.shutdown(socket.SHUT_WR)

@@ -20,7 +20,7 @@ TOKENS = 2  # Of the stand-in's responses.
 
 def open_loop(server: StandIn, *, rate: float = 100, seconds: float = 0.5, seed: int = 1) -> Measurements:
     async def run() -> Measurements:
-        async with httpx.AsyncClient(base_url=server.url, timeout=20, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as client:
             load = Load(client, ["adapter-1", ""], TOKENS)
             await load.open_loop(rate, seconds, seed)
             return load.measured

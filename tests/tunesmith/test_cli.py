@@ -112,7 +112,7 @@ def test_interrupted_wait_says_how_to_go_on(gateway: FakeGateway) -> None:
         assert waiting.stderr is not None
         assert waiting.stderr.readline() == b"running training\n"
         waiting.send_signal(signal.SIGINT)
-        out, err = waiting.communicate(timeout=30)
+        out, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 130
     assert (out, err) == (b"", b"interrupted; the job goes on. To wait again: tunesmith wait ftjob-1\n")
 

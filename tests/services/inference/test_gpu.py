@@ -59,7 +59,7 @@ class OnCuda:
     def load(self, adapter: str) -> None:
         folder = self.tiny.store.adapter(adapter)
         weights = read_adapter(folder, self.engine.lora_modules, max_rank=256, dtype=self.runner.dtype)
-        self.engine.load(adapter, weights).result(30)
+        self.engine.load(adapter, weights).result(120)
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=True)
@@ -113,7 +113,7 @@ def test_adapters_come_and_go_while_others_are_served(engines: Any, tiny: Tiny, 
         heard = engine.submit(prompt, adapter=adapter, max_new_tokens=12)
         assert isinstance(heard.last, Finished)
         assert heard.ids == tiny.oracle.ids(adapter, prompt, 12)
-        engine.engine.unload(adapter).result(30)
+        engine.engine.unload(adapter).result(120)
     for each in long:
         assert isinstance(each.last, Finished)
         assert each.ids == tiny.oracle.ids(adapters[0], prompt, 120)

@@ -83,7 +83,7 @@ def test_head_is_get_without_a_body(app: FastAPI, seen: list[Any]) -> None:
 
 
 def test_a_stream_that_would_go_on_ends_with_its_head(app: FastAPI, ended: list[str]) -> None:
-    with served(app) as url, httpx.Client(base_url=url, timeout=10) as http:
+    with served(app) as url, httpx.Client(base_url=url) as http:
         for path in ("/v1/stream", "/v1/events"):
             head = http.head(path)
             assert (head.status_code, head.content) == (200, b"")

@@ -106,7 +106,7 @@ def test_an_action_requested_while_a_worker_claims_reaches_that_worker(
             requested = pool.submit(getattr(store, action), "default", job.id)
             time.sleep(0.2)
             assert not requested.done()
-        assert requested.result(timeout=30).state is end
+        assert requested.result(timeout=120).state is end
     assert store.get("default", job.id).state is end
 
 

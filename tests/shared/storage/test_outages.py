@@ -20,6 +20,7 @@ from shared.storage.database import Database, migrate
 from shared.storage.outages import is_away
 from shared.storage.tables import api_keys
 from tests.fresh_database import fresh_on_server
+from tests.stack_processes import wait_until
 
 ROW = {"id": "k", "project": "p", "digest": "d", "created_at": 1}
 
@@ -142,7 +143,7 @@ def test_a_server_that_ends_its_sessions(on_server: Database, server_url: str) -
 
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"lock_timeout": 200, "statement_timeout": 600, "idle_in_transaction_session_timeout": 300}
+    limits = {"lock_timeout": 500, "statement_timeout": 2000, "idle_in_transaction_session_timeout": 1500}
     monkeypatch.setattr(database_module, "_SESSION_LIMITS", limits)
     monkeypatch.setattr(database_module, "POOL_TIMEOUT_SECONDS", 0.2)
 
@@ -160,9 +161,15 @@ class TestLimits:
                     tx.execute(update(api_keys).values(project="r"))
 
             assert is_away(failure_of(change))
-            time.sleep(0.5)
-            # The server has ended the transaction that stood still.
-            change()
+
+            def changed() -> bool:
+                with suppress(DBAPIError):
+                    change()
+                    return True
+                return False
+
+            # The server ends the transaction that stands still.
+            wait_until(changed, "the row to be free")
         with on_server.read() as tx:
             assert tx.execute(select(api_keys.c.project)).scalar() == "r"
 

@@ -15,7 +15,7 @@ def test_it_works_again_and_again_though_it_fails() -> None:
 
     periodic = Periodic("test", fail, 0.001)
     periodic.start()
-    assert all(called.acquire(timeout=30) for _ in range(3))
+    assert all(called.acquire(timeout=120) for _ in range(3))
     periodic.stop()
     assert not periodic._thread.is_alive()
 
@@ -25,19 +25,19 @@ def test_waking_calls_at_once_and_stopping_waits() -> None:
 
     def work() -> None:
         called.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
 
     periodic = Periodic("test", work, 3600)
     periodic.start()
     assert not called.is_set()
     periodic.wake()
-    assert called.wait(30)
+    assert called.wait(120)
     stopping = threading.Thread(target=periodic.stop)
     stopping.start()
     stopping.join(0.05)
     assert stopping.is_alive()
     go_on.set()
-    stopping.join(30)
+    stopping.join(120)
     assert not stopping.is_alive()
 
 
@@ -69,7 +69,7 @@ def test_one_notification_per_call(queue: Queue) -> None:
     notifier.start()
     for _ in range(3):
         notifier.notify()
-    assert all(queue.tried.acquire(timeout=30) for _ in range(3))
+    assert all(queue.tried.acquire(timeout=120) for _ in range(3))
     notifier.stop()
     assert queue.tries == 3
 

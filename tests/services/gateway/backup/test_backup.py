@@ -31,7 +31,7 @@ from shared.storage.manifests import Manifest
 from shared.storage.tables import adapters, files, jobs
 from tests.fresh_database import fresh_on_server
 from tests.jobs import Jobs
-from tests.services.gateway.conftest import ROWS, Gateway, running_gateway
+from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
 from tests.stack_processes import ROOT, clean_environment
 
 ON_POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.servers)
@@ -112,6 +112,8 @@ def test_a_backup_under_load_restores_into_a_working_installation(place: Place) 
     settings = place.migrated("origin")
     stop = threading.Event()
     failures: list[BaseException] = []
+    uploaded: list[str] = []
+    published: list[int] = []
 
     with running_gateway(settings) as gateway:
         store, leases = gateway.services.artifacts, Leases(gateway.services.database)
@@ -123,19 +125,17 @@ def test_a_backup_under_load_restores_into_a_working_installation(place: Place) 
         assert claimed is not None
 
         def upload_and_delete() -> None:
-            number = 0
             mine: list[str] = []
             while not stop.is_set():
-                number += 1
-                mine.append(gateway.uploaded([{"prompt": f"{number}", "completion": "x" * 2000}]))
+                uploaded.append(gateway.uploaded([{"prompt": f"{len(uploaded)}", "completion": "x" * 2000}]))
+                mine.append(uploaded[-1])
                 if len(mine) > 3:
                     assert gateway.http.delete(f"/v1/files/{mine.pop(0)}").status_code == 200
 
         def train() -> None:
-            step = 0
             while not stop.is_set():
-                step += 1
-                publish(store, leases, claimed, step)
+                publish(store, leases, claimed, len(published) + 1)
+                published.append(len(published) + 1)
 
         def guarded(work: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
@@ -149,7 +149,7 @@ def test_a_backup_under_load_restores_into_a_working_installation(place: Place) 
         threads = [threading.Thread(target=guarded(work)) for work in (upload_and_delete, train)]
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
+        eventually(lambda: bool(failures or (uploaded and len(published) >= 2)))
         taken = []
         for number in range(4):
             taken.append(place.root / f"backup-{number}.tar")
@@ -168,7 +168,7 @@ def test_a_backup_under_load_restores_into_a_working_installation(place: Place) 
         restored = place.settings(f"restored-{number}")
         restore_backup(restored, path, replace=False)
         counts.add(check(restored))
-    assert all(found > 1 and published >= 2 for found, published in counts)
+    assert all(files > 1 and adapters >= 2 for files, adapters in counts)
 
     with running_gateway(restored) as again:
         # The same key, the same bytes; the job is paused, and goes on once it is told to.

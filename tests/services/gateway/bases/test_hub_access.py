@@ -121,13 +121,13 @@ def test_a_slow_hub_holds_one_request_and_no_other(monkeypatch: pytest.MonkeyPat
 
     def slow(*_: object) -> None:
         asking.set()
-        assert answer.wait(30)
+        assert answer.wait(120)
 
     monkeypatch.setattr(hub_access, "check_access", slow)
     hub = access()
     first = threading.Thread(target=hub.check, args=(BASE.id,))
     first.start()
-    assert asking.wait(30)
+    assert asking.wait(120)
     hub.check(BASE.id)
     answer.set()
     first.join()

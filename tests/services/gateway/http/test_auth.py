@@ -131,7 +131,7 @@ def test_a_huge_upload_without_a_key_is_refused_before_it_is_read(gateway: Gatew
 
     # And what a client sends all the same is not received for long.
     port = int(gateway.url.rsplit(":", 1)[1])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
         connection.sendall(head)
         sent = 0
         with pytest.raises(OSError):  # noqa: PT012

@@ -317,7 +317,7 @@ def test_while_the_first_is_in_flight_its_duplicate_is_409(
 
         def keep_later(*arguments: Any) -> None:
             arrived.set()
-            assert go_on.wait(30)
+            assert go_on.wait(120)
             keep(*arguments)
 
         def send(key: str) -> httpx.Response:
@@ -327,7 +327,7 @@ def test_while_the_first_is_in_flight_its_duplicate_is_409(
         monkeypatch.setattr(gateway.services.idempotency, "keep", keep_later)
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(send, "slow")
-            assert arrived.wait(30)
+            assert arrived.wait(120)
             refused = [send("slow") for _ in range(2)]
             go_on.set()
             answer = first.result()
@@ -345,14 +345,14 @@ def test_a_duplicate_waits_for_the_first_and_gets_its_response(gateway: Gateway,
     arrived, keep = threading.Barrier(2), gateway.services.idempotency.keep
 
     def keep_once_the_duplicate_waits(*arguments: Any) -> None:
-        arrived.wait(30)
+        arrived.wait(120)
         time.sleep(0.2)
         keep(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setattr(gateway.services.idempotency, "keep", keep_once_the_duplicate_waits)
         first = pool.submit(create, gateway, body, idempotency_key="k-7")
-        arrived.wait(30)
+        arrived.wait(120)
         duplicate = pool.submit(create, gateway, body, idempotency_key="k-7")
         assert first.result().content == duplicate.result().content
 

@@ -66,7 +66,7 @@ def hung_server() -> Iterator[HungServer]:
 
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prober, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(prober, "TIMEOUT_SECONDS", 1.5)
     monkeypatch.setattr(prober, "PAUSE_WHILE_UP_SECONDS", 0.1)
     monkeypatch.setattr(prober, "PAUSE_WHILE_DOWN_SECONDS", 0.1)
 

@@ -66,7 +66,7 @@ def registry(tiny: Tiny, engine: SlowEngine, **limits: Any) -> AdapterRegistry:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110 -- what is waited for happens in a thread
             await asyncio.sleep(0.005)
 
@@ -108,7 +108,9 @@ def test_unloading_in_mid_load_frees_the_slot_once(tiny: Tiny, adapters: list[st
     asyncio.run(scenario())
 
 
-def test_a_full_house_waits_for_a_release_and_else_says_so(tiny: Tiny, adapters: list[str]) -> None:
+def test_a_full_house_waits_for_a_release_and_else_says_so(
+    tiny: Tiny, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         engine = SlowEngine()
         held = registry(tiny, engine, slots=1)
@@ -118,6 +120,7 @@ def test_a_full_house_waits_for_a_release_and_else_says_so(tiny: Tiny, adapters:
         entry, _ = await first
         with pytest.raises(Overloaded):
             await held.acquire(adapters[1])
+        monkeypatch.setattr(held._residency, "_wait_seconds", 120)
         second = asyncio.create_task(held.acquire(adapters[1]))
         await asyncio.sleep(0.02)
         held.release(entry)
@@ -206,7 +209,7 @@ def test_a_request_that_joins_a_protecting_load_is_served_like_any_other(
         reading, read = threading.Event(), held._read
 
         def slowly(folder: Path) -> Checked:
-            reading.wait(30)
+            reading.wait(120)
             return read(folder)
 
         monkeypatch.setattr(held, "_read", slowly)

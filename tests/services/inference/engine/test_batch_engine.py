@@ -63,7 +63,7 @@ def test_rows_that_leave_early_do_not_disturb_the_rest(engine: MakeEngine, tiny:
         handle = under_test.engine.submit(GenerationRequest(prompt, adapter=adapter, max_new_tokens=20), heard)
         if chance.random() < 0.5:
             if chance.random() < 0.5:
-                heard.begun.wait(30)
+                heard.begun.wait(120)
             under_test.engine.cancel(handle)
             assert isinstance(heard.last, Cancelled | Finished)
         else:
@@ -82,7 +82,7 @@ def test_a_slot_that_was_emptied_serves_its_next_adapter(engine: MakeEngine, tin
     for adapter in [adapters[2], adapters[3], adapters[0], adapters[1]]:
         under_test.load(adapter)
         assert under_test.run(prompt, adapter=adapter, max_new_tokens=12).ids == tiny.oracle.ids(adapter, prompt, 12)
-        under_test.engine.unload(adapter).result(30)
+        under_test.engine.unload(adapter).result(120)
     assert under_test.run(prompt, max_new_tokens=12).ids == tiny.oracle.ids(None, prompt, 12)
     under_test.load(adapters[0])
     with pytest.raises(ValueError, match="no adapter slot"):
@@ -172,7 +172,7 @@ def test_the_queue_is_bounded_by_requests_and_tokens(engine: MakeEngine) -> None
     under_test = engine(rows=1, queue_requests=2, queue_tokens=100)
     prompt = under_test.prompt(PROMPTS[0])
     running = under_test.submit(prompt, max_new_tokens=200, ignore_eos=True)
-    running.begun.wait(30)
+    running.begun.wait(120)
     waiting = [under_test.submit(prompt, max_new_tokens=2) for _ in range(2)]
     with pytest.raises(Overloaded):
         under_test.submit(prompt, max_new_tokens=2)
@@ -182,7 +182,7 @@ def test_the_queue_is_bounded_by_requests_and_tokens(engine: MakeEngine) -> None
 
     few = engine(rows=1, queue_tokens=30)
     running = few.submit(prompt, max_new_tokens=200, ignore_eos=True)
-    running.begun.wait(30)
+    running.begun.wait(120)
     few.submit(prompt[:5] * 4, max_new_tokens=1)
     with pytest.raises(Overloaded):
         few.submit(prompt[:5] * 4, max_new_tokens=1)
@@ -193,7 +193,7 @@ def test_a_cancelled_request_frees_its_row_within_a_step(engine: MakeEngine) -> 
     prompt = under_test.prompt(PROMPTS[0])
     heard = Heard()
     handle = under_test.engine.submit(GenerationRequest(prompt, max_new_tokens=200, ignore_eos=True), heard)
-    heard.begun.wait(30)
+    heard.begun.wait(120)
     under_test.engine.cancel(handle)
     said = len(heard.tokens)
     assert isinstance(heard.last, Cancelled)
@@ -274,13 +274,13 @@ def test_prompts_go_in_together_and_alone_if_that_fails(
     held = threading.Event()
 
     def wait() -> None:
-        held.wait(30)
+        held.wait(120)
 
     hold = under_test.engine._between_steps(wait)
     work = [(adapter, under_test.prompt(text)) for text in PROMPTS for adapter in (None, adapters[0], adapters[2])]
     heard = [under_test.submit(prompt, adapter=adapter, max_new_tokens=9) for adapter, prompt in work]
     held.set()
-    hold.result(30)
+    hold.result(120)
     for (served, prompt), each in zip(work, heard, strict=True):
         assert isinstance(each.last, Finished)
         assert each.ids == tiny.oracle.ids(served, prompt, 9)
@@ -321,12 +321,12 @@ def test_a_lost_device_fails_everyone_at_once_and_says_so(engine: MakeEngine, mo
     prompt = under_test.prompt(PROMPTS[0])
     running = under_test.submit(prompt, max_new_tokens=200, ignore_eos=True)
     waiting = under_test.submit(prompt, max_new_tokens=3)
-    assert running.begun.wait(30)
+    assert running.begun.wait(120)
     monkeypatch.setattr(under_test.runner, "decode", illegal_access)
     monkeypatch.setattr(under_test.runner.cache, "clear", illegal_access)
     for heard in (running, waiting):
         assert isinstance(heard.last, Failed)
-    assert told.wait(30)
+    assert told.wait(120)
     with pytest.raises(Unavailable):
         under_test.submit(prompt, max_new_tokens=1)
 
@@ -348,7 +348,7 @@ def test_closing_fails_what_is_left(engine: MakeEngine) -> None:
     under_test = engine(rows=1)
     prompt = under_test.prompt(PROMPTS[0])
     heard = [under_test.submit(prompt, max_new_tokens=200, ignore_eos=True) for _ in range(3)]
-    heard[0].begun.wait(30)
+    heard[0].begun.wait(120)
     under_test.engine.close()
     for each in heard:
         assert isinstance(each.last, Failed)
@@ -356,4 +356,4 @@ def test_closing_fails_what_is_left(engine: MakeEngine) -> None:
     with pytest.raises(Unavailable):
         under_test.submit(prompt, max_new_tokens=1)
     with pytest.raises(TunesmithError):
-        under_test.engine.unload("x").result(5)
+        under_test.engine.unload("x").result(60)

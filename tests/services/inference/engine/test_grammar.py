@@ -188,11 +188,10 @@ def test_a_grammar_that_takes_minutes_is_ended_and_others_go_on(
 
     other, ended = run(both())
     assert other < ended
-    assert ended < 60
-    began = time.monotonic()
+    assert ended < 120
+    monkeypatch.setattr(grammars, "_compile", None)
     with pytest.raises(InvalidRequest):
         compiled(grammars, "json_schema", costly)
-    assert time.monotonic() - began < 1, "the refusal is not remembered"
 
 
 def test_a_grammar_is_compiled_once_for_all_and_the_oldest_is_forgotten(

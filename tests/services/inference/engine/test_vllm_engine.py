@@ -61,7 +61,7 @@ class Beside:
     def load(self, uid: str, adapter: str | None = None) -> None:
         folder = self.tiny.store.adapter(adapter or uid)
         weights = read_adapter(folder, self.shape.lora_modules, max_rank=256)
-        self.engine.load(uid, AdapterFolder(folder, weights.rank, weights.nbytes)).result(30)
+        self.engine.load(uid, AdapterFolder(folder, weights.rank, weights.nbytes)).result(120)
 
     def submit(self, text: str, **options: Any) -> Heard:
         heard = Heard()
@@ -208,7 +208,7 @@ def test_a_server_that_was_started_anew_is_given_its_adapters_again(
     # Also where the prompt is read first.
     assert under_test.run("a", adapter=adapters[0], prompt_logprobs=True).ids == expected[0]
     # An adapter that nobody asked for meanwhile is let go all the same.
-    under_test.engine.unload(adapters[1]).result(30)
+    under_test.engine.unload(adapters[1]).result(120)
     assert under_test.engine.stats().adapters == 1
 
 
@@ -218,7 +218,7 @@ def test_a_server_that_dies_in_mid_stream_fails_its_requests_and_no_others(
     under_test = beside()
     heard = [under_test.submit(f"{n}", **LONG) for n in range(4)]
     for each in heard:
-        assert each.begun.wait(30)
+        assert each.begun.wait(120)
     server.die()
     for each in heard:
         assert isinstance(each.last, Failed)
@@ -241,14 +241,14 @@ def test_each_load_has_a_name_of_its_own_and_those_of_an_earlier_life_are_let_go
     later.load(f"{adapters[0]}@1", adapters[0])
     assert name not in server.adapters
     assert [each.partition(".")[0] for each in server.adapters] == [f"{adapters[0]}@1"]
-    later.engine.unload(f"{adapters[0]}@1").result(30)
+    later.engine.unload(f"{adapters[0]}@1").result(120)
     assert server.adapters == {}
 
 
 def test_an_adapter_that_the_server_refuses_says_why(beside: Callable[..., Beside], tmp_path: Path) -> None:
     under_test = beside()
     with pytest.raises(InvalidRequest, match=r"adapter refused by vLLM: .*No adapter found") as refused:
-        under_test.engine.load("a@1", AdapterFolder(tmp_path / "nowhere", 8, 1)).result(30)
+        under_test.engine.load("a@1", AdapterFolder(tmp_path / "nowhere", 8, 1)).result(120)
     assert refused.value.code == "adapter_refused"
     assert under_test.engine.stats().adapters == 0
     assert under_test.run("a").text
@@ -265,7 +265,7 @@ def test_projects_share_nothing_in_the_cache(beside: Callable[..., Beside], serv
 def test_closing_ends_everything_once(beside: Callable[..., Beside], server: VllmStandIn) -> None:
     under_test = beside(rows=1)
     heard = [under_test.submit(f"{n}", **LONG) for n in range(3)]
-    assert heard[0].begun.wait(30)
+    assert heard[0].begun.wait(120)
     closing = [threading.Thread(target=under_test.engine.close) for _ in range(2)]
     for each in closing:
         each.start()
@@ -277,7 +277,7 @@ def test_closing_ends_everything_once(beside: Callable[..., Beside], server: Vll
     with pytest.raises(Unavailable):
         under_test.submit("a")
     with pytest.raises(Unavailable):
-        under_test.engine.load("x", AdapterFolder(Path(), 1, 1)).result(30)
+        under_test.engine.load("x", AdapterFolder(Path(), 1, 1)).result(120)
     assert under_test.admission.requests == 0
 
 

@@ -61,7 +61,7 @@ def send(server: Server, headers: str, body: bytes) -> bytes:
     """The beginning of the answer to a raw request whose body is not sent in full."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.settimeout(30)
+        connection.settimeout(120)
         connection.sendall(f"POST /generate HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n".encode() + body)
         return connection.recv(4096)
 
