@@ -19,6 +19,7 @@ from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, default_precision, precision_to_load
 from services.inference.engine.grammar import Grammars
 from services.inference.engine.interface import Engine
+from services.inference.engine.rows import CPU_ROWS, MOST_GPU_ROWS, default_rows
 from services.inference.engine.vllm_engine import AdapterFolder, VllmEngine
 from services.inference.precision import VLLM_PRECISIONS
 from services.inference.serving import ServedBase, Serving
@@ -55,12 +56,15 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
 
 def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
     """The service around a loaded base, which it takes over: the caller must not use the base any more."""
+    slots = settings.slots or default_rows(
+        loaded.model.config, settings.context, loaded.model.get_input_embeddings().weight.dtype, loaded.device
+    )
     chosen = choose_runner(
         loaded.model,
         loaded.precision,
         settings.precision or default_precision(loaded.device.type),
         loaded.tokenizer,
-        rows=settings.slots,
+        rows=slots,
         context=settings.context,
         adapter_slots=settings.adapter_slots,
     )
@@ -88,9 +92,9 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
     def read(folder: Path) -> Checked:
         manifest, template = verified(folder, base, loaded.tokenizer, store, settings.adapter_bytes)
         weights = read_adapter(folder, modules, max_rank=settings.largest_rank, dtype=dtype)
-        return Checked(manifest, weights, template)
+        return Checked(manifest, weights.pinned() if base.device == "cuda" else weights, template)
 
-    return served(base, loaded.tokenizer, engine, admission, read, runner.vocabulary, settings, store)
+    return served(base, loaded.tokenizer, engine, admission, read, runner.vocabulary, slots, settings, store)
 
 
 def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
@@ -99,13 +103,15 @@ def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactSto
     manifest, tokenizer, shape = store.verify(folder, "base"), Tokenizer(folder), BaseShape.of(folder)
     precision = settings.precision if settings.precision in VLLM_PRECISIONS else VLLM_PRECISIONS[0]
     dtype = compute_dtype(precision, torch.device("cpu"))
+    device = settings.device if settings.device != "auto" else choose_device().type
+    slots = settings.slots or (CPU_ROWS if device == "cpu" else MOST_GPU_ROWS)
     admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
     engine = VllmEngine(
         settings.vllm_url,
         base.id,
         tokenizer,
         admission,
-        rows=settings.slots,
+        rows=slots,
         context=min(settings.context, shape.positions),
         vocabulary=shape.vocabulary,
     )
@@ -117,7 +123,7 @@ def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactSto
         precision=precision,
         runner="vllm",
         dtype=str(dtype).removeprefix("torch."),
-        device=settings.device if settings.device != "auto" else choose_device().type,
+        device=device,
     )
 
     def read(adapter: Path) -> Checked:
@@ -125,7 +131,7 @@ def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactSto
         weights = read_adapter(adapter, shape.lora_modules, max_rank=settings.largest_rank, dtype=dtype)
         return Checked(manifest, AdapterFolder(adapter, weights.rank, weights.nbytes), template)
 
-    return served(served_base, tokenizer, engine, admission, read, shape.vocabulary, settings, store)
+    return served(served_base, tokenizer, engine, admission, read, shape.vocabulary, slots, settings, store)
 
 
 def served(
@@ -135,6 +141,7 @@ def served(
     admission: Admission,
     read: Callable[[Path], Checked],
     vocabulary: int,
+    slots: int,
     settings: InferenceSettings,
     store: LocalArtifactStore,
 ) -> Serving:
@@ -145,7 +152,7 @@ def served(
     adapters = AdapterRegistry(store, engine, read, pool, residency)
     cuts = settings.beyond_context == "cut"
     grammars = Grammars(tokenizer, vocabulary)
-    return Serving(base, tokenizer, engine, admission, adapters, grammars, cuts_new_tokens=cuts)
+    return Serving(base, tokenizer, engine, admission, adapters, grammars, slots=slots, cuts_new_tokens=cuts)
 
 
 def _leave() -> None:

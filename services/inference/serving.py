@@ -59,6 +59,7 @@ class Serving:
     """Everything one inference process serves.
 
     Args:
+        slots: sequences that the engine generates at once.
         cuts_new_tokens: whether a request for more new tokens than the context has room for is given what fits; else
             it is refused.
     """
@@ -72,9 +73,10 @@ class Serving:
         adapters: AdapterRegistry,
         grammars: Grammars,
         *,
+        slots: int,
         cuts_new_tokens: bool = True,
     ) -> None:
-        self._grammars = grammars
+        self._grammars, self.slots = grammars, slots
         self.base, self.tokenizer, self.engine, self.adapters = base, tokenizer, engine, adapters
         self.token_bytes = TokenBytes(tokenizer)
         self._admission, self._cuts_new_tokens = admission, cuts_new_tokens

@@ -28,7 +28,8 @@ class InferenceSettings(Settings, populate_by_name=True):
             or fp16. With vLLM: fp32, bf16 (None and auto too) or fp16.
         engine: what generates: this process itself (`own`), or a vLLM server beside it (`vllm`).
         vllm_url: of that server, on this machine: it has no key and must not be reached from elsewhere.
-        slots: sequences generated at once.
+        slots: sequences generated at once; None is 16 on a CPU and, on a GPU, up to 64, as many as half of its free
+            memory has keys and values for; beside vLLM, which has its own bounds, 64 there.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
         beyond_context: what becomes of a request for more new tokens than the context has room for: it is given what
             fits (`cut`) or refused (`refuse`).
@@ -48,7 +49,7 @@ class InferenceSettings(Settings, populate_by_name=True):
     precision: Annotated[ServingPrecision | None, Field(validation_alias=_named("PRECISION"))] = None
     engine: Annotated[Literal["own", "vllm"], Field(validation_alias=_named("ENGINE"))] = "own"
     vllm_url: Annotated[str, Field(validation_alias=_named("VLLM_URL"))] = "http://127.0.0.1:8200"
-    slots: Annotated[int, Field(validation_alias=_named("SLOTS"), ge=1, le=1024)] = 16
+    slots: Annotated[int | None, Field(validation_alias=_named("SLOTS"), ge=1, le=1024)] = None
     context: Annotated[int, Field(validation_alias=_named("CONTEXT"), ge=16, le=1 << 20)] = 2048
     beyond_context: Annotated[Literal["cut", "refuse"], Field(validation_alias=_named("BEYOND_CONTEXT"))] = "cut"
     prefill_chunk: Annotated[int | None, Field(validation_alias=_named("PREFILL_CHUNK"), ge=1, le=1 << 16)] = None

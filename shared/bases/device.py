@@ -39,6 +39,15 @@ def take_share(device: torch.device, share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that this process can still allocate, its share of the memory minded."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    of_share = int(total * torch.cuda.get_per_process_memory_fraction()) - reserved
+    # What torch's allocator has reserved and does not use is free, too.
+    return max(0, min(int(free), of_share)) + reserved - torch.cuda.memory_allocated(device)
+
+
 def device_kind(device: torch.device) -> DeviceKind:
     """A device as reports and events name it."""
     return "cuda" if device.type == "cuda" else "cpu"

@@ -53,8 +53,8 @@ class FusedStack:
         first = 0
         for part, a, b in pairs:
             rows = slice(first, first + len(a))
-            self.a[slot, rows] = a
-            self.b[slot, rows, part.start : part.start + part.size] = b.T
+            self.a[slot, rows].copy_(a, non_blocking=True)
+            self.b[slot, rows, part.start : part.start + part.size].copy_(b.T, non_blocking=True)
             first += len(a)
         return invalid
 

@@ -29,6 +29,30 @@ class LoraWeights:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in pair)
 
+    def pinned(self) -> "LoraWeights":
+        """The same adapter in one page-locked buffer, which a GPU reads without holding up the thread that asks.
+
+        Needs CUDA. The buffer may be let go while a copy from it is under way: torch's allocator waits for that.
+        """
+        elements = sum(t.numel() for pair in self.pairs.values() for t in pair)
+        dtype = next(iter(self.pairs.values()))[0].dtype
+        return self.within(torch.empty(elements, dtype=dtype, pin_memory=True))
+
+    def within(self, buffer: torch.Tensor) -> "LoraWeights":
+        """The same adapter, its matrices copied one behind the other into a buffer [elements] of their dtype.
+
+        B lies there as [rank, out], which is how slots hold it: anything else is laid out anew, in other memory, before
+        a GPU takes it.
+        """
+        pairs, first = {}, 0
+        for path, (a, b) in self.pairs.items():
+            second = first + a.numel()
+            end = second + b.numel()
+            moved_a = buffer[first:second].view(a.shape).copy_(a)
+            pairs[path] = moved_a, buffer[second:end].view(b.T.shape).copy_(b.T).T
+            first = end
+        return LoraWeights(self.rank, pairs)
+
 
 class Selection:
     """Which slot each row of the current forward pass uses; shared by all layers."""
@@ -117,8 +141,8 @@ class LoraStack:
                 layer.a[slot] = 0
                 layer.b[slot] = 0
             if pair is not None:
-                layer.a[slot, : weights.rank] = pair[0]
-                layer.b[slot, : weights.rank] = pair[1].T
+                layer.a[slot, : weights.rank].copy_(pair[0], non_blocking=True)
+                layer.b[slot, : weights.rank].copy_(pair[1].T, non_blocking=True)
 
     def _reserve(self, layer: LoraLinear, rank: int) -> None:
         """Make room for `rank` in a layer's stack; it grows in powers of two, and never back."""

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from shared.bases.device import free_gpu_bytes
+
 FreeMemory = Callable[[torch.device], int]
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -13,11 +15,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate on a device: of the machine and its container, or of the GPU."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        of_share = int(total * torch.cuda.get_per_process_memory_fraction()) - reserved
-        # What torch's allocator has reserved and does not use is free, too.
-        return max(0, min(int(free), of_share)) + reserved - torch.cuda.memory_allocated(device)
+        return free_gpu_bytes(device)
     return min(psutil.virtual_memory().available, cgroup_bytes(CGROUP))
 
 

@@ -20,6 +20,7 @@ from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.interface import Finished, GenerationRequest, Sampling
 from services.inference.engine.llama import LlamaRunner
+from services.inference.engine.rows import MOST_GPU_ROWS
 from services.inference.engine.transformers_runner import TransformersRunner
 from services.inference.precision import ServingPrecision
 from services.inference.settings import InferenceSettings
@@ -59,7 +60,7 @@ class OnCuda:
     def load(self, adapter: str) -> None:
         folder = self.tiny.store.adapter(adapter)
         weights = read_adapter(folder, self.engine.lora_modules, max_rank=256, dtype=self.runner.dtype)
-        self.engine.load(adapter, weights).result(120)
+        self.engine.load(adapter, weights.pinned()).result(120)
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=True)
@@ -189,6 +190,24 @@ def test_each_precision_serves_base_and_adapters(tmp_path: Path, requested: Serv
     adapter = write_adapter(store, model, manifest, seed=1)
     base, tuned, again = asyncio.run(texts(serving, [None, adapter, None]))
     assert base == again != tuned
+
+
+def test_as_many_rows_as_the_card_has_room_for(tmp_path: Path) -> None:
+    store, catalogue = LocalArtifactStore(tmp_path / "artifacts"), tiny_catalogue(write_tiny_model(tmp_path / "model"))
+    serving = build_serving(InferenceSettings(context=64), store, catalogue)
+    assert serving.slots == MOST_GPU_ROWS
+    serving.engine.close()
+
+
+def test_a_pinned_adapter_is_the_same(tiny: Tiny, adapters: list[str], engines: Any) -> None:
+    modules = engines("bf16").engine.lora_modules
+    weights = read_adapter(tiny.store.adapter(adapters[0]), modules, max_rank=256, dtype=torch.bfloat16)
+    pinned = weights.pinned()
+    for path, (a, b) in pinned.pairs.items():
+        assert a.is_pinned()
+        assert b.is_pinned()
+        assert torch.equal(a, weights.pairs[path][0])
+        assert torch.equal(b, weights.pairs[path][1])
 
 
 def test_an_adapter_loaded_into_peft_on_the_device_says_the_same(engines: Any, tiny: Tiny, adapters: list[str]) -> None:

@@ -59,3 +59,22 @@ def test_every_row_gets_its_own_adapter_whatever_came_before(
                         a, b = held[slot].pairs[part.path]
                         expected[row, part.start : part.start + part.size] += b @ (a @ x[row])
             torch.testing.assert_close(add_delta(y, x, delta), expected, atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
+def test_in_one_buffer_it_is_the_same_adapter(rank: int, layers: list[tuple[int, int]]) -> None:
+    pairs = {
+        f"layer {n}": (torch.randn(rank, fan_in), torch.randn(out, rank)) for n, (fan_in, out) in enumerate(layers)
+    }
+    weights = LoraWeights(rank, pairs)
+    buffer = torch.full((weights.nbytes // 4,), torch.nan)
+    moved = weights.within(buffer)
+    # No gap, and nothing beyond.
+    assert not buffer.isnan().any()
+    assert (moved.rank, moved.nbytes, list(moved.pairs)) == (rank, weights.nbytes, list(pairs))
+    for path, (a, b) in moved.pairs.items():
+        assert torch.equal(a, pairs[path][0])
+        assert torch.equal(b, pairs[path][1])
+        assert {a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()} == {buffer.data_ptr()}
+        assert a.is_contiguous()
+        assert b.T.is_contiguous()
