@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from services.inference.engine.base_shape import head_dim
 from services.inference.engine.fused_lora import FusedLora, FusedStack, Part, add_delta
 from services.inference.engine.key_values import KeyValues
 from services.inference.engine.packed import Embedding, Linear, PackedPrecision, pack
@@ -84,7 +85,7 @@ class LlamaRunner:
         self.context = min(context, int(config.max_position_embeddings))
         self.vocabulary = int(config.vocab_size)
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._head_dim = head_dim(config)
         self._inner = config.intermediate_size
         self._embedding = Embedding(weight, precision)
         self._layers = [_read_layer(layer, precision) for layer in decoder.layers]

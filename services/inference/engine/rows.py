@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from services.inference.engine.base_shape import head_dim
 from shared.bases.device import free_gpu_bytes
 
 CPU_ROWS = 16
@@ -26,10 +27,9 @@ def default_rows(config: Any, context: int, dtype: torch.dtype, device: torch.de
 
 def row_bytes(config: Any, context: int, dtype: torch.dtype) -> int:
     """Bytes of one row's keys and values, all layers and positions."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    positions = min(context, config.max_position_embeddings)
-    return int(config.num_hidden_layers * 2 * heads * head_dim * positions * dtype.itemsize)
+    positions = min(context, int(config.max_position_embeddings))
+    keys = config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * positions
+    return int(2 * keys * dtype.itemsize)
 
 
 def rows_that_fit(free_bytes: int, bytes_of_row: int) -> int:

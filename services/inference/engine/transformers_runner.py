@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from services.inference.engine.base_shape import head_dim
 from services.inference.engine.cache import SlotCache
 from services.inference.engine.lora import LoraStack
 from services.inference.engine.runner import Piece
@@ -61,7 +62,7 @@ class TransformersRunner:
             rows=rows,
             heads=config.num_key_value_heads,
             capacity=self.context,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dim(config),
             dtype=self.dtype,
             device=self.device,
         )
