@@ -95,8 +95,9 @@ def test_without_redis_a_job_is_taken_at_once_and_notified_of_later(settings: Se
     with running_gateway(settings(redis_url=f"redis://127.0.0.1:{port}/0")) as gateway:
         assert gateway.http.get("/health/ready").json()["redis"] is False
         file = gateway.uploaded(ROWS)
+        # Redis being away costs seconds per notification; none of them is the client's.
         for _ in range(5):
-            answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file})
+            answer = gateway.http.post(PATH, json={"model": BASE, "training_file": file}, timeout=10)
             assert answer.json()["status"] == "queued"
         assert gateway.services.notifications.pending() is None
         with running_redis(port):
