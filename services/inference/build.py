@@ -19,11 +19,11 @@ from services.inference.engine.batch_engine import BatchEngine
 from services.inference.engine.choose_runner import choose_runner, default_precision, precision_to_load
 from services.inference.engine.grammar import Grammars
 from services.inference.engine.interface import Engine
-from services.inference.engine.rows import CPU_ROWS, MOST_GPU_ROWS, default_rows
+from services.inference.engine.rows import default_rows
 from services.inference.engine.vllm_engine import AdapterFolder, VllmEngine
 from services.inference.precision import VLLM_PRECISIONS
 from services.inference.serving import ServedBase, Serving
-from services.inference.settings import InferenceSettings
+from services.inference.settings import VLLM_SLOTS, InferenceSettings
 from shared.bases.base_model import LoadedBase, compute_dtype, load_base, prepare_base
 from shared.bases.catalogue import Base, Catalogue
 from shared.bases.device import choose_device, take_share
@@ -103,8 +103,7 @@ def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactSto
     manifest, tokenizer, shape = store.verify(folder, "base"), Tokenizer(folder), BaseShape.of(folder)
     precision = settings.precision if settings.precision in VLLM_PRECISIONS else VLLM_PRECISIONS[0]
     dtype = compute_dtype(precision, torch.device("cpu"))
-    device = settings.device if settings.device != "auto" else choose_device().type
-    slots = settings.slots or (CPU_ROWS if device == "cpu" else MOST_GPU_ROWS)
+    slots = settings.slots or VLLM_SLOTS
     admission = Admission(requests=settings.queue_requests, tokens=settings.queue_tokens)
     engine = VllmEngine(
         settings.vllm_url,
@@ -123,7 +122,7 @@ def beside_vllm(base: Base, settings: InferenceSettings, store: LocalArtifactSto
         precision=precision,
         runner="vllm",
         dtype=str(dtype).removeprefix("torch."),
-        device=device,
+        device=settings.device if settings.device != "auto" else choose_device().type,
     )
 
     def read(adapter: Path) -> Checked:

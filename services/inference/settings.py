@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from services.inference.precision import VLLM_PRECISIONS, ServingPrecision
 from shared.settings import Settings
 
-# Of vLLM's adapters, unless another is set.
+# Of vLLM's adapters and sequences, unless others are set; `vllm_server` tells vLLM the same.
 VLLM_MAX_RANK = 64
+VLLM_SLOTS = 16
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -29,7 +30,7 @@ class InferenceSettings(Settings, populate_by_name=True):
         engine: what generates: this process itself (`own`), or a vLLM server beside it (`vllm`).
         vllm_url: of that server, on this machine: it has no key and must not be reached from elsewhere.
         slots: sequences generated at once; None is 16 on a CPU and, on a GPU, up to 64, as many as half of its free
-            memory has keys and values for; beside vLLM, which has its own bounds, 64 there.
+            memory has keys and values for; with vLLM it is 16.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
         beyond_context: what becomes of a request for more new tokens than the context has room for: it is given what
             fits (`cut`) or refused (`refuse`).

@@ -16,6 +16,7 @@ DTYPES = {"": "bfloat16", "auto": "bfloat16", "bf16": "bfloat16", "fp32": "float
 # vLLM's own list of `--max-lora-rank`.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 MOST_RANK = "64"
+SLOTS = "16"
 # Adapters that one batch may mix; vLLM reserves memory for each at the largest rank.
 MOST_IN_A_BATCH = 16
 # The most that a client may ask for.
@@ -45,7 +46,7 @@ def command(environ: Mapping[str, str], folder: Path) -> list[str]:
         *("--model", str(folder), "--served-model-name", _given(environ, "BASE", "")),
         *("--dtype", DTYPES[precision]),
         *("--max-model-len", str(min(int(_given(environ, "CONTEXT", "2048")), config["max_position_embeddings"]))),
-        *("--max-num-seqs", _given(environ, "SLOTS", "16")),
+        *("--max-num-seqs", _given(environ, "SLOTS", SLOTS)),
         *("--enable-lora", "--max-lora-rank", str(next(each for each in RANKS if each >= rank))),
         *("--max-loras", str(min(adapters, MOST_IN_A_BATCH)), "--max-cpu-loras", str(adapters)),
         *("--max-logprobs", str(MOST_LOGPROBS)),

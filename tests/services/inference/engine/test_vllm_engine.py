@@ -15,8 +15,8 @@ from services.inference.engine.base_shape import BaseShape
 from services.inference.engine.grammar import Grammars, _followed
 from services.inference.engine.interface import Cancelled, Failed, Finished, GenerationRequest, GrammarText, Sampling
 from services.inference.engine.vllm_engine import AdapterFolder, VllmEngine
-from services.inference.settings import VLLM_MAX_RANK, InferenceSettings
-from services.inference.vllm_server import MOST_RANK, command
+from services.inference.settings import VLLM_MAX_RANK, VLLM_SLOTS, InferenceSettings
+from services.inference.vllm_server import MOST_RANK, SLOTS, command
 from shared.errors import InvalidRequest, Unavailable
 from tests.services.inference.harness import EngineUnderTest, Heard, Tiny, alike
 from tests.services.inference.vllm_stand_in import VllmStandIn
@@ -286,7 +286,7 @@ def test_the_servers_command_says_what_the_settings_say(tiny: Tiny) -> None:
     words = command({"TUNESMITH_INFERENCE_BASE": "tiny"}, folder)
     given = dict(zip(words, [*words[1:], ""], strict=True))
     assert given["--port"] == settings.vllm_url.rpartition(":")[2]
-    assert given["--max-num-seqs"] == str(settings.slots)
+    assert given["--max-num-seqs"] == SLOTS == str(VLLM_SLOTS)
     assert given["--max-cpu-loras"] == str(settings.adapter_slots)
     assert given["--max-lora-rank"] == MOST_RANK == str(VLLM_MAX_RANK) == str(settings.largest_rank)
     assert (given["--dtype"], given["--served-model-name"]) == ("bfloat16", "tiny")
