@@ -232,7 +232,7 @@ def serve(device: torch.device, folder: Path, precision: BasePrecision) -> dict[
             for path, (fan_in, fan_out) in runner.lora.modules.items()
             if path.endswith(("q_proj", "v_proj"))
         }
-        runner.lora.write(slot, LoraWeights(RANK, pairs))
+        runner.lora.write(slot, runner.lora.prepare(LoraWeights(RANK, pairs)))
     found: dict[str, Any] = {}
     with torch.inference_mode():
         for rows in ROWS:
@@ -246,7 +246,7 @@ def serve(device: torch.device, folder: Path, precision: BasePrecision) -> dict[
                 found[f"decode, {rows} rows, {name}, ms"] = round(each, 3)
                 found[f"decode, {rows} rows, {name}, tokens/s"] = round(rows / each * 1e3)
         for chunk in (128, 1024):
-            each = milliseconds(partial(runner.prefill, 0, [5] * chunk, 0, 0, 0, all_logits=False), 20)
+            each = milliseconds(partial(runner.prefill, 0, [5] * chunk, 0, 0, all_logits=False), 20)
             found[f"prefill in {chunk}, tokens/s"] = round(chunk / each * 1e3)
     return found
 
@@ -255,10 +255,9 @@ def decoding(runner: LlamaRunner, slots: list[int]) -> Callable[[], torch.Tensor
     """A decode step of one row for each slot, which is at the next position each time it is called."""
     rows = len(slots)
     positions = [200 + 200 * row // rows for row in range(rows)]
-    ranks = [RANK if slot else 0 for slot in slots]
 
     def step() -> torch.Tensor:
-        logits = runner.decode(0, list(range(3, 3 + rows)), positions, slots, ranks)
+        logits = runner.decode(0, list(range(3, 3 + rows)), positions, slots)
         positions[:] = [position + 1 for position in positions]
         return logits
 

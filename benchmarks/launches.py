@@ -276,9 +276,9 @@ def _decode(shape: Shape, slots: Sequence[int], choosers: Sequence[Chooser]) -> 
         model = _without_numbers(shape)
         runner = LlamaRunner(model, precision="plain", rows=len(slots), context=CONTEXT, adapter_slots=max(1, *slots))
         for slot in sorted(set(slots) - {0}):
-            runner.lora.write(slot, _adapter(runner))
+            runner.lora.write(slot, runner.lora.prepare(_adapter(runner)))
         step: Callable[[], Tensor] = partial(
-            runner.decode, 0, [5] * len(slots), list(range(200, 200 + len(slots))), slots, [RANK] * len(slots)
+            runner.decode, 0, [5] * len(slots), list(range(200, 200 + len(slots))), slots
         )
         # The first step copies to each row the adapter that it uses.
         step()

@@ -57,7 +57,7 @@ def build_serving(settings: InferenceSettings, store: LocalArtifactStore, catalo
 def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifactStore) -> Serving:
     """The service around a loaded base, which it takes over: the caller must not use the base any more."""
     slots = settings.slots or default_rows(
-        loaded.model.config, settings.context, loaded.model.get_input_embeddings().weight.dtype, loaded.device
+        loaded.model, settings.context, loaded.model.get_input_embeddings().weight.dtype, loaded.device
     )
     chosen = choose_runner(
         loaded.model,
@@ -92,7 +92,7 @@ def assemble(loaded: LoadedBase, settings: InferenceSettings, store: LocalArtifa
     def read(folder: Path) -> Checked:
         manifest, template = verified(folder, base, loaded.tokenizer, store, settings.adapter_bytes)
         weights = read_adapter(folder, modules, max_rank=settings.largest_rank, dtype=dtype)
-        return Checked(manifest, weights.pinned() if base.device == "cuda" else weights, template)
+        return Checked(manifest, engine.prepare(weights), template)
 
     return served(base, loaded.tokenizer, engine, admission, read, runner.vocabulary, slots, settings, store)
 

@@ -30,7 +30,7 @@ class InferenceSettings(Settings, populate_by_name=True):
         engine: what generates: this process itself (`own`), or a vLLM server beside it (`vllm`).
         vllm_url: of that server, on this machine: it has no key and must not be reached from elsewhere.
         slots: sequences generated at once; None is 16 on a CPU and, on a GPU, up to 64, as many as half of its free
-            memory has keys and values for; with vLLM it is 16.
+            memory has room for; with vLLM it is 16.
         context: most tokens of one sequence, prompt and new; the model's own limit holds too.
         beyond_context: what becomes of a request for more new tokens than the context has room for: it is given what
             fits (`cut`) or refused (`refuse`).

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import torch
 
 from services.inference.engine.admission import Admission, Permit, check_length
+from services.inference.engine.fused_lora import FusedAdapter
 from services.inference.engine.interface import Cancelled, Finished, GenerationRequest, Sink, Stats
 from services.inference.engine.lora import LoraWeights
 from services.inference.engine.runner import ModelRunner
@@ -22,7 +23,7 @@ from services.inference.engine.sequence import SequenceState
 from services.inference.engine.threads import StepThreads
 from shared.bases.base_model import device_answers
 from shared.datasets.tokens import Tokenizer
-from shared.errors import InvalidRequest, TunesmithError, Unavailable
+from shared.errors import InvalidRequest, Overloaded, TunesmithError, Unavailable
 from shared.logs import get_logger
 
 _log = get_logger("engine")
@@ -60,7 +61,7 @@ class BatchEngine:
         self._closing = False
         self._cancelling = False
         # From here on only the engine's thread writes.
-        self._slots: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, int] = {}
         self._scheduler = Scheduler(runner.cache, rows=runner.rows, context=runner.context, slots=self._slots)
         self._threads = StepThreads(torch.get_num_threads() if runner.device.type == "cpu" else 1)
         self._steps = self._tokens = 0
@@ -103,7 +104,11 @@ class BatchEngine:
             self._cancelling = True
             self._condition.notify()
 
-    def load(self, uid: str, weights: LoraWeights) -> "Future[None]":
+    def prepare(self, weights: LoraWeights) -> FusedAdapter:
+        """Lay an adapter out as `load` takes it: work that the thread that reads it does, not the engine's."""
+        return self._runner.lora.prepare(weights)
+
+    def load(self, uid: str, weights: FusedAdapter) -> "Future[None]":
         return self._between_steps(lambda: self._load(uid, weights))
 
     def unload(self, uid: str) -> "Future[None]":
@@ -208,9 +213,7 @@ class BatchEngine:
                 return self._runner.prefill_together(prompts.pieces)
             sequence, piece = prompts.sequences[0], prompts.pieces[0]
             with_logprobs = sequence.request.prompt_logprobs
-            logits = self._runner.prefill(
-                piece.row, piece.ids, piece.start, piece.slot, piece.rank, all_logits=with_logprobs
-            )
+            logits = self._runner.prefill(piece.row, piece.ids, piece.start, piece.slot, all_logits=with_logprobs)
         if with_logprobs:
             # Logits at position i predict token i + 1; the last of the prompt predict the first new token.
             end = piece.start + len(piece.ids)
@@ -252,7 +255,6 @@ class BatchEngine:
                 [row.output[-1] for row in rows],
                 [row.cached for row in rows],
                 [row.slot for row in rows],
-                [row.rank for row in rows],
             )
 
     def _advance(self, rows: Sequence[SequenceState], logits: torch.Tensor) -> None:
@@ -329,18 +331,25 @@ class BatchEngine:
             self._condition.notify()
         return done
 
-    def _load(self, uid: str, weights: LoraWeights) -> None:
+    def _load(self, uid: str, weights: FusedAdapter) -> None:
         if uid in self._slots:
             raise ValueError(f"adapter {uid} is loaded already")
-        free = set(range(1, self._runner.lora.slots + 1)) - {slot for slot, _ in self._slots.values()}
+        free = set(range(1, self._runner.lora.slots + 1)) - set(self._slots.values())
         if not free:
             raise ValueError("no adapter slot is free")
         slot = min(free)
-        self._runner.lora.write(slot, weights)
-        self._slots[uid] = (slot, weights.rank)
+        try:
+            self._runner.lora.write(slot, weights)
+        except torch.OutOfMemoryError as error:
+            raise Overloaded(
+                f"the device has no memory for an adapter of rank {weights.rank} beside what is loaded", retry_after=5
+            ) from error
+        self._slots[uid] = slot
 
     def _unload(self, uid: str) -> None:
-        self._slots.pop(uid, None)
+        slot = self._slots.pop(uid, None)
+        if slot is not None:
+            self._runner.lora.free(slot)
 
 
 def _presentable(error: Exception) -> TunesmithError:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from services.inference.engine import probe
-from services.inference.engine.llama import LlamaRunner, has_llama_architecture
+from services.inference.engine.fused_lora import Product
+from services.inference.engine.llama import LlamaRunner, has_llama_architecture, products
+from services.inference.engine.lora_linear import linear_products
 from services.inference.engine.packed import PackedPrecision, unusable
 from services.inference.engine.runner import ModelRunner
 from services.inference.engine.transformers_runner import TransformersRunner
@@ -112,6 +114,11 @@ def choose_runner(
     precision = loaded_as if packed == "plain" else packed
     _log.info("runner chosen", backend="llama", precision=precision, requested=requested)
     return Chosen(own, precision, "llama", measured)
+
+
+def products_of(model: Any) -> list[Product]:
+    """What adapters are added to, as the runner chosen for this model computes it."""
+    return products(model.model.layers) if has_llama_architecture(model) else linear_products(model)
 
 
 def _unsupported(requested: ServingPrecision, reason: str) -> TunesmithError:

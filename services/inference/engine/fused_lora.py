@@ -4,6 +4,9 @@ A fused product's adapter is one pair again: the A of its parts one below the ot
 part, zero elsewhere. Rows of one adapter share two products; rows of many adapters use batched ones over a copy of
 what each row needs. A row keeps its copy until it gets another adapter. A step reads one copy per row, so that its
 time does not depend on how many adapters there are.
+
+An adapter takes what its own rank needs, in one buffer that the thread that read it lays out: the engine's thread only
+takes it in. The rows' copies are as large as the largest rank held, in powers of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,11 @@ import torch
 
 from services.inference.engine.cache import lazy_zeros
 from services.inference.engine.lora import LoraWeights
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(A [rank, in], B [rank, out]) of one fused product, rank being the sum over its parts."""
+Delta = tuple[torch.Tensor, torch.Tensor, bool]
+"""(A, B, batched): A [rank, in] and B [rank, out] for all rows, or [rows, rank, in] and [rows, rank, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,138 +32,192 @@ class Part:
     size: int
 
 
-class FusedStack:
-    """Slots of one fused product.
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One fused product: its linear layers and how many features go in."""
+
+    parts: Sequence[Part]
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def rank(self, weights: LoraWeights) -> int:
+        """The adapter's rank over all parts; 0 if it leaves the product alone."""
+        return sum(len(weights.pairs[part.path][0]) for part in self.parts if part.path in weights.pairs)
+
+    def fill(self, pair: Pair, weights: LoraWeights) -> None:
+        """Lay the parts' matrices out in a pair of zeros."""
+        first = 0
+        for part in self.parts:
+            if part.path in weights.pairs:
+                a, b = weights.pairs[part.path]
+                rows = slice(first, first + len(a))
+                pair[0][rows] = a
+                pair[1][rows, part.start : part.start + part.size] = b.T
+                first += len(a)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedAdapter:
+    """One adapter as the products hold it.
 
     Attributes:
-        a: [slots + 1, rank, in]; b: [slots + 1, rank, out]; None until an adapter touches one of the parts.
-        ranks: of what each slot holds, over all parts; 0 for nothing.
+        rank: of each of its layers.
+        ranks: of each product's pair; 0 where the adapter leaves the product alone.
+        buffer: [elements] all pairs, one behind the other.
     """
 
-    def __init__(self, parts: Sequence[Part], in_features: int, *, slots: int, rows: int) -> None:
-        self.parts, self.in_features, self._rows = parts, in_features, rows
-        self.out_features = sum(part.size for part in parts)
-        self.ranks = [0] * (slots + 1)
-        self.a: torch.Tensor | None = None
-        self.b: torch.Tensor | None = None
-        self._row_a = self._row_b = torch.zeros(0)
+    rank: int
+    ranks: Sequence[int]
+    buffer: torch.Tensor
 
-    def write(self, slot: int, weights: LoraWeights, dtype: torch.dtype, device: torch.device) -> bool:
-        """Overwrite a slot with an adapter's pairs; True if the rows' copies are no longer valid."""
-        pairs = [(part, *weights.pairs[part.path]) for part in self.parts if part.path in weights.pairs]
-        rank, before = sum(len(a) for _, a, _ in pairs), self.ranks[slot]
-        self.ranks[slot] = rank
-        invalid = self._reserve(rank, dtype, device)
-        if self.a is None or self.b is None or not (rank or before):
-            return invalid
-        self.a[slot, rank:before] = 0
-        self.b[slot, : max(rank, before)] = 0
-        first = 0
-        for part, a, b in pairs:
-            rows = slice(first, first + len(a))
-            self.a[slot, rows].copy_(a, non_blocking=True)
-            self.b[slot, rows, part.start : part.start + part.size].copy_(b.T, non_blocking=True)
-            first += len(a)
-        return invalid
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.numel() * self.buffer.element_size()
 
-    def copy(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Give each of `rows` a copy of what the slot beside it holds."""
-        if self.a is not None and self.b is not None:
-            self._row_a[rows] = self.a[slots]
-            self._row_b[rows] = self.b[slots]
-
-    def for_all(self, slot: int) -> "Delta | None":
-        """What one adapter adds to every row."""
-        rank = self.ranks[slot]
-        if not rank or self.a is None or self.b is None:
-            return None
-        return self.a[slot, :rank], self.b[slot, :rank], False
-
-    def for_each(self, slots: Sequence[int]) -> "Delta | None":
-        """What the copies of the first rows add, one copy to each row."""
-        rank = max(self.ranks[slot] for slot in slots)
-        if not rank:
-            return None
-        return self._row_a[: len(slots), :rank], self._row_b[: len(slots), :rank], True
-
-    def _reserve(self, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Make room for a rank, in powers of two, never less again; True if the rows' copies are no longer valid."""
-        present = 0 if self.a is None else self.a.shape[1]
-        if rank <= present:
-            return False
-        grown = max(8, 1 << (rank - 1).bit_length())
-        a = lazy_zeros((len(self.ranks), grown, self.in_features), dtype, device)
-        b = lazy_zeros((len(self.ranks), grown, self.out_features), dtype, device)
-        if self.a is not None and self.b is not None:
-            # Slots never written stay untouched, and so take no memory.
-            for slot in (slot for slot, used in enumerate(self.ranks) if used):
-                a[slot, :present], b[slot, :present] = self.a[slot], self.b[slot]
-        self.a, self.b = a, b
-        self._row_a = lazy_zeros((self._rows, grown, self.in_features), dtype, device)
-        self._row_b = lazy_zeros((self._rows, grown, self.out_features), dtype, device)
-        return True
+    def pairs(self, products: Sequence[Product]) -> list[Pair | None]:
+        """Each product's pair, views of the buffer."""
+        found: list[Pair | None] = []
+        start = 0
+        for product, rank in zip(products, self.ranks, strict=True):
+            middle = start + rank * product.in_features
+            end = middle + rank * product.out_features
+            a, b = self.buffer[start:middle], self.buffer[middle:end]
+            found.append((a.view(rank, -1), b.view(rank, -1)) if rank else None)
+            start = end
+        return found
 
 
-Delta = tuple[torch.Tensor, torch.Tensor, bool]
-"""(A, B, batched): A [rank, in] and B [rank, out] for all rows, or [rows, rank, in] and [rows, rank, out]."""
+class RowCopies:
+    """For each row a copy of one product's pair, zero beyond the pair's own rank.
+
+    Attributes:
+        rank: the largest it has room for.
+        a: [rows, rank, in]; b: [rows, rank, out].
+    """
+
+    def __init__(self, product: Product, rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rank = rank
+        self.a = lazy_zeros((rows, rank, product.in_features), dtype, device)
+        self.b = lazy_zeros((rows, rank, product.out_features), dtype, device)
+        self._ranks = [0] * rows
+
+    def put(self, row: int, pair: Pair | None) -> None:
+        """Overwrite a row's copy."""
+        before, rank = self._ranks[row], 0
+        if pair is not None:
+            rank = len(pair[0])
+            self.a[row, :rank] = pair[0]
+            self.b[row, :rank] = pair[1]
+        if rank < before:
+            self.a[row, rank:before] = 0
+            self.b[row, rank:before] = 0
+        self._ranks[row] = rank
 
 
 class FusedLora:
     """All adapter slots of a model whose products are fused.
 
     Args:
-        stacks: one for each fused product, in the order the forward pass asks for them.
+        products: in the order the forward pass asks for them.
         slots: adapters held at once.
         rows: sequences decoded together at most.
     """
 
     def __init__(
-        self, stacks: Sequence[FusedStack], *, slots: int, rows: int, dtype: torch.dtype, device: torch.device
+        self, products: Sequence[Product], *, slots: int, rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots = slots
-        self._stacks = stacks
+        self._products, self._rows = products, rows
         self._dtype, self._device = dtype, device
-        self._nothing: list[Delta | None] = [None] * len(stacks)
+        # Slot → the pair of each product.
+        self._held: dict[int, list[Pair | None]] = {0: [None] * len(products)}
+        self._copies = [RowCopies(product, rows, 0, dtype, device) for product in products]
         # The slot that each row has a copy of; -1 for none.
         self._copied = [-1] * rows
         self._chosen: tuple[int, ...] = ()
-        self._deltas = self._nothing
+        self._deltas: Sequence[Delta | None] = []
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]:
         """Path of every layer an adapter may target → (in, out) features."""
-        return {part.path: (stack.in_features, part.size) for stack in self._stacks for part in stack.parts}
+        return {part.path: (product.in_features, part.size) for product in self._products for part in product.parts}
 
-    def write(self, slot: int, weights: LoraWeights) -> None:
-        """Put an adapter into a slot (from 1), replacing what was there."""
-        invalid = [stack.write(slot, weights, self._dtype, self._device) for stack in self._stacks]
-        self._copied = [-1 if any(invalid) or copied == slot else copied for copied in self._copied]
-        self._chosen = ()
+    def prepare(self, weights: LoraWeights) -> FusedAdapter:
+        """Lay an adapter out as `write` takes it, in memory that the device can read while this goes on: any thread."""
+        ranks = [product.rank(weights) for product in self._products]
+        sizes = (product.in_features + product.out_features for product in self._products)
+        elements = sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
+        buffer = torch.zeros(elements, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        adapter = FusedAdapter(weights.rank, ranks, buffer)
+        for product, pair in zip(self._products, adapter.pairs(self._products), strict=True):
+            if pair is not None:
+                product.fill(pair, weights)
+        return adapter
+
+    def write(self, slot: int, adapter: FusedAdapter) -> None:
+        """Put an adapter into a slot (from 1), replacing what was there.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room; every slot holds what it held.
+        """
+        # The copy from page-locked memory holds up nobody, and torch keeps the buffer until it is done.
+        moved = FusedAdapter(adapter.rank, adapter.ranks, adapter.buffer.to(self._device, non_blocking=True))
+        copies = [self._with_room(number, slot, rank) for number, rank in enumerate(adapter.ranks)]
+        # From here on nothing can fail.
+        if copies != self._copies:
+            self._copies, self._copied = copies, [-1] * self._rows
+        self._held[slot] = moved.pairs(self._products)
+        self._forget_copies(slot)
+
+    def free(self, slot: int) -> None:
+        """Give back a slot's memory; no row uses it any more."""
+        self._held.pop(slot, None)
+        self._forget_copies(slot)
 
     def choose(self, slots: Sequence[int]) -> Sequence[Delta | None]:
-        """What to add to each fused product when row i uses `slots[i]`."""
-        distinct = set(slots)
-        if distinct == {0}:
-            return self._nothing
-        if len(distinct) == 1:
-            return [stack.for_all(slots[0]) for stack in self._stacks]
+        """What to add to each product when row i uses `slots[i]`."""
+        if len(set(slots)) == 1:
+            return [None if pair is None else (*pair, False) for pair in self._pairs(slots[0])]
         chosen = tuple(slots)
         if chosen != self._chosen:
             self._copy(chosen)
-            self._chosen, self._deltas = chosen, [stack.for_each(chosen) for stack in self._stacks]
+            self._chosen, self._deltas = chosen, self._for_each(chosen)
         return self._deltas
 
+    def _pairs(self, slot: int) -> list[Pair | None]:
+        return self._held.get(slot) or self._held[0]
+
+    def _for_each(self, slots: tuple[int, ...]) -> list[Delta | None]:
+        """What the copies of the first rows add, one copy to each row."""
+        distinct = [self._pairs(slot) for slot in set(slots)]
+        deltas: list[Delta | None] = []
+        for number, copies in enumerate(self._copies):
+            rank = max(_rank(pairs[number]) for pairs in distinct)
+            deltas.append((copies.a[: len(slots), :rank], copies.b[: len(slots), :rank], True) if rank else None)
+        return deltas
+
     def _copy(self, slots: tuple[int, ...]) -> None:
-        """Bring the rows' copies up to date; most rows have it from the step before."""
-        stale = [row for row, slot in enumerate(slots) if self._copied[row] != slot]
-        if not stale:
-            return
-        rows = torch.tensor(stale, device=self._device)
-        wanted = torch.tensor([slots[row] for row in stale], device=self._device)
-        for stack in self._stacks:
-            stack.copy(rows, wanted)
-        for row in stale:
-            self._copied[row] = slots[row]
+        """Bring the rows' copies up to date; most rows have theirs from the step before."""
+        for row, slot in enumerate(slots):
+            if self._copied[row] != slot:
+                for copies, pair in zip(self._copies, self._pairs(slot), strict=True):
+                    copies.put(row, pair)
+                self._copied[row] = slot
+
+    def _with_room(self, number: int, slot: int, rank: int) -> RowCopies:
+        """The rows' copies of a product as large as its slots need once one of them holds this rank."""
+        others = (_rank(pairs[number]) for held, pairs in self._held.items() if held != slot)
+        room, present = _with_room_for(max(rank, *others)), self._copies[number]
+        if room == present.rank:
+            return present
+        return RowCopies(self._products[number], self._rows, room, self._dtype, self._device)
+
+    def _forget_copies(self, slot: int) -> None:
+        self._copied = [-1 if copied == slot else copied for copied in self._copied]
+        self._chosen = ()
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Tensor:
@@ -168,3 +230,20 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, delta: Delta | None) -> torch.Te
     # The row vector is on the left: with a column vector on the right MKL's batched product takes ten times as long.
     lora_hidden = torch.bmm(x[:, None], a.transpose(1, 2))
     return y.unsqueeze(1).baddbmm_(lora_hidden, b).squeeze(1)
+
+
+def copied_bytes(products: Sequence[Product], rank: int, dtype: torch.dtype) -> int:
+    """Bytes of one row's copies where adapters of this rank change every layer."""
+    return sum(
+        _with_room_for(rank * len(product.parts)) * (product.in_features + product.out_features) * dtype.itemsize
+        for product in products
+    )
+
+
+def _rank(pair: Pair | None) -> int:
+    return 0 if pair is None else len(pair[0])
+
+
+def _with_room_for(rank: int) -> int:
+    """The next power of two, 8 at least; 0 for 0."""
+    return max(8, 1 << (rank - 1).bit_length()) if rank else 0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from services.inference.engine.base_shape import head_dim
-from services.inference.engine.fused_lora import FusedLora, FusedStack, Part, add_delta
+from services.inference.engine.fused_lora import FusedLora, Part, Product, add_delta
 from services.inference.engine.key_values import KeyValues
 from services.inference.engine.packed import Embedding, Linear, PackedPrecision, pack
 from services.inference.engine.runner import Piece
@@ -93,7 +93,7 @@ class LlamaRunner:
         self._head = pack([model.lm_head], precision)
         self._cos, self._sin = self._rotations(decoder.rotary_emb)
         self.lora = FusedLora(
-            _stacks(decoder.layers, adapter_slots, rows),
+            products(decoder.layers),
             slots=adapter_slots,
             rows=rows,
             dtype=self.dtype,
@@ -109,11 +109,9 @@ class LlamaRunner:
             device=self.device,
         )
 
-    def prefill(
-        self, row: int, ids: Sequence[int], start: int, slot: int, rank: int, *, all_logits: bool
-    ) -> torch.Tensor:
+    def prefill(self, row: int, ids: Sequence[int], start: int, slot: int, *, all_logits: bool) -> torch.Tensor:
         """See `ModelRunner.prefill`."""
-        hidden = self._forward(_Pieces(self, [Piece(row, ids, start, slot, rank)]))
+        hidden = self._forward(_Pieces(self, [Piece(row, ids, start, slot)]))
         return self._logits(hidden if all_logits else hidden[-1:])
 
     def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -121,9 +119,7 @@ class LlamaRunner:
         batch = _Pieces(self, pieces)
         return self._logits(self._forward(batch)[[span.stop - 1 for span in batch.spans]])
 
-    def decode(
-        self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], ranks: Sequence[int]
-    ) -> torch.Tensor:
+    def decode(self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """See `ModelRunner.decode`."""
         return self._logits(self._forward(_Rows(self, first, ids, positions, slots)))
 
@@ -258,8 +254,9 @@ def _read_layer(layer: Any, precision: PackedPrecision) -> _Layer:
     )
 
 
-def _stacks(layers: Any, slots: int, rows: int) -> list[FusedStack]:
-    stacks = []
+def products(layers: Any) -> list[Product]:
+    """The fused products of a decoder's layers, in the order the forward pass needs them."""
+    found = []
     for number, layer in enumerate(layers):
         for block, names in _GROUPS:
             parts, start = [], 0
@@ -267,5 +264,5 @@ def _stacks(layers: Any, slots: int, rows: int) -> list[FusedStack]:
                 linear = getattr(getattr(layer, block), name)
                 parts.append(Part(f"model.layers.{number}.{block}.{name}", start, linear.out_features))
                 start += linear.out_features
-            stacks.append(FusedStack(parts, linear.in_features, slots=slots, rows=rows))
-    return stacks
+            found.append(Product(parts, linear.in_features))
+    return found

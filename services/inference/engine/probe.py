@@ -125,7 +125,7 @@ def _measure_one(model: Any, ids: list[int], precision: PackedPrecision, plain_l
 
 
 def _loss(runner: LlamaRunner, ids: list[int]) -> float:
-    logits = runner.prefill(0, ids, 0, 0, 0, all_logits=True)
+    logits = runner.prefill(0, ids, 0, 0, all_logits=True)
     following = torch.tensor(ids[1:], device=logits.device)
     return float(torch.nn.functional.cross_entropy(logits[:-1], following))
 
@@ -135,6 +135,6 @@ def _step_ms(runner: LlamaRunner, rows: int, *, warm: int = 2, timed: int = 7) -
     times = []
     for _ in range(warm + timed):
         started = time.perf_counter()
-        runner.decode(0, zeros, [position] * rows, zeros, zeros)
+        runner.decode(0, zeros, [position] * rows, zeros)
         times.append((time.perf_counter() - started) * 1e3)
     return round(median(times[warm:]), 3)

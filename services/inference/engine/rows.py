@@ -5,24 +5,29 @@ from typing import Any
 import torch
 
 from services.inference.engine.base_shape import head_dim
+from services.inference.engine.choose_runner import products_of
+from services.inference.engine.fused_lora import copied_bytes
 from shared.bases.device import free_gpu_bytes
 
 CPU_ROWS = 16
 # Of a GPU: 64 rows took as long as 16 there, and each more costs the engine's thread some 20 us a step.
 MOST_GPU_ROWS = 64
+# What adapters usually have; each row keeps a copy of its adapter, which grows with the largest rank loaded.
+USUAL_RANK = 16
 
 
-def default_rows(config: Any, context: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_rows(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows for a base that has just been loaded: 16 on a CPU, on a GPU what its free memory has room for.
 
     Args:
-        config: transformers' configuration of the base.
+        model: transformers' causal LM.
         context: most tokens of a row.
-        dtype: of keys and values.
+        dtype: of keys, values and adapters.
     """
     if device.type != "cuda":
         return CPU_ROWS
-    return rows_that_fit(free_gpu_bytes(device), row_bytes(config, context, dtype))
+    copies = copied_bytes(products_of(model), USUAL_RANK, dtype)
+    return rows_that_fit(free_gpu_bytes(device), row_bytes(model.config, context, dtype) + copies)
 
 
 def row_bytes(config: Any, context: int, dtype: torch.dtype) -> int:

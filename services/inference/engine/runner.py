@@ -4,24 +4,23 @@ There are two: `llama` (plain tensors, fused and packed, for decoders of the Lla
 `transformers_runner` (transformers' own forward pass, for the rest). Knows no requests, no sampling and no text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from services.inference.engine.lora import LoraWeights
+from services.inference.engine.fused_lora import FusedLora
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Prompt tokens to put into a row from position `start`, with the adapter in `slot`, whose rank is `rank`."""
+    """Prompt tokens to put into a row from position `start`, with the adapter in `slot`."""
 
     row: int
     ids: Sequence[int]
     start: int
     slot: int
-    rank: int
 
 
 class RowCache(Protocol):
@@ -37,24 +36,6 @@ class RowCache(Protocol):
         Masked positions have no weight, but 0 x NaN is NaN: what a broken adapter left must not reach the row's next
         sequence.
         """
-        ...
-
-
-class AdapterSlots(Protocol):
-    """Adapters beside the base; slot 0 is the base itself."""
-
-    @property
-    def slots(self) -> int:
-        """Adapters held at once, numbered from 1."""
-        ...
-
-    @property
-    def modules(self) -> Mapping[str, tuple[int, int]]:
-        """Path of every layer an adapter may target → (in, out) features."""
-        ...
-
-    def write(self, slot: int, weights: LoraWeights) -> None:
-        """Put an adapter into a slot (from 1), replacing what was there."""
         ...
 
 
@@ -78,13 +59,11 @@ class ModelRunner(Protocol):
     @property
     def vocabulary(self) -> int: ...
     @property
-    def lora(self) -> AdapterSlots: ...
+    def lora(self) -> FusedLora: ...
     @property
     def cache(self) -> RowCache: ...
 
-    def prefill(
-        self, row: int, ids: Sequence[int], start: int, slot: int, rank: int, *, all_logits: bool
-    ) -> torch.Tensor:
+    def prefill(self, row: int, ids: Sequence[int], start: int, slot: int, *, all_logits: bool) -> torch.Tensor:
         """Put prompt tokens into a row from position `start`.
 
         Returns:
@@ -100,9 +79,7 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def decode(
-        self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], ranks: Sequence[int]
-    ) -> torch.Tensor:
+    def decode(self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """One token for each of the rows `first, first + 1, …`, each at its own position and with its own adapter.
 
         Returns:

@@ -38,14 +38,14 @@ class Scheduler:
         cache: moved and cleared along with the rows.
         rows: sequences in flight at most.
         context: capacity of a row.
-        slots: uid of every loaded adapter → (slot, rank), as it is when a sequence is admitted.
+        slots: uid of every loaded adapter → its slot, as it is when a sequence is admitted.
 
     Attributes:
         running: decoding sequences; their index is their row.
         prefilling: those whose prompts are being put into the rows behind.
     """
 
-    def __init__(self, cache: RowCache, *, rows: int, context: int, slots: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, cache: RowCache, *, rows: int, context: int, slots: Mapping[str, int]) -> None:
         self._cache = cache
         self._rows, self._context, self._slots = rows, context, slots
         self._waiting: deque[SequenceState] = deque()
@@ -149,7 +149,7 @@ class Scheduler:
             sequence.queue_seconds = time.monotonic() - sequence.submitted_at
             adapter = sequence.request.adapter
             if adapter is None or adapter in self._slots:
-                sequence.slot, sequence.rank = (0, 0) if adapter is None else self._slots[adapter]
+                sequence.slot = 0 if adapter is None else self._slots[adapter]
                 self.prefilling.append(sequence)
                 return sequence
             sequence.fail(TunesmithError("the adapter was unloaded before the request ran", code="adapter_gone"))
@@ -157,7 +157,7 @@ class Scheduler:
 
     def _pass(self, sequences: list[SequenceState], budget: int) -> PromptPass:
         pieces = [
-            Piece(row, each.prompt[each.prefilled : each.prefilled + budget], each.prefilled, each.slot, each.rank)
+            Piece(row, each.prompt[each.prefilled : each.prefilled + budget], each.prefilled, each.slot)
             for row, each in enumerate(sequences, len(self.running))
         ]
         return PromptPass(sequences, pieces)

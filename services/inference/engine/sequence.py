@@ -28,7 +28,7 @@ class SequenceState:
     Attributes:
         prefilled: number of prompt tokens in the cache.
         output: generated ids; all but the last are in the cache.
-        slot, rank: of its adapter, set on admission; 0 for the base.
+        slot: of its adapter, set on admission; 0 for the base.
         cancelled: set from any thread, seen by the engine before its next step.
         ended: its last event has been sent.
     """
@@ -43,7 +43,7 @@ class SequenceState:
         self.prefilled = 0
         self.prompt_logprobs: list[float] = []
         self.prompt_alternatives: list[tuple[Alternative, ...]] = []
-        self.slot = self.rank = 0
+        self.slot = 0
         self.cancelled = self.ended = False
         self.submitted_at = time.monotonic()
         self.queue_seconds = 0.0

@@ -11,7 +11,8 @@ from torch import nn
 
 from services.inference.engine.base_shape import head_dim
 from services.inference.engine.cache import SlotCache
-from services.inference.engine.lora import LoraStack
+from services.inference.engine.fused_lora import FusedLora
+from services.inference.engine.lora_linear import Chosen, linear_products, put_lora_into
 from services.inference.engine.runner import Piece
 from shared.errors import TunesmithError
 
@@ -56,7 +57,10 @@ class TransformersRunner:
         self.rows = rows
         self.context = min(context, int(config.max_position_embeddings))
         self.vocabulary = int(config.vocab_size)
-        self.lora = LoraStack(model, root="model.layers", slots=adapter_slots, dtype=self.dtype, device=self.device)
+        self._chosen = Chosen()
+        products = linear_products(model)
+        put_lora_into(model, self._chosen)
+        self.lora = FusedLora(products, slots=adapter_slots, rows=rows, dtype=self.dtype, device=self.device)
         self.cache = SlotCache(
             layers=config.num_hidden_layers,
             rows=rows,
@@ -68,9 +72,7 @@ class TransformersRunner:
         )
         self._model = model
 
-    def prefill(
-        self, row: int, ids: Sequence[int], start: int, slot: int, rank: int, *, all_logits: bool
-    ) -> torch.Tensor:
+    def prefill(self, row: int, ids: Sequence[int], start: int, slot: int, *, all_logits: bool) -> torch.Tensor:
         """Put prompt tokens into a row from position `start`.
 
         Returns:
@@ -78,17 +80,15 @@ class TransformersRunner:
         """
         end = start + len(ids)
         positions = torch.arange(start, end, device=self.device)[None]
-        self.lora.selection.set([slot], [rank], self.device)
+        self._chosen.deltas = self.lora.choose([slot])
         self.cache.window.set(row, positions, end)
         return self._forward(torch.tensor([ids], device=self.device), positions, end, 0 if all_logits else 1)[0]
 
     def prefill_together(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """See `ModelRunner.prefill_together`; one after another here."""
-        return torch.cat([self.prefill(p.row, p.ids, p.start, p.slot, p.rank, all_logits=False) for p in pieces])
+        return torch.cat([self.prefill(p.row, p.ids, p.start, p.slot, all_logits=False) for p in pieces])
 
-    def decode(
-        self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], ranks: Sequence[int]
-    ) -> torch.Tensor:
+    def decode(self, first: int, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """One token for each of the rows `first, first + 1, …`, each at its own position and with its own adapter.
 
         Returns:
@@ -96,7 +96,7 @@ class TransformersRunner:
         """
         end = max(positions) + 1
         where = torch.tensor(positions, device=self.device)[:, None]
-        self.lora.selection.set(slots, ranks, self.device)
+        self._chosen.deltas = self.lora.choose(slots)
         self.cache.window.set(first, where, end)
         return self._forward(torch.tensor(ids, device=self.device)[:, None], where, end, 1)[:, 0]
 

@@ -126,7 +126,7 @@ class EngineUnderTest:
     def load(self, adapter: str) -> None:
         folder = self.tiny.store.adapter(adapter)
         weights = read_adapter(folder, self.engine.lora_modules, max_rank=256)
-        self.engine.load(adapter, weights).result(120)
+        self.engine.load(adapter, self.engine.prepare(weights)).result(120)
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=True)

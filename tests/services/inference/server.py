@@ -45,8 +45,10 @@ class Server:
         deadline = time.monotonic() + 120
         while True:
             stats = self.serving.engine.stats()
-            held = sum(entry.references for entry in self.serving.adapters.entries())
-            if not (stats.running or stats.waiting or stats.waiting_tokens or held):
+            entries = self.serving.adapters.entries()
+            held = sum(entry.references for entry in entries)
+            leaving = any(entry.state == "draining" for entry in entries)
+            if not (stats.running or stats.waiting or stats.waiting_tokens or held or leaving):
                 return
             assert time.monotonic() < deadline, f"not idle: {stats}, {held} references"
             time.sleep(0.01)

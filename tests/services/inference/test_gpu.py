@@ -18,6 +18,7 @@ from services.inference.adapters.weights import read_adapter
 from services.inference.build import build_serving
 from services.inference.engine.admission import Admission
 from services.inference.engine.batch_engine import BatchEngine
+from services.inference.engine.fused_lora import FusedAdapter
 from services.inference.engine.interface import Finished, GenerationRequest, Sampling
 from services.inference.engine.llama import LlamaRunner
 from services.inference.engine.rows import MOST_GPU_ROWS
@@ -26,6 +27,7 @@ from services.inference.precision import ServingPrecision
 from services.inference.settings import InferenceSettings
 from shared.bases.base_model import load_base
 from shared.datasets.tokens import Tokenizer
+from shared.errors import Overloaded
 from shared.jobs.spec import BasePrecision
 from shared.storage.artifacts import LocalArtifactStore
 from tests.services.inference.adapters_on_disk import write_adapter
@@ -60,7 +62,7 @@ class OnCuda:
     def load(self, adapter: str) -> None:
         folder = self.tiny.store.adapter(adapter)
         weights = read_adapter(folder, self.engine.lora_modules, max_rank=256, dtype=self.runner.dtype)
-        self.engine.load(adapter, weights.pinned()).result(120)
+        self.engine.load(adapter, self.engine.prepare(weights)).result(120)
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=True)
@@ -157,10 +159,10 @@ def test_logits_are_no_further_from_the_truth_than_transformers(name: str, dtype
         theirs = torch.stack([model(prompt[None].to(CUDA)).logits[0, -1] for prompt in prompts]).float().cpu()
         runner = LlamaRunner(model, precision="plain", rows=2, context=64, adapter_slots=1)
         for row, prompt in enumerate(prompts):
-            runner.prefill(row, prompt[:3].tolist(), 0, 0, 0, all_logits=False)
-            runner.prefill(row, prompt[3:-1].tolist(), 3, 0, 0, all_logits=False)
+            runner.prefill(row, prompt[:3].tolist(), 0, 0, all_logits=False)
+            runner.prefill(row, prompt[3:-1].tolist(), 3, 0, all_logits=False)
         ends = [len(prompt) - 1 for prompt in prompts]
-        ours = runner.decode(0, [int(prompt[-1]) for prompt in prompts], ends, [0, 0], [0, 0]).cpu()
+        ours = runner.decode(0, [int(prompt[-1]) for prompt in prompts], ends, [0, 0]).cpu()
     off, allowed = ((logits - truth).norm() / truth.norm() for logits in (ours, theirs))
     assert float(off) <= 2 * float(allowed) + 1e-5
 
@@ -199,15 +201,30 @@ def test_as_many_rows_as_the_card_has_room_for(tmp_path: Path) -> None:
     serving.engine.close()
 
 
-def test_a_pinned_adapter_is_the_same(tiny: Tiny, adapters: list[str], engines: Any) -> None:
-    modules = engines("bf16").engine.lora_modules
-    weights = read_adapter(tiny.store.adapter(adapters[0]), modules, max_rank=256, dtype=torch.bfloat16)
-    pinned = weights.pinned()
-    for path, (a, b) in pinned.pairs.items():
-        assert a.is_pinned()
-        assert b.is_pinned()
-        assert torch.equal(a, weights.pairs[path][0])
-        assert torch.equal(b, weights.pairs[path][1])
+def test_adapters_are_read_into_page_locked_memory(tiny: Tiny, adapters: list[str], engines: Any) -> None:
+    engine = engines("bf16").engine
+    weights = read_adapter(tiny.store.adapter(adapters[0]), engine.lora_modules, max_rank=256, dtype=torch.bfloat16)
+    assert engine.prepare(weights).buffer.is_pinned()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_others_are_served(
+    engines: Any, tiny: Tiny, adapters: list[str]
+) -> None:
+    engine = engines("fp32")
+    engine.load(adapters[0])
+    lora = engine.runner.lora
+    free, _ = torch.cuda.mem_get_info()
+    size = sum(fan_in + fan_out for fan_in, fan_out in lora.modules.values())
+    rank = free // (size * 4) + 1
+    ranks = [len(product.parts) * rank for product in lora._products]
+    # Small on the host; only its rows' copies would be too large.
+    huge = FusedAdapter(rank, ranks, torch.zeros(0))
+    with pytest.raises(Overloaded, match="no memory"):
+        engine.engine.load("huge", huge).result(120)
+    prompt = engine.prompt(PROMPTS[0])
+    heard = engine.submit(prompt, adapter=adapters[0], max_new_tokens=12)
+    assert isinstance(heard.last, Finished), heard.last
+    assert heard.ids == tiny.oracle.ids(adapters[0], prompt, 12)
 
 
 def test_an_adapter_loaded_into_peft_on_the_device_says_the_same(engines: Any, tiny: Tiny, adapters: list[str]) -> None:

@@ -136,7 +136,7 @@ class VllmStandIn:
         if not await asyncio.to_thread(folder.is_dir):
             return _error(404, f"Loading lora {name} failed: No adapter found for {folder}")
         weights = await asyncio.to_thread(read_adapter, folder, self.under_test.engine.lora_modules, max_rank=256)
-        await asyncio.wrap_future(self.under_test.engine.load(name, weights))
+        await asyncio.wrap_future(self.under_test.engine.load(name, self.under_test.engine.prepare(weights)))
         self.adapters[name] = str(folder)
         self.loads.append(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")

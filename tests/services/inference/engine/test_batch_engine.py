@@ -235,12 +235,12 @@ def test_one_broken_row_fails_alone(
     under_test.load(adapters[0])
     under_test.load(adapters[1])
     forward = under_test.runner.decode
-    poisoned = under_test.engine._slots[adapters[1]][0]
+    poisoned = under_test.engine._slots[adapters[1]]
 
-    def decode(first: int, ids: Any, positions: Any, slots: Any, ranks: Any) -> torch.Tensor:
+    def decode(first: int, ids: Any, positions: Any, slots: Any) -> torch.Tensor:
         if poisoned in slots and max(positions) > 20:
             raise RuntimeError("a kernel failed")
-        return forward(first, ids, positions, slots, ranks)
+        return forward(first, ids, positions, slots)
 
     monkeypatch.setattr(under_test.runner, "decode", decode)
     prompt = under_test.prompt(PROMPTS[0])
@@ -251,6 +251,27 @@ def test_one_broken_row_fails_alone(
     for each in good:
         assert isinstance(each.last, Finished)
         assert each.ids == tiny.oracle.ids(adapters[0], prompt, 30)
+
+
+def test_an_adapter_for_which_the_device_has_no_memory_is_refused_and_others_go_on(
+    engine: MakeEngine, tiny: Tiny, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_test = engine(rows=2)
+    under_test.load(adapters[0])
+
+    def no_memory(*_: Any) -> None:
+        # A MOCK of a GPU that is full.
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(under_test.runner.lora, "write", no_memory)
+        with pytest.raises(Overloaded, match="no memory for an adapter of rank"):
+            under_test.load(adapters[1])
+    assert under_test.engine.stats().adapters == 1
+    under_test.load(adapters[1])
+    prompt = under_test.prompt(PROMPTS[0])
+    for adapter in adapters[:2]:
+        assert under_test.run(prompt, adapter=adapter, max_new_tokens=12).ids == tiny.oracle.ids(adapter, prompt, 12)
 
 
 @pytest.mark.parametrize("broken", [False, True])

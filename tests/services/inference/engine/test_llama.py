@@ -61,11 +61,11 @@ def test_logits_are_transformers(name: str) -> None:
     with torch.inference_mode():
         expected = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
         for row, (prompt, logits) in enumerate(zip(prompts, expected, strict=True)):
-            runner.prefill(row, prompt[:3], 0, 0, 0, all_logits=False)
-            mine = runner.prefill(row, prompt[3:-1], 3, 0, 0, all_logits=True)
+            runner.prefill(row, prompt[:3], 0, 0, all_logits=False)
+            mine = runner.prefill(row, prompt[3:-1], 3, 0, all_logits=True)
             torch.testing.assert_close(mine, logits[3:-1], atol=3e-5, rtol=3e-5)
         together = runner.decode(
-            0, [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts], [0, 0, 0], [0, 0, 0]
+            0, [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts], [0, 0, 0]
         )
         torch.testing.assert_close(together, torch.stack([logits[-1] for logits in expected]), atol=3e-5, rtol=3e-5)
 
@@ -80,7 +80,7 @@ def test_packed_weights_compute_nearly_the_same(precision: PackedPrecision) -> N
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
         runner = LlamaRunner(model, precision=precision, rows=1, context=64, adapter_slots=1)
-        logits = runner.prefill(0, ids, 0, 0, 0, all_logits=True)
+        logits = runner.prefill(0, ids, 0, 0, all_logits=True)
     difference = float((logits - expected).norm() / expected.norm())
     assert difference < {"plain": 1e-5, "fp16w": 2e-3, "bf16w": 3e-2, "int8w": 5e-2}[precision]
 

@@ -8,8 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.inference.engine import rows
+from services.inference.engine.choose_runner import products_of
+from services.inference.engine.fused_lora import copied_bytes
 from services.inference.engine.llama import LlamaRunner
-from services.inference.engine.rows import CPU_ROWS, MOST_GPU_ROWS, default_rows, row_bytes, rows_that_fit
+from services.inference.engine.lora import LoraWeights
+from services.inference.engine.lora_linear import linear_products
+from services.inference.engine.rows import CPU_ROWS, MOST_GPU_ROWS, USUAL_RANK, default_rows, row_bytes, rows_that_fit
 from services.inference.engine.transformers_runner import TransformersRunner
 from tests.services.inference.harness import Tiny
 
@@ -35,12 +39,26 @@ def test_a_row_takes_what_was_counted(tiny: Tiny, runner: Any, context: int) -> 
     assert sum(tensor.nbytes for tensor in tensors) == 3 * row_bytes(model.config, context, made.dtype)
 
 
+@pytest.mark.parametrize("runner", [LlamaRunner, TransformersRunner])
+def test_a_row_s_copy_of_an_adapter_takes_what_was_counted(tiny: Tiny, runner: Any) -> None:
+    """Two adapters in all layers, each in one of three rows: the copies are there as soon as one is loaded."""
+    model = tiny.load().model
+    sizes: dict[str, Any] = {"rows": 3, "context": 64, "adapter_slots": 2}
+    counted = products_of(model) if runner is LlamaRunner else linear_products(model)
+    expected = 3 * copied_bytes(counted, 16, torch.float32)
+    made = runner(model, **sizes) if runner is TransformersRunner else runner(model, precision="plain", **sizes)
+    pairs = {path: (torch.zeros(16, fan_in), torch.zeros(out, 16)) for path, (fan_in, out) in made.lora.modules.items()}
+    made.lora.write(1, made.lora.prepare(LoraWeights(16, pairs)))
+    assert sum(copies.a.nbytes + copies.b.nbytes for copies in made.lora._copies) == expected > 0
+
+
 def test_a_cpu_has_a_fixed_number_and_a_gpu_what_it_has_room_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.load().model.config
-    row = row_bytes(config, 128, torch.bfloat16)
+    model = tiny.load().model
+    row = row_bytes(model.config, 128, torch.bfloat16) + copied_bytes(products_of(model), USUAL_RANK, torch.bfloat16)
     # A MOCK of a GPU's free memory: room for ten rows, and as much for other things.
     monkeypatch.setattr(rows, "free_gpu_bytes", lambda device: 20 * row + 1)
-    assert default_rows(config, 128, torch.bfloat16, torch.device("cpu")) == CPU_ROWS
-    assert default_rows(config, 128, torch.bfloat16, CUDA) == 10
-    assert default_rows(config, 128, torch.float32, CUDA) == 5
-    assert default_rows(config, 1, torch.bfloat16, CUDA) == MOST_GPU_ROWS
+    assert default_rows(model, 128, torch.bfloat16, torch.device("cpu")) == CPU_ROWS
+    assert default_rows(model, 128, torch.bfloat16, CUDA) == 10
+    assert default_rows(model, 128, torch.float32, CUDA) == 5
+    monkeypatch.setattr(rows, "free_gpu_bytes", lambda device: 1000 * row)
+    assert default_rows(model, 128, torch.bfloat16, CUDA) == MOST_GPU_ROWS
