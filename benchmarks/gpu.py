@@ -3,8 +3,8 @@ depend on them), so that nothing is downloaded. `python -m benchmarks.gpu`; prin
 device.
 
 Training: packed micro-batches on a bf16, int8 and nf4 base, beside the same through transformers' and bitsandbytes' own
-forward, and the tutorial's layout (rows padded to 512, 2 x 4, in bf16). Serving: decode steps of 16 and 64 rows and
-prefill, without HTTP.
+forward, the tutorial's layout (rows padded to 512, 2 x 4, in bf16), and TRL and Unsloth where they are installed.
+Serving: decode steps of 16 and 64 rows and prefill, without HTTP.
 """
 
 import json
@@ -22,6 +22,7 @@ import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import gpu_peers
 from benchmarks.llama_shapes import TINYLLAMA_1B
 from services.inference.engine.llama import LlamaRunner
 from services.inference.engine.lora import LoraWeights
@@ -45,6 +46,8 @@ from shared.training.plan import CUDA_TOKEN_BUDGET
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TINYLLAMA = TINYLLAMA_1B | {"max_position_embeddings": 2_048}
 ROUNDS, STEPS, BATCH, LENGTH = 3, 8, 8, 512
+# A packed row of 512 tokens holds about two of the rows.
+PEER_ROWS = 3 * gpu_peers.BATCH * (gpu_peers.WARM_UP + gpu_peers.ROUNDS * gpu_peers.STEPS)
 ROWS, CONTEXT, RANK, ADAPTERS = (16, 64), 1_024, 8, 4
 
 
@@ -70,6 +73,11 @@ def main() -> None:
             rows = synthetic_rows(ROUNDS * STEPS * BATCH, seed)
             results["training"][peer] = measure(rows, device, peak, folder)
             print(f"{peer:28}{json.dumps(results['training'][peer])}", flush=True)
+        for seed, peer in enumerate(("trl", "unsloth"), start=len(TRAINING)):
+            torch.cuda.empty_cache()
+            found = gpu_peers.measure(peer, synthetic_rows(PEER_ROWS, seed), device, folder, LENGTH)
+            results["training"][f"{peer}, packed, bf16"] = found
+            print(f"{peer + ', packed, bf16':28}{json.dumps(found)}", flush=True)
         for precision in ("bf16", "fp32"):
             results["serving"][precision] = serve(device, folder, precision)
             print(f"{'serving ' + precision:28}{json.dumps(results['serving'][precision])}", flush=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -78,6 +78,19 @@ class Report:
     peak_memory_mb: float
     settings: dict[str, Any]
     startup: list[float]
+
+
+class Counter(Protocol):
+    """What `counting` reports to."""
+
+    def open(self) -> None:
+        """Training begins."""
+
+    def computed(self, tokens: int, slots: int) -> None:
+        """So many real tokens were computed on, and so many places with the padding among them."""
+
+    def step_done(self) -> None:
+        """An optimizer step has ended."""
 
 
 class Gate:
@@ -195,8 +208,8 @@ class GateSession(SilentSession):
         return self._gate is None and self.training_since > 0
 
 
-def _counting(trainer_class: Any, gate: Gate) -> Any:
-    """A trainer that reports to the gate what it computes on and when a step is done."""
+def counting(trainer_class: Any, gate: Counter) -> Any:
+    """A trainer that tells the gate what it computes on and when a step is done, and the callback that it needs."""
     base = importlib.import_module("transformers").TrainerCallback
 
     class Counting(trainer_class):  # type: ignore[misc]
@@ -267,7 +280,7 @@ def _tutorial(precision: BasePrecision) -> Callable[[Task, Gate], Report]:
         length = task.spec.hyperparameters.max_length
         rows = [_padded(ids, supervised, length) for ids, supervised in json.loads(task.rows.read_text())]
         own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-        cls, callback = _counting(transformers.Trainer, gate)
+        cls, callback = counting(transformers.Trainer, gate)
         arguments = transformers.TrainingArguments(**_arguments(task, **own))
         trainer = cls(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
         settings = own | {"base": precision, "padding": f"every row to {length}"}
@@ -298,7 +311,7 @@ def _trl(*, packed: bool) -> Callable[[Task, Gate], Report]:
             own |= {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1}
         else:
             own |= {"per_device_train_batch_size": task.spec.hyperparameters.batch_size}
-        cls, callback = _counting(trl.SFTTrainer, gate)
+        cls, callback = counting(trl.SFTTrainer, gate)
         tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(task.base)
         trainer = cls(
             model=model,
