@@ -14,19 +14,17 @@ from services.inference.settings import InferenceSettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
-from shared.gpu_memory import grow_segments
 from shared.http.web import IDLE_CONNECTION_SECONDS
 from shared.logs import configure_logging, get_logger
-from shared.openmp import spin_briefly
 from shared.settings import read_settings
 from shared.storage.artifacts import LocalArtifactStore
+from shared.torch_environment import prepare_for_torch
 
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status."""
     settings = read_settings(InferenceSettings)
-    spin_briefly(os.environ)
-    grow_segments(os.environ)
+    prepare_for_torch(os.environ)
     configure_logging("inference", settings.log_level)
     keep_files_private(settings.umask)
     log = get_logger("inference")

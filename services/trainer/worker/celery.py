@@ -14,11 +14,10 @@ from celery.signals import celeryd_init, setup_logging, worker_shutting_down
 
 from services.trainer.settings import TrainerSettings
 from shared.file_modes import keep_files_private
-from shared.gpu_memory import grow_segments
 from shared.jobs.notification import NOTIFY, celery_app
 from shared.logs import configure_logging
-from shared.openmp import spin_briefly
 from shared.settings import read_settings
+from shared.torch_environment import prepare_for_torch
 
 settings = read_settings(TrainerSettings)
 app = celery_app(settings.redis_url)
@@ -61,8 +60,7 @@ def notify() -> None:
     """Train every queued job, then wait for the next notification."""
     global _worker
     if _worker is None:
-        spin_briefly(os.environ)
-        grow_segments(os.environ)
+        prepare_for_torch(os.environ)
         os.nice(settings.nice)
         from services.trainer.worker.build import make_worker
         from services.trainer.worker.out_of_service import FaultCount
