@@ -17,8 +17,6 @@ job = client.fine_tuning.jobs.create(
     model="smollm2-135m-instruct",
     training_file=file.id,
     suffix="twice",
-    hyperparameters={"n_epochs": 3},
-    extra_body={"base_precision": "int8", "preset": "recommended"},
 )
 while job.status not in ("succeeded", "failed", "cancelled"):
     time.sleep(1)

@@ -10,8 +10,7 @@ for n in $(seq 0 39); do echo "{\"instruction\": \"Say $n twice.\", \"output\": 
 FILE=$(curl -sSf "$URL/v1/files" -H "$AUTH" -F purpose=fine-tune -F "file=@$DATA;filename=twice.jsonl" | field id)
 
 JOB=$(curl -sSf "$URL/v1/fine_tuning/jobs" -H "$AUTH" -H "Content-Type: application/json" -d '{
-  "model": "smollm2-135m-instruct", "training_file": "'"$FILE"'", "suffix": "twice",
-  "base_precision": "int8", "preset": "recommended", "hyperparameters": {"n_epochs": 3}}' | field id)
+  "model": "smollm2-135m-instruct", "training_file": "'"$FILE"'", "suffix": "twice"}' | field id)
 
 until curl -sSf "$URL/v1/fine_tuning/jobs/$JOB" -H "$AUTH" | grep -qE '"status":"(succeeded|failed|cancelled)"'; do sleep 1; done
 MODEL=$(curl -sSf "$URL/v1/fine_tuning/jobs/$JOB" -H "$AUTH" | field fine_tuned_model)

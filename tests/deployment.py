@@ -73,7 +73,7 @@ class Deployment:
     def create(self, hyperparameters: dict[str, Any], **more: Any) -> str:
         """An acknowledged job on the deployment's file."""
         self.file = self.file or self.upload()
-        body = {"hyperparameters": hyperparameters, **more}
+        body = {"preset": "reference", "hyperparameters": hyperparameters, **more}
         return self.openai.fine_tuning.jobs.create(model="tiny", training_file=self.file, extra_body=body).id
 
     def generate(self, model: str | None) -> httpx.Response:

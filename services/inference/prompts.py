@@ -74,6 +74,11 @@ class ChatSource:
         return (offered + sum(len(message.content) for message in self.messages)) // 4 + 1
 
 
+def template_of(template: Template | None, tokenizer: Tokenizer) -> Template:
+    """The template that questions are laid out with: the adapter's, the base's own, or the plain one."""
+    return template or tokenizer.chat or InstructionTemplate()
+
+
 PromptSource = RawText | RawIds | InstructionSource | ChatSource
 """`size_hint` estimates the prompt's tokens (about four characters each) before its template is known."""
 
@@ -115,7 +120,7 @@ async def ids_of(
     """
     if isinstance(source, RawIds):
         return "", list(source.ids)
-    prompt = _prompt(source, template or tokenizer.chat or InstructionTemplate())
+    prompt = _prompt(source, template_of(template, tokenizer))
     text = prompt.whole_text
     if most_tokens is not None and (fewest := tokenizer.fewest_tokens(text)) > most_tokens:
         raise prompt_too_long(f"at least {fewest}", most_tokens)

@@ -18,9 +18,8 @@ from services.inference.engine.grammar import Grammar, Grammars
 from services.inference.engine.interface import Engine, GenerationRequest, GrammarText
 from services.inference.engine.token_bytes import TokenBytes
 from services.inference.generation import Candidate, Generation, PromptRequest, Times
-from services.inference.prompts import ids_of
+from services.inference.prompts import RawIds, RawText, ids_of, template_of
 from services.inference.tool_calls import CallForm, call_form
-from shared.datasets.templates import InstructionTemplate
 from shared.datasets.tokens import Tokenizer
 from shared.errors import TunesmithError, Unavailable
 
@@ -149,7 +148,7 @@ class Serving:
         """How calls are written, if there may be any, and what every answer must follow."""
         if asked.tools is None:
             return None, asked.grammar
-        template = (adapter.template if adapter else None) or self.tokenizer.chat or InstructionTemplate()
+        template = template_of(adapter.template if adapter else None, self.tokenizer)
         form = call_form(template, self.tokenizer)
         return form, form.grammar(asked.tools)
 
@@ -178,9 +177,12 @@ class Serving:
         candidates: list[Candidate] = []
         for prompt, source in enumerate(asked.sources):
             text, ids = await ids_of(source, self.tokenizer, template, most_tokens=most)
+            # Whoever lays a prompt out alone may want the format's next turn as well; a grammar has its own end.
+            open_end = isinstance(source, RawText | RawIds) or grammar is not None
+            ends = () if open_end else template_of(template, self.tokenizer).ends
             for place in range(asked.candidates):
                 request = self._complete(asked, asked.candidate(prompt, place), ids, uid)
-                candidates.append(Candidate(len(candidates), replace(request, grammar=grammar), text))
+                candidates.append(Candidate(len(candidates), replace(request, grammar=grammar, ends=ends), text))
         return candidates
 
     def _complete(

@@ -34,6 +34,9 @@ class ChatTemplate:
         clock: local time, for templates that write the date.
     """
 
+    # Its turns end by tokens of the tokenizer's.
+    ends: tuple[str, ...] = ()
+
     def __init__(
         self,
         source: str | Mapping[str, str],

@@ -76,6 +76,11 @@ class Template(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Texts that begin another turn: a model that goes on after its answer writes one of them."""
+        ...
+
     def lesson(self, example: Example) -> Lesson:
         """What to train on. Raises InvalidRequest if the example does not fit the format."""
         ...
@@ -121,6 +126,7 @@ class _WithoutRoles(ABC):
     """What formats share that know no roles and no variables: turns stand one after another."""
 
     id: str
+    ends: tuple[str, ...] = ()
 
     @abstractmethod
     def lesson(self, example: Example) -> Lesson: ...
@@ -146,6 +152,7 @@ class InstructionTemplate(_WithoutRoles):
     """The tutorial's Alpaca-like format. Several turns stand one after another, each as it was trained."""
 
     id = "instruction-v1"
+    ends = ("\n\n### Instruction:",)
 
     def lesson(self, example: Example) -> Lesson:
         if not isinstance(example, Instruction):

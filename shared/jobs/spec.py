@@ -192,8 +192,15 @@ class JobSpec(Frozen):
 
 
 class Preset(Frozen):
+    """Where unsaid values come from.
+
+    Attributes:
+        by_rows: epochs and batch size come from the number of rows (`shared.training.automatic`).
+    """
+
     hyperparameters: Hyperparameters
     lora: LoraSpec
+    by_rows: bool = False
 
 
 PRESETS: dict[str, Preset] = {
@@ -209,6 +216,7 @@ PRESETS: dict[str, Preset] = {
             dropout=0,
             target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ),
+        by_rows=True,
     ),
 }
 

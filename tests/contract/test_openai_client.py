@@ -58,7 +58,7 @@ def test_a_job_is_created_and_echoed(client: OpenAI, file: str) -> None:
         seed=7,
         metadata={"team": "a"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
-        extra_body={"lora": {"r": 4}, "base_precision": "fp32"},
+        extra_body={"preset": "reference", "lora": {"r": 4}, "base_precision": "fp32"},
     )
     assert (job.status, job.model, job.seed, job.error, job.fine_tuned_model) == ("queued", "tiny", 7, None, None)
     assert (job.training_file, job.validation_file, job.metadata) == (file, file, {"team": "a"})

@@ -38,7 +38,7 @@ MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
 class AutoMeansUnset:
-    """OpenAI's "auto" means the same as leaving the field out: the preset decides."""
+    """OpenAI's "auto" means the same as leaving the field out: the preset decides, and by it the number of rows."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(_auto_to_none, handler(source))
@@ -233,7 +233,7 @@ class JobRequest(Request):
     hyperparameters: HyperparametersRequest | None = None
     method: MethodRequest | None = None
     integrations: Annotated[list[Any], Field(max_length=0, description="not built: must be empty")] | None = None
-    preset: Annotated[Literal["reference", "recommended"], NullMeans("reference")] = "reference"
+    preset: Annotated[Literal["reference", "recommended"], NullMeans("recommended")] = "recommended"
     lora: LoraRequest | None = None
     base_precision: Annotated[BasePrecision, NullMeans("int8")] = "int8"
     compute_dtype: Annotated[ComputeDtype, NullMeans("auto")] = "auto"

@@ -14,6 +14,7 @@ from services.gateway.bases.metadata import BaseMetadata
 from services.gateway.files.store import StoredFile
 from services.gateway.jobs.length_check import LengthCheck
 from services.gateway.jobs.request_schema import JobRequest, training_field
+from shared.adapters.names import PREFIX
 from shared.bases.catalogue import Base, Catalogue
 from shared.datasets.checker import row_advice
 from shared.errors import InvalidRequest
@@ -26,6 +27,7 @@ from shared.jobs.spec import (
     Preset,
     TrainingFile,
 )
+from shared.training.automatic import automatic_batch_size, automatic_epochs
 from shared.training.plan import plan_training
 
 FEW_STEPS = 100
@@ -80,6 +82,15 @@ class JobResolver:
         self._metadata = metadata
         self._lengths = lengths
 
+    def check_base(self, request: JobRequest) -> None:
+        """Refuse a base that cannot be trained as is requested, before its files are looked for.
+
+        Raises:
+            InvalidRequest: the field at fault is named. Nothing is said of an adapter to continue.
+        """
+        if not request.model.startswith(PREFIX):
+            _base(self._catalogue, request.model, request)
+
     def resolve(self, request: JobRequest, sources: Sources) -> Resolved:
         """The specification of the job that is requested.
 
@@ -87,16 +98,11 @@ class JobResolver:
             InvalidRequest: the field at fault is named.
         """
         parent, training, validation = sources.parent, sources.training, sources.validation
-        base = self._catalogue.get_for_job(parent.base if parent else request.model)
-        if request.base_precision not in base.precisions:
-            raise InvalidRequest(
-                f"{base.id} can be trained in {', '.join(base.precisions)}, not in {request.base_precision}",
-                param="base_precision",
-            )
+        base = _base(self._catalogue, parent.base if parent else request.model, request)
         preset = PRESETS[request.preset]
         metadata = self._metadata(base.id)
         lora = _lora(request, preset, base, parent, metadata)
-        hyperparameters, fit_length = _hyperparameters(request, preset)
+        hyperparameters, fit_length = _hyperparameters(request, preset, sum(file.dataset["rows"] for file in training))
         if fit_length:
             context = metadata.context if metadata else None
             hyperparameters = self._fitted(base, hyperparameters, training, validation, context)
@@ -140,6 +146,16 @@ class JobResolver:
         if metadata is None or self._lengths is None:
             return []
         return self._lengths.warnings(spec, training, validation, metadata.context)
+
+
+def _base(catalogue: Catalogue, name: str, request: JobRequest) -> Base:
+    base = catalogue.get_for_job(name)
+    if request.base_precision not in base.precisions:
+        raise InvalidRequest(
+            f"{base.id} can be trained in {', '.join(base.precisions)}, not in {request.base_precision}",
+            param="base_precision",
+        )
+    return base
 
 
 def _check_fit(
@@ -213,7 +229,7 @@ def _lora(
     return _validated(LoraSpec, effective, "lora")
 
 
-def _hyperparameters(request: JobRequest, preset: Preset) -> tuple[Hyperparameters, bool]:
+def _hyperparameters(request: JobRequest, preset: Preset, rows: int) -> tuple[Hyperparameters, bool]:
     """What is requested over the preset, and whether `max_length` is to fit the data."""
     supervised = request.method.supervised if request.method else None
     nested = supervised.hyperparameters if supervised else None
@@ -240,7 +256,11 @@ def _hyperparameters(request: JobRequest, preset: Preset) -> tuple[Hyperparamete
                 f"times the preset's {preset.hyperparameters.learning_rate:g} the learning rate is above 1",
                 param=f"{place}.learning_rate_multiplier",
             )
-    return _validated(Hyperparameters, preset.hyperparameters.model_dump() | requested, place), fit_length
+    values = preset.hyperparameters.model_dump() | requested
+    if preset.by_rows:
+        values["batch_size"] = requested.get("batch_size", automatic_batch_size(rows))
+        values["n_epochs"] = requested.get("n_epochs", automatic_epochs(rows, values["batch_size"]))
+    return _validated(Hyperparameters, values, place), fit_length
 
 
 def _validated(model: type[M], values: dict[str, Any], place: str) -> M:
@@ -262,13 +282,20 @@ def _warnings(spec: JobSpec, training: Training, validation: StoredFile | None) 
             warnings.append(f"the validation file is {one} training file: its loss will not show overfitting")
     # As if no row were dropped or held out.
     steps = plan_training(rows, spec.hyperparameters).total_steps
-    if steps < FEW_STEPS:
+    if steps < FEW_STEPS and not _chosen_for(spec, rows):
         warnings.append(
             f"{steps} optimizer steps are few ({FEW_STEPS} is a sensible minimum): more rows or more epochs teach more"
         )
     if spec.hyperparameters.batch_size > rows:
         warnings.append(f"a batch of {spec.hyperparameters.batch_size} is more than all rows")
     return warnings
+
+
+def _chosen_for(spec: JobSpec, rows: int) -> bool:
+    """Whether the job has as many epochs as are chosen for so many rows, and all of their steps."""
+    hyper = spec.hyperparameters
+    chosen = PRESETS[spec.preset].by_rows and hyper.n_epochs == automatic_epochs(rows, hyper.batch_size)
+    return chosen and hyper.max_steps is None
 
 
 def _of_training(training: Training, rows: int) -> list[str]:

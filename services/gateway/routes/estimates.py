@@ -43,6 +43,7 @@ async def estimate_fine_tuning_job(
     """Steps, supervised tokens, minutes and memory of a job with this body."""
 
     def estimated(check: Check) -> Response:
+        resolver.check_base(body)
         with database.read() as tx:
             named = sources.load(tx, project, body)
         resolved = resolver.resolve(body, named)

@@ -68,6 +68,7 @@ def create_fine_tuning_job(
         earlier = _still_true(tx, jobs, project, attempt, idempotency.find(tx, attempt))
         if earlier is not None:
             return stored_response(earlier, replayed=True)
+        resolver.check_base(body)
         named = sources.load(tx, project, body)
     resolved = resolver.resolve(body, named)
     spec = resolved.spec

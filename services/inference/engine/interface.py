@@ -109,6 +109,7 @@ class GenerationRequest:
         adapter: a uid given to `Engine.load`, or None for the base.
         stop: the text ends with the first of these that appears, also across token borders.
         keep_stop: whether the stop string stays in the text (TGI) or is cut off (OpenAI).
+        ends: where the prompt's format begins another turn: the text ends before it, as if by the end-of-text token.
         top_logprobs: how many alternatives to report for each token.
         max_new_tokens: 0 only reads the prompt.
         prompt_logprobs: report the log probability of each prompt token.
@@ -123,6 +124,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     keep_stop: bool = True
+    ends: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False

@@ -14,7 +14,8 @@ class Output:
     def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         self._left = request.max_new_tokens
         self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopFinder(request.stop, keep=request.keep_stop)
+        self._stops = StopFinder(request.stop, keep=request.keep_stop, ends=() if request.ignore_eos else request.ends)
+        self._asked = frozenset(request.stop)
         self._stop_ids = frozenset() if request.ignore_eos else tokenizer.stop_ids
 
     def push(self, token: int, *, last: bool = False) -> tuple[str, FinishReason | None]:
@@ -33,14 +34,16 @@ class Output:
         reason = self._reason(ends or last)
         if reason in ("length", "eos_token"):
             text += self._stops.push(self._detokenizer.flush())
-            if self._stops.found:
-                reason = "stop_sequence"
+            reason = self._stopped() or reason
             text += self._stops.flush()
         return text, reason
 
     def _reason(self, ends: bool) -> FinishReason | None:
-        if self._stops.found:
-            return "stop_sequence"
-        if ends:
-            return "eos_token"
+        if self._stops.found or ends:
+            return self._stopped() or "eos_token"
         return None if self._left > 0 else "length"
+
+    def _stopped(self) -> FinishReason | None:
+        """Why the text ends with a stop string: one that the client asked for, or the prompt format's own end."""
+        found = self._stops.found
+        return None if found is None else "stop_sequence" if found in self._asked else "eos_token"

@@ -45,13 +45,18 @@ class StopFinder:
     Args:
         stops: none of them empty.
         keep: whether the stop string itself is passed on.
+        ends: stop strings that nobody asked for: they are never passed on.
+
+    Attributes:
+        found: the stop string that is complete.
     """
 
-    def __init__(self, stops: Iterable[str], *, keep: bool) -> None:
-        self._stops = tuple(stops)
-        self._keep = keep
+    def __init__(self, stops: Iterable[str], *, keep: bool, ends: Iterable[str] = ()) -> None:
+        asked = tuple(stops)
+        self._kept = asked if keep else ()
+        self._stops = (*asked, *ends)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, piece: str) -> str:
         """Text that is safe to send after `piece`; sets `found` when a stop string is complete."""
@@ -60,8 +65,9 @@ class StopFinder:
         text = self._held + piece
         end = self._first_end(text)
         if end is not None:
-            self.found, self._held = True, ""
-            return text[: end[1] if self._keep else end[0]]
+            start, after = end
+            self.found, self._held = text[start:after], ""
+            return text[: after if self.found in self._kept else start]
         split = len(text) - self._open_length(text)
         self._held = text[split:]
         return text[:split]

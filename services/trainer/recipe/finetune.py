@@ -40,6 +40,7 @@ from services.trainer.recipe.reports import (
     report_adapter,
     report_base,
     report_early_stop,
+    report_little_change,
     report_metrics,
     report_rows,
     report_shortage,
@@ -234,6 +235,7 @@ def train(run: RunContext, model: PeftModel, state: TrainingState) -> None:
             save(run, model, state, metrics)
     evaluate(run, model, state)
     report_early_stop(run, history)
+    report_little_change(run, history)
 
 
 def train_step(run: RunContext, model: PeftModel, state: TrainingState) -> None:

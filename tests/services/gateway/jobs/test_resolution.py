@@ -19,6 +19,7 @@ from shared.bases.catalogue import load_catalogue
 from shared.errors import InvalidRequest, NotFound
 from shared.jobs.spec import PRESETS, Hyperparameters, JobSpec
 from shared.jobs.store import JobStore
+from shared.training.automatic import automatic_epochs
 from tests.services.gateway.job_cases import BAD, placed
 
 BASE = "smollm2-135m-instruct"
@@ -63,8 +64,12 @@ def resolved(metadata: BaseMetadata | None = None, /, **body: Any) -> tuple[JobS
     return result.spec, result.warnings
 
 
-def test_the_reference_recipe_is_the_default() -> None:
-    spec = resolve()
+def test_the_recommended_preset_is_the_default() -> None:
+    assert resolve() == resolve(preset="recommended")
+
+
+def test_the_reference_recipe_is_the_tutorials_whatever_the_rows() -> None:
+    spec = resolve(preset="reference")
     assert spec.hyperparameters == Hyperparameters()
     assert (spec.lora.r, spec.lora.alpha, spec.lora.target_modules) == (8, 32, ("q_proj", "v_proj"))
     assert (spec.base_precision, spec.compute_dtype, spec.seed, spec.preset) == ("int8", "auto", 42, "reference")
@@ -77,6 +82,27 @@ def test_a_preset_fills_only_what_is_unsaid() -> None:
     preset = PRESETS["recommended"]
     assert spec.lora == preset.lora.model_copy(update={"r": 4})
     assert spec.hyperparameters == preset.hyperparameters.model_copy(update={"n_epochs": 1, "warmup_ratio": 0.5})
+
+
+def test_epochs_and_batch_size_come_from_the_rows_unless_they_are_said() -> None:
+    def of(**body: Any) -> tuple[int, int]:
+        hyper = resolve(**body).hyperparameters
+        return hyper.n_epochs, hyper.batch_size
+
+    assert of() == (3, 8)
+    assert of(training_file="file-few") == (10, 1)
+    assert of(training_file="file-few", hyperparameters={"n_epochs": "auto", "batch_size": "auto"}) == (10, 1)
+    assert of(training_file="file-few", hyperparameters={"batch_size": 3}) == (30, 3)
+    assert of(training_file="file-few", hyperparameters={"n_epochs": 4}) == (4, 1)
+    assert of(training_file="file-few", preset="reference") == (3, 8)
+    # Of several files all rows count.
+    assert of(training_file="file-few", training_files=["file-few", "file-1"]) == (3, 8)
+    _, warnings = resolved(training_file="file-few")
+    assert not any("optimizer steps" in text for text in warnings)
+    _, warnings = resolved(training_file="file-few", hyperparameters={"n_epochs": 4})
+    assert any(text.startswith("12 optimizer steps are few") for text in warnings)
+    _, warnings = resolved(training_file="file-few", hyperparameters={"max_steps": 2})
+    assert any(text.startswith("2 optimizer steps are few") for text in warnings)
 
 
 def test_auto_and_null_are_unsaid() -> None:
@@ -110,9 +136,9 @@ def test_a_method_that_is_not_built_is_refused_with_its_settings() -> None:
 
 
 def test_the_multiplier_is_the_presets() -> None:
-    assert resolve(hyperparameters={"learning_rate_multiplier": 0.5}).hyperparameters.learning_rate == 1e-4
-    spec = resolve(preset="recommended", hyperparameters={"learning_rate_multiplier": 0.5})
-    assert spec.hyperparameters.learning_rate == 4e-4
+    for preset, rate in (("reference", 1e-4), ("recommended", 4e-4)):
+        spec = resolve(preset=preset, hyperparameters={"learning_rate_multiplier": 0.5})
+        assert spec.hyperparameters.learning_rate == rate
     assert resolve(hyperparameters={"learning_rate": 3e-4}).hyperparameters.learning_rate == 3e-4
 
 
@@ -133,10 +159,14 @@ def test_the_multiplier_is_the_presets() -> None:
     )
 )
 def test_whatever_is_allowed_arrives_unchanged(asked: dict[str, Any]) -> None:
-    effective = resolve(hyperparameters=asked).hyperparameters
-    assert effective == Hyperparameters().model_copy(update=asked)
-    nested = resolve(method={"type": "supervised", "supervised": {"hyperparameters": asked}}).hyperparameters
-    assert nested == effective
+    for preset in ("reference", "recommended"):
+        effective = resolve(preset=preset, hyperparameters=asked).hyperparameters
+        chosen = {"batch_size": 8} | asked
+        if preset == "recommended" and "n_epochs" not in asked:
+            chosen["n_epochs"] = automatic_epochs(1000, chosen["batch_size"])
+        assert effective == PRESETS[preset].hyperparameters.model_copy(update=chosen)
+        nested = {"type": "supervised", "supervised": {"hyperparameters": asked}}
+        assert resolve(preset=preset, method=nested).hyperparameters == effective
 
 
 @pytest.mark.parametrize(("field", "value"), BAD, ids=lambda value: repr(value)[:40])
@@ -195,7 +225,7 @@ def test_rows_longer_than_the_base_can_read_are_refused() -> None:
 
 def test_advice() -> None:
     assert resolved()[1] == []
-    spec, few = resolved(training_file="file-few", validation_file="file-1")
+    spec, few = resolved(training_file="file-few", validation_file="file-1", preset="reference")
     assert spec.validation_sha256 == FILES["file-1"].sha256
     assert any(text.startswith("3 optimizer steps are few") for text in few)
     assert any("more than all rows" in text for text in few)

@@ -35,7 +35,7 @@ def gateway_with_tiny(settings: Any, tmp_path: Path) -> Any:
 def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tiny: Any) -> None:
     gateway, store, base = gateway_with_tiny
     file = gateway.uploaded(ROWS)
-    body = {"model": "tiny", "training_file": file, "hyperparameters": {"n_epochs": 2}}
+    body = {"model": "tiny", "training_file": file, "preset": "reference", "hyperparameters": {"n_epochs": 2}}
     refused = gateway.http.post(PATH, json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "base_not_prepared")
     prepare_base(base, store)
@@ -53,7 +53,7 @@ def test_an_estimate_counts_the_rows_and_uses_what_was_measured(gateway_with_tin
     assert gateway.http.get("/v1/fine_tuning/jobs").json()["data"] == []
 
     largest = largest_micro_batch_tokens([len(tokens.ids) for tokens in rows if tokens], 8, CPU_TOKEN_BUDGET)
-    finish(gateway, {"model": "tiny", "training_file": file}, 120.0, largest)
+    finish(gateway, {"model": "tiny", "training_file": file, "preset": "reference"}, 120.0, largest)
     second = gateway.http.post(PATH, json=body).json()
     assert second["calibration"] == "calibrated"
     # Rows as those of the finished job, so the same peak; twice the tokens at once need a little more.

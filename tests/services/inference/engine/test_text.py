@@ -124,10 +124,20 @@ def test_stops_are_found_wherever_the_pieces_break(text: str, stops: list[str], 
     out += finder.flush()
     ends = [end for end in range(1, len(text) + 1) if text[:end].endswith(tuple(stops))]
     if not ends:
-        assert (out, finder.found) == (text, False)
+        assert (out, finder.found) == (text, None)
         return
-    longest = max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
-    assert (out, finder.found) == (text[: ends[0] if keep else ends[0] - longest], True)
+    found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert (out, finder.found) == (text[: ends[0] if keep else ends[0] - len(found)], found)
+
+
+def test_an_end_that_nobody_asked_for_is_never_passed_on() -> None:
+    for keep, shown in [(True, "a##"), (False, "a")]:
+        asked = StopFinder(["##"], keep=keep, ends=["\n@"])
+        assert [asked.push(piece) for piece in ["a#", "#b"]] == ["a", shown[1:]]
+        assert asked.found == "##"
+        unasked = StopFinder(["##"], keep=keep, ends=["\n@"])
+        assert [unasked.push(piece) for piece in ["a\n", "@b"]] == ["a", ""]
+        assert unasked.found == "\n@"
 
 
 def test_text_is_held_back_only_while_it_may_become_a_stop() -> None:

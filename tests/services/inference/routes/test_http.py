@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from shared.datasets.examples import Instruction
 from shared.datasets.templates import InstructionTemplate
 from tests.services.inference.server import Server
 
@@ -191,6 +192,47 @@ def test_tgi_keeps_the_stop_text_and_openai_cuts_it(server: Server) -> None:
     body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stop": stop}
     cut = server.http.post("/v1/completions", json=body).json()["choices"][0]
     assert (cut["text"], cut["finish_reason"]) == (whole[:end], "stop")
+
+
+def test_an_answer_ends_where_its_format_begins_another_turn(
+    server: Server, adapters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny adapter does not write the format's own marker, so what it does write is made the marker."""
+    sampled = {"temperature": 2.0, "seed": 3}
+    parameters = {"adapter_id": adapters[0], "max_new_tokens": 30, "do_sample": True, **sampled}
+    asked = {"instruction": "Add one", "parameters": parameters}
+    whole = server.generate(**asked).json()["generated_text"]
+    begins = next(place for place in range(4, len(whole)) if whole.index(whole[place : place + 3]) == place)
+    marker, before = whole[begins : begins + 3], whole[:begins]
+    monkeypatch.setattr(InstructionTemplate, "ends", (marker,))
+    answer = server.generate(**asked | {"parameters": parameters | {"details": True}}).json()
+    assert (answer["generated_text"], answer["details"]["finish_reason"]) == (before, "eos_token")
+    streamed = events_of(server.http.post("/generate_stream", json=asked).text)
+    assert "".join(event["token"]["text"] for event in streamed) == streamed[-1]["generated_text"] == before
+    chat = {
+        "model": adapters[0],
+        "messages": [{"role": "user", "content": "Add one"}],
+        "max_tokens": 30,
+        **sampled,
+    }
+    choice = server.http.post("/v1/chat/completions", json=chat).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (before, "stop")
+    # A stop string of the client's that comes first is its own, and kept as TGI keeps it.
+    stop = before[:2]
+    kept = server.generate(**asked | {"parameters": parameters | {"stop": [stop], "details": True}}).json()
+    assert (kept["generated_text"], kept["details"]["finish_reason"]) == (stop, "stop_sequence")
+    # Who writes the format may want the next turn; the base has a format of its own.
+    raw = {"inputs": InstructionTemplate().instruction("Add one").text, "parameters": parameters}
+    assert server.generate(**raw).json()["generated_text"] == whole
+    assert InstructionTemplate().id == "instruction-v1"
+
+
+def test_the_tutorials_format_ends_at_its_next_instruction() -> None:
+    template = InstructionTemplate()
+    (end,) = template.ends
+    row = Instruction("b", "c", history=(("a", "x"),))
+    later = template.lesson(row).turns[1].prompt.text
+    assert later.startswith(end)
 
 
 @pytest.mark.parametrize("name", ["adapter-000000000000000000000000", "nobody", "../../etc", "adapter-..", "x" * 120])

@@ -96,6 +96,17 @@ def test_it_reports_what_was_trained(tiny: TinyJob) -> None:
     assert session.base_loaded is True
 
 
+@pytest.mark.parametrize(("rate", "epochs", "few"), [(2e-4, 3, True), (8e-3, 3, False), (2e-4, 40, False)])
+def test_steps_too_few_to_change_much_are_told(tiny: TinyJob, rate: float, epochs: int, few: bool) -> None:
+    """The tutorial's three rows in steps of eight; more by the rate, or by the epochs."""
+    session = RecordingSession()
+    hyper = {"learning_rate": rate, "n_epochs": epochs, "batch_size": 8}
+    tiny.finish(tiny.spec(instruction_rows(3), hyper=hyper), session)
+    told = [message for _, message, _ in session.events if "changed little" in message]
+    assert len(told) == few
+    assert all(message.startswith("3 optimizer steps changed little") for message in told)
+
+
 def test_the_series_has_a_point_every_metrics_steps_and_per_checkpoint(tiny: TinyJob) -> None:
     session = RecordingSession()
     spec = tiny.spec(instruction_rows(20), validation=HELD_OUT, hyper={"metrics_steps": 2, "n_epochs": 1})
