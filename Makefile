@@ -60,8 +60,8 @@ setup: .venv/ready ## make the virtual environment (.venv)
 demo: .venv/ready ## the whole journey on this machine: dataset, 8-bit LoRA job, hot-loaded adapter, /generate
 	$(BIN)/python -m examples.demo
 
-up: .venv/ready ## start the whole stack on this machine (loopback only)
-	$(BIN)/tunesmith up
+up: .venv/ready ## start the whole stack on this machine (loopback only); options by ARGS='--port 8001'
+	$(BIN)/tunesmith up $(ARGS)
 
 down: .venv/ready ## stop it
 	$(BIN)/tunesmith down

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from tunesmith.commands import before, files, jobs, models, stack, talk
+from tunesmith.commands import before, files, jobs, logs, models, stack, talk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,7 +15,7 @@ app = typer.Typer(
     epilog="The stack is found through .tunesmith/connection.json, or TUNESMITH_URL and TUNESMITH_API_KEY.",
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(stack.up, stack.down, stack.status, stack.doctor, stack.adopt, stack.backup, stack.restore),
+    *(stack.up, stack.down, stack.status, stack.doctor, stack.adopt, stack.backup, stack.restore, logs.logs),
     *(files.upload, before.preview, before.estimate, jobs.train, jobs.wait, talk.generate, talk.chat),
 )
 for command in COMMANDS:

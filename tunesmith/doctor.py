@@ -16,6 +16,7 @@ from tunesmith.client import Client
 from tunesmith.connection import PROCESSES, NoConnection
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.plan import CHECKOUT, CannotPlan, check_checkout, environment, is_free, python
+from tunesmith.local_stack.stack import usual_port
 
 LOW_DISK_BYTES = 5 << 30
 NO_DISK_BYTES = 500 << 20
@@ -36,17 +37,17 @@ class Finding:
         return asdict(self) | {"told": self.detail}
 
 
-def examine(home: Path, environ: Mapping[str, str], port: int = 8000) -> list[Finding]:
+def examine(home: Path, environ: Mapping[str, str], port: int | None = None) -> list[Finding]:
     """Check everything, in the order in which to repair it.
 
     Args:
-        port: the default of `tunesmith up`.
+        port: that `tunesmith up` is to take; None for the one that it takes by itself.
     """
     place = Home(home)
     findings = [_python(), _packages()]
     if findings[-1].level == "ok":
         findings += [_redis(), *_children(place, environ)]
-    return [*findings, _disk(place), *_folder(place), *_stack(place, port), *_logs(place)]
+    return [*findings, _disk(place), *_folder(place), *_stack(place, port or usual_port(place)), *_logs(place)]
 
 
 def _python() -> Finding:

@@ -12,11 +12,14 @@ from tunesmith.commands.options import DEFAULT_BASE, DEFAULT_HOME, AsJson, HomeO
 def up(
     home: HomeOption = DEFAULT_HOME,
     port: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Port of the gateway on 127.0.0.1; 0 for a free one.", envvar="TUNESMITH_PORT", min=0, max=65535
+            help="Port of the gateway on 127.0.0.1; 0 for a free one. Unsaid: the last start's, at first 8000.",
+            envvar="TUNESMITH_PORT",
+            min=0,
+            max=65535,
         ),
-    ] = 8000,
+    ] = None,
     base: Annotated[str, typer.Option(help="Model to serve: an id of the catalogue, or 'auto'.")] = DEFAULT_BASE,
     engine: Annotated[
         Literal["own", "vllm"], typer.Option(help="What generates.", envvar="TUNESMITH_INFERENCE_ENGINE")

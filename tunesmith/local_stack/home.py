@@ -20,12 +20,25 @@ class Home:
         self.connection_file = self.root / FILE_NAME
         self.api_key_file = self.root / "api_key"
         self.catalogue_file = self.root / "catalogue.toml"
+        self._port_file = self.root / "port"
         self.logs = self.root / "logs"
         self.redis = self.root / "redis"
         self._lock_file = self.root / "stack.lock"
 
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
+
+    def remembered_port(self) -> int | None:
+        """The gateway's port the last time that everything was up; None if it never was."""
+        try:
+            port = int(self._port_file.read_text())
+        except (OSError, ValueError):
+            return None
+        return port if 0 < port < 65_536 else None
+
+    def remember_port(self, port: int) -> None:
+        """Clients know the stack by it: the next start takes it again."""
+        self._port_file.write_text(f"{port}\n")
 
     def acquire(self) -> int | None:
         """Take the lock, creating the folder if needed.

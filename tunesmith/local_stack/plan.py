@@ -210,8 +210,10 @@ def redis_command(home: Home, port: int, password: str) -> tuple[str, ...]:
 
 def checked_port(port: int) -> int:
     if not is_free(port):
+        other = next((other for other in range(port + 1, min(port + 100, 65_536)) if is_free(other)), 0)
         raise CannotPlan(
-            f"port {port} is taken by another program; choose another with --port, or --port 0 for any free one"
+            f"port {port} is taken by another program; this takes another, and later starts keep it:\n"
+            f"  tunesmith up --port {other}        (or: make up ARGS='--port {other}')"
         )
     return port
 

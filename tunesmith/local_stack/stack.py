@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+from urllib.parse import urlsplit
 
 from tunesmith import connection as connections
 from tunesmith.connection import Connection, NoConnection
@@ -22,6 +23,7 @@ from tunesmith.local_stack.plan import (
     CHECKOUT,
     CannotPlan,
     check_checkout,
+    checked_port,
     checked_vllm_python,
     environment,
     make_plan,
@@ -30,6 +32,7 @@ from tunesmith.local_stack.plan import (
 from tunesmith.local_stack.supervisor import encode
 
 DEFAULT_BASE = "smollm2-135m-instruct"
+DEFAULT_PORT = 8000
 STOP_SECONDS = 180.0
 GONE_SECONDS = 20.0
 Say = Callable[[str], None]
@@ -55,7 +58,7 @@ class Started:
 def up(
     home: Path,
     *,
-    port: int = 8000,
+    port: int | None = None,
     base: str = DEFAULT_BASE,
     engine: Engine = "own",
     vllm_python: Path | None = None,
@@ -66,7 +69,7 @@ def up(
 
     Args:
         home: folder of everything this stack keeps; several stacks live side by side in several folders.
-        port: of the gateway on 127.0.0.1; 0 for a free one.
+        port: of the gateway on 127.0.0.1; 0 for a free one, None for the one it had last time (8000 the first time).
         base: catalogue id or alias of the model served, or `auto` for the first in the catalogue that can be had.
         engine: what generates: the inference process itself, or a vLLM server beside it.
         vllm_python: of the environment that has vLLM; None is that of `make .venv-vllm/ready`.
@@ -79,6 +82,10 @@ def up(
     place = Home(home)
     try:
         check_checkout()
+        port = usual_port(place) if port is None else port
+        if port and not place.is_running():
+            # Before anything is made: a base takes minutes.
+            checked_port(port)
         vllm_python = checked_vllm_python(vllm_python) if engine == "vllm" else None
         while (lock := place.acquire()) is None:
             # It runs, starts or stops: the file is there or will be, or the lock becomes free.
@@ -91,6 +98,11 @@ def up(
             os.close(lock)
     except CannotPlan as error:
         raise StackError(str(error)) from error
+
+
+def usual_port(place: Home) -> int:
+    """The gateway's port where none is named."""
+    return place.remembered_port() or DEFAULT_PORT
 
 
 def down(home: Path, say: Say = lambda line: None) -> bool:
@@ -176,9 +188,10 @@ def _start(
     base = _run_step(place, "prepare", python("shared.bases.prepare", base), env).strip()
     _run_step(place, "migrate", python("shared.migrations"), env)
     plan = make_plan(place, port, base, common, vllm_python)
-    say(f"starting {', '.join(child.name for child in plan.children)}")
+    say(f"starting {', '.join(child.name for child in plan.children)}; waiting for {', '.join(plan.ready)}")
     _launch(place, lock, encode(plan), env, say)
     connection = connections.read(place.connection_file)
+    place.remember_port(urlsplit(connection.url).port or DEFAULT_PORT)
     if not connection.api_key:
         say("this database has API keys already, made elsewhere: set TUNESMITH_API_KEY to one of them")
     return connection
@@ -226,6 +239,9 @@ def _wait_until_ready(events: IO[str], place: Home, say: Say) -> None:
             raise StackError(f"the stack did not start: {event['message']}")
         if event["event"] == "child_ready":
             say(f"{event['name']} is ready")
+        if event["event"] == "waiting":
+            doing = f": {event['doing']}" if event["doing"] else ""
+            say(f"still waiting for {event['name']} after {event['seconds']} s{doing}")
     raise StackError(f"the supervisor ended before the stack was ready; see {place.log('supervisor')}")
 
 

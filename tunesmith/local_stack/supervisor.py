@@ -29,6 +29,7 @@ from tunesmith.local_stack.processes import Child, ChildSpec, Supervisor
 
 TICK_SECONDS = 0.1
 ROTATE_EVERY_SECONDS = 60.0
+SAY_EVERY_SECONDS = 15.0
 
 
 class StartFailed(Exception):
@@ -87,7 +88,8 @@ class StackProcess:
 
     def _wait_until_ready(self) -> None:
         waiting = dict(self._plan.ready)
-        deadline = time.monotonic() + self._plan.start_seconds
+        started = said = time.monotonic()
+        deadline = started + self._plan.start_seconds
         while waiting:
             if self._stopping:
                 raise Stopped
@@ -99,6 +101,15 @@ class StackProcess:
             if waiting and time.monotonic() > deadline:
                 tails = "\n".join(tail(self._supervisor.children[name]) for name in waiting)
                 raise StartFailed(f"not ready after {self._plan.start_seconds:g} s: {', '.join(waiting)}\n{tails}")
+            if waiting and time.monotonic() - said > SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                name = next(iter(waiting))
+                child = self._supervisor.children[name]
+                doing = log_tail(child.spec.log, child.log_start, lines=1).strip()
+                seconds = round(said - started)
+                report(
+                    {"event": "waiting", "name": name, "seconds": seconds, "doing": "" if doing == "(empty)" else doing}
+                )
             time.sleep(TICK_SECONDS)
 
     def _keep(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.local_stack import plan as plans
+from tunesmith.local_stack import stack
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.plan import CannotPlan, Plan, environment, make_plan
 
@@ -64,8 +65,30 @@ def test_taken_port_is_said_clearly(home: Home) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(CannotPlan, match=f"port {port} is taken by another program; choose another with --port"):
+        with pytest.raises(CannotPlan, match=f"port {port} is taken by another program; this takes another") as refused:
             make_plan(home, port, "tiny", environment(home, {}))
+        suggested = int(str(refused.value).partition("tunesmith up --port ")[2].split()[0])
+        assert suggested != port
+        assert plans.is_free(suggested)
+
+
+def test_a_taken_port_is_found_before_anything_is_made(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(stack.StackError, match="is taken by another program"):
+            stack.up(tmp_path / "home", port=other.getsockname()[1])
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_home_remembers_its_port(tmp_path: Path) -> None:
+    place = Home(tmp_path)
+    assert stack.usual_port(place) == 8000
+    place.remember_port(8123)
+    assert stack.usual_port(Home(tmp_path)) == 8123
+    for nonsense in ("", "x", "0", "70000", "-1"):
+        (tmp_path / "port").write_text(nonsense)
+        assert stack.usual_port(place) == 8000
 
 
 def test_installed_package_says_that_it_is_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

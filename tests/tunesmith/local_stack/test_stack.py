@@ -110,6 +110,7 @@ def test_up_describes_what_runs(machine: Machine) -> None:
     )
     with OpenAI(base_url=connection.openai_base_url, api_key=connection.api_key) as client:
         assert "tiny" in [model.id for model in client.models.list()]
+    assert connection.url.endswith(":" + (path.parent / "port").read_text().strip())
     logs = {log.stem for log in (path.parent / "logs").iterdir()}
     assert logs == {"supervisor", "prepare", "migrate", *connections.PROCESSES}
     status = machine.run("status", "--json")
