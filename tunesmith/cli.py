@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from tunesmith.commands import before, files, jobs, logs, models, stack, talk
+from tunesmith.commands import before, files, jobs, keys, logs, models, stack, talk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +20,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for command in COMMANDS:
     app.command()(command)
-for name, group in (("jobs", jobs.group), ("models", models.group), ("files", files.group)):
+for name, group in (("jobs", jobs.group), ("models", models.group), ("files", files.group), ("keys", keys.group)):
     app.add_typer(group, name=name)
 
 

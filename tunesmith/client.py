@@ -149,6 +149,10 @@ class Client:
         data: list[Json] = self._json("GET", "/v1/models")["data"]
         return data
 
+    def info(self) -> Json:
+        """What serves the default base."""
+        return self._json("GET", "/info")
+
     def delete_model(self, name: str) -> Json:
         """Delete an adapter or a checkpoint."""
         return self._json("DELETE", "/v1/models/" + quote(name, safe=""))

@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith import connection as connections
-from tunesmith.client import Client
-from tunesmith.connection import PROCESSES, NoConnection
+from tunesmith.client import ApiError, Client
+from tunesmith.connection import PROCESSES, Connection, NoConnection
 from tunesmith.local_stack.home import Home
 from tunesmith.local_stack.plan import CHECKOUT, CannotPlan, check_checkout, environment, is_free, python
 from tunesmith.local_stack.stack import usual_port
@@ -47,7 +47,7 @@ def examine(home: Path, environ: Mapping[str, str], port: int | None = None) -> 
     findings = [_python(), _packages()]
     if findings[-1].level == "ok":
         findings += [_redis(), *_children(place, environ)]
-    return [*findings, _disk(place), *_folder(place), *_stack(place, port or usual_port(place)), *_logs(place)]
+    return [*findings, _disk(place), *_folder(place), *_stack(place, port or usual_port(place), environ), *_logs(place)]
 
 
 def _python() -> Finding:
@@ -115,22 +115,39 @@ def _folder(place: Home) -> Iterator[Finding]:
         yield Finding("ok", "folder", str(place.root))
 
 
-def _stack(place: Home, port: int) -> Iterator[Finding]:
+def _stack(place: Home, port: int, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if not place.is_running():
         yield Finding("ok", "stack", "not running")
         if not is_free(port):
             yield Finding("warn", "port", f"{port} is taken by another program", "'tunesmith up --port 0'")
         return
     try:
-        with Client(connections.read(place.connection_file), timeout=10) as client:
+        connection = connections.read(place.connection_file)
+        if key := environ.get("TUNESMITH_API_KEY"):
+            connection = replace(connection, api_key=key)
+        with Client(connection, timeout=10) as client:
             ready = client.ready()
     except NoConnection as error:
         yield Finding("warn", "stack", f"it starts or stops: {error}", "wait, then look again")
         return
-    if ready:
-        yield Finding("ok", "stack", "running and ready")
-    else:
+    if not ready:
         yield Finding("fail", "stack", "running but not ready", f"read the logs in {place.logs}")
+        return
+    yield Finding("ok", "stack", "running and ready")
+    yield _key(connection)
+
+
+def _key(connection: Connection) -> Finding:
+    """Whether the key that commands use is taken, and whether something answers who names no model."""
+    try:
+        with Client(connection, timeout=10) as client:
+            base = client.info()["model_id"]
+    except ApiError as error:
+        if error.denied:
+            remedy = "'tunesmith keys create NAME --here' makes one; or set TUNESMITH_API_KEY"
+            return Finding("fail", "key", error.message, remedy)
+        return Finding("fail", "base", error.message, "'tunesmith logs inference' says why; 'tunesmith up --base ID'")
+    return Finding("ok", "key", f"valid; {base} is served")
 
 
 def _logs(place: Home) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import uvicorn
 from services.gateway.app import create_app
 from services.gateway.background.periodic import Periodic
 from services.gateway.http.client_timeouts import TimeoutProtocol
+from services.gateway.http.key_secret import own_secret_at
 from services.gateway.settings import GatewaySettings
 from shared.bases.catalogue import load_catalogue
 from shared.errors import TunesmithError, Unavailable
@@ -31,6 +32,7 @@ def main() -> None:
         catalogue = load_catalogue(settings.catalogue)
         check_schema(settings.sql_url)
         require_own_folder_at(settings.sql_url, LocalArtifactStore(settings.artifacts_root))
+        own_secret_at(settings)
     except TunesmithError as error:
         sys.exit(error.message)
     except OSError as error:

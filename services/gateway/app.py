@@ -18,6 +18,7 @@ from services.gateway.routes import (
     estimates,
     file_preview,
     files,
+    front_page,
     generate,
     job_metrics,
     jobs,
@@ -72,6 +73,7 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
     parts = (files.uploads, files.router, file_preview.router, jobs.router, job_metrics.router, estimates.router)
     for part in (*parts, models.router, generate.router, model_responses.router):
         app.include_router(part)
+    app.include_router(front_page.router)
     app.include_router(operations.health)
     app.include_router(operations.router)
     return app

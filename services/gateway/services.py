@@ -18,7 +18,8 @@ from services.gateway.bases.tokenised import Tokenizers
 from services.gateway.files.store import FileStore
 from services.gateway.health import HealthCache
 from services.gateway.http.idempotency import IdempotencyStore
-from services.gateway.http.keys import Keys, read_or_make_secret
+from services.gateway.http.key_secret import own_secret
+from services.gateway.http.keys import Keys
 from services.gateway.http.small_pool import SmallPool
 from services.gateway.inference.forwarder import Forwarder
 from services.gateway.inference.prober import Prober
@@ -77,7 +78,7 @@ async def open_services(settings: GatewaySettings, catalogue: Catalogue, metrics
     Expects a migrated database (`check_schema`).
 
     Raises:
-        TunesmithError: what lies at the key file is no key.
+        TunesmithError: what lies at the key file is no key, or the keys in the database were made with another secret.
     """
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(inference_client(settings.inference_timeout))
@@ -108,7 +109,7 @@ def _opened(
         artifacts = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
         bases, tokenizers = BaseMetadataReader(artifacts), Tokenizers(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
-        secret = _secret(settings)
+        secret = own_secret(settings, database)
         models = ModelStore(catalogue, adapters)
         heartbeats = Heartbeats(database)
         replicas = Replicas(settings.inference_urls, client, settings.internal_token.get_secret_value())
@@ -163,8 +164,3 @@ def inference_client(read_timeout: float) -> httpx.AsyncClient:
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
         trust_env=False,
     )
-
-
-def _secret(settings: GatewaySettings) -> bytes:
-    given = settings.key_secret.get_secret_value()
-    return given.encode() if given else read_or_make_secret(settings.key_secret_path)

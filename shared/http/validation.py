@@ -43,6 +43,9 @@ def validation_error(error: RequestValidationError) -> InvalidRequest:
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     if first["type"] in _UNKNOWN:
         return _unknown_field(_plain(location[:-1]), location[-1])
+    if isinstance(error.body, bytes) and not location:
+        # FastAPI leaves a body that is not said to be JSON as it is; curl says that a body is a form.
+        return InvalidRequest("send the header 'Content-Type: application/json' with a JSON body", code="not_json")
     field = ".".join(_plain(location)) or None
     message = _message([first, *others])
     return InvalidRequest(f"{field}: {message}" if field else message, param=field)

@@ -52,6 +52,15 @@ api_keys = Table(
     Column("revoked_at", BigInteger),
 )
 
+# One row at most: by which secret the digests above were made.
+key_check = Table(
+    "key_check",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    # HMAC-SHA256 of a constant under the secret, hex.
+    Column("mac", String(64), nullable=False),
+)
+
 # Responses to POSTs that must not happen twice, each written in the transaction of what it responds to.
 idempotency_keys = Table(
     "idempotency_keys",
@@ -187,6 +196,16 @@ kept_items = Table(
     Column("body", Text, nullable=False),
     # Of the body, and about what a row takes beside it.
     Column("bytes", BigInteger, nullable=False),
+)
+
+# Processes that train, as they say themselves every few seconds.
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker", String(255), primary_key=True),
+    Column("pid", BigInteger, primary_key=True, autoincrement=False),
+    # By the worker's own clock.
+    Column("seen_at", BigInteger, nullable=False),
 )
 
 # Workers that take no jobs for now, as they say themselves.

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.gateway.http.key_secret import mac_of
 from tests.stack_processes import clean_environment, wait_until
 from tests.upgrade.make_home import THREADS, send
 from tunesmith import connection as connections
@@ -132,6 +133,13 @@ def test_the_home_is_of_the_old_version() -> None:
         content = found.read()
     assert b"CREATE TABLE answers" in content
     assert b"losses INTEGER" in content
+
+
+def test_the_key_of_the_old_version_is_taken_and_its_secret_is_known_from_now_on(upgraded: Upgraded) -> None:
+    with closing(sqlite3.connect(upgraded.home / "tunesmith.db")) as connection:
+        ((kept,),) = connection.execute("SELECT mac FROM key_check").fetchall()
+    assert kept == mac_of((upgraded.home / "key_secret").read_text().strip().encode())
+    upgraded.get("/v1/models")
 
 
 def test_answers_say_what_the_old_version_said(upgraded: Upgraded) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from tunesmith import connection as connections
@@ -164,8 +164,32 @@ def restore(home: Path, file: Path, *, replace: bool = False, environ: Mapping[s
     return _run_beside(place, environ, "services.gateway.backup", "restore", str(file.absolute()), *options)
 
 
+def keys(home: Path, *arguments: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What `python -m services.gateway.keys_admin` answers, on the database of this home.
+
+    Raises:
+        StackError: it refuses, or there is no database yet.
+    """
+    place = Home(home)
+    database = place.root / "tunesmith.db"
+    if not environ.get("TUNESMITH_DATABASE_URL") and not database.exists():
+        raise StackError(f"there is no {database}: 'tunesmith up' makes it; --home names another folder")
+    answer: dict[str, Any] = json.loads(_beside(place, environ, "services.gateway.keys_admin", *arguments).stdout)
+    return answer
+
+
 def _run_beside(place: Home, environ: Mapping[str, str], module: str, *arguments: str) -> str:
     """Run a module of the services with the stack's settings. Returns what it printed."""
+    done = _beside(place, environ, module, *arguments)
+    return "\n".join(part for part in (done.stderr.strip(), done.stdout.strip()) if part)
+
+
+def _beside(place: Home, environ: Mapping[str, str], module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module of the services with the stack's settings.
+
+    Raises:
+        StackError: it fails; with what it says.
+    """
     try:
         check_checkout()
     except CannotPlan as error:
@@ -174,7 +198,7 @@ def _run_beside(place: Home, environ: Mapping[str, str], module: str, *arguments
     done = subprocess.run(python(module, *arguments), env=env, cwd=CHECKOUT, capture_output=True, text=True)
     if done.returncode != 0:
         raise StackError(done.stderr.strip())
-    return "\n".join(part for part in (done.stderr.strip(), done.stdout.strip()) if part)
+    return done
 
 
 def _start(
@@ -193,7 +217,10 @@ def _start(
     connection = connections.read(place.connection_file)
     place.remember_port(urlsplit(connection.url).port or DEFAULT_PORT)
     if not connection.api_key:
-        say("this database has API keys already, made elsewhere: set TUNESMITH_API_KEY to one of them")
+        say(
+            "this database has API keys already, made elsewhere: set TUNESMITH_API_KEY to one of them, or make one for "
+            "this machine: tunesmith keys create NAME --here"
+        )
     return connection
 
 

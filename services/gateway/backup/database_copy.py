@@ -15,7 +15,7 @@ from shared.storage.artifacts import fsync
 from shared.storage.database import Database, connect_arguments, normalised
 
 # Keys, and what was answered under them: not in a backup without keys.
-OF_KEYS = ("api_keys", "idempotency_keys")
+OF_KEYS = ("api_keys", "key_check", "idempotency_keys")
 
 
 @contextmanager

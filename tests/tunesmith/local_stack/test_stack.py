@@ -137,6 +137,35 @@ def test_the_command_line_talks_to_it_and_the_doctor_finds_nothing(machine: Mach
     assert levels["stack"] == levels["schema"] == levels["folder"] == "ok"
 
 
+def test_keys_are_made_and_revoked_and_the_doctor_tries_them(machine: Machine) -> None:
+    first = machine.connection().api_key
+    made = machine.run("keys", "create", "laptop")
+    assert (made.returncode, made.stdout.startswith("ts-")) == (0, True), made.stderr
+    assert machine.run("models", "list", TUNESMITH_API_KEY=made.stdout.strip()).returncode == 0
+    revoked = machine.run("keys", "revoke", "key-laptop")
+    assert (revoked.returncode, revoked.stdout) == (0, "key-laptop is revoked\n"), revoked.stderr
+    assert machine.run("models", "list", TUNESMITH_API_KEY=made.stdout.strip()).returncode == 4
+    examined = machine.run("doctor", TUNESMITH_API_KEY=made.stdout.strip())
+    assert examined.returncode == 1
+    assert "fail  key: this API key is not valid" in examined.stdout
+    # A new key for this machine, whatever became of the old one.
+    assert machine.run("keys", "create", "here", "--here").returncode == 0
+    assert machine.run("keys", "revoke", "key-first").returncode == 0
+    assert machine.connection().api_key != first
+    assert machine.run("models", "list").returncode == 0
+    listed = machine.run("keys", "list").stdout.splitlines()
+    assert sorted(line.split()[0] for line in listed[1:]) == ["key-first", "key-here", "key-laptop"]
+    assert "'tunesmith down'" in machine.run("keys", "new-secret").stderr
+
+
+def test_logs_and_the_front_page_are_for_people(machine: Machine) -> None:
+    shown = machine.run("logs", "gateway", "-n", "5", "--all")
+    assert shown.returncode == 0
+    assert all("  gateway" in line or line.startswith("    ") for line in shown.stdout.splitlines())
+    page = httpx.get(machine.connection().url, headers={"accept": "text/html"}, trust_env=False)
+    assert "It serves <code>tiny</code>" in page.text
+
+
 def test_a_model_is_trained_and_asked_by_commands_alone(machine: Machine) -> None:
     data = machine.folder / "twice.jsonl"
     rows = [{"instruction": f"Say {n} twice.", "output": f"{n} {n}"} for n in range(16)]
