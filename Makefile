@@ -28,7 +28,7 @@ NUMERIC := tests/shared/test_processor.py tests/shared/bases/test_base_model.py 
 	tests/services/inference/test_build.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients test-vllm chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-launches bench-gpu clean
+.PHONY: help setup demo up down test test-fast test-avx2 test-shuffled test-openai2 test-clients test-vllm test-ops chaos faults fuzz test-gpu check openapi docs pin bench bench-train bench-serve bench-estimates bench-warm bench-launches bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -88,6 +88,16 @@ test-clients: .venv/ready ## programs of public clients, each in an environment 
 test-vllm: .venv/ready .venv-vllm/ready ## the engine vllm on a real vLLM server (.venv-vllm, 3.5 GB)
 	$(BIN)/pytest tests/vllm
 
+# Out of Debian's package, which is unpacked here and not installed.
+.promtool/ready: Makefile
+	mkdir -p .promtool && cd .promtool && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } \
+		&& dpkg-deb -x prometheus_*.deb . && ./usr/bin/promtool --version && touch ready
+
+test-ops: .venv/ready ## Prometheus' promtool on a stack's metrics and on docker/alerts.yml (NOT RUN where apt has no prometheus)
+	@if command -v promtool > /dev/null; then PROMTOOL=$$(command -v promtool) $(BIN)/pytest tests/ops; \
+	elif $(MAKE) --silent .promtool/ready > /dev/null 2>&1; then PROMTOOL=$(CURDIR)/.promtool/usr/bin/promtool $(BIN)/pytest tests/ops; \
+	else echo "NOT RUN: promtool (apt-get download prometheus does not work here)"; fi
+
 chaos: .venv/ready ## every part killed at random moments, what else befalls machines, and how soon trainings go on
 	$(BIN)/pytest tests/chaos tests/services/inference/routes/test_disconnects.py::test_many_at_once_are_answered_or_refused_and_nothing_leaks --chaos-rounds 3 --chaos-result benchmarks/results/chaos.json
 
@@ -134,4 +144,4 @@ pin: .venv/ready ## write down image digests and package hashes, as the network 
 	$(BIN)/python docker/pin.py $(TORCH_INDEX)
 
 clean: ## remove the environments and the local stack's data
-	rm -rf .venv .venv-openai2 .venv-bench .venv-clients .tunesmith
+	rm -rf .venv .venv-openai2 .venv-bench .venv-clients .promtool .tunesmith

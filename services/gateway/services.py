@@ -32,12 +32,15 @@ from services.gateway.metrics import Metrics
 from services.gateway.models.store import ModelStore
 from services.gateway.responses.store import ResponseStore
 from services.gateway.settings import GatewaySettings
+from services.gateway.state_metrics import Sources, StateMetrics
 from shared.adapters.store import AdapterStore
 from shared.bases.catalogue import Catalogue
 from shared.jobs.heartbeats import Heartbeats
 from shared.jobs.notification import NotificationQueue
+from shared.jobs.queue_state import QueueState
 from shared.jobs.store import JobStore
 from shared.jobs.worker_outages import WorkerOutages
+from shared.jobs.workers import Workers
 from shared.logs import get_logger
 from shared.storage.artifacts import LocalArtifactStore
 from shared.storage.database import Database
@@ -105,7 +108,6 @@ def _opened(
         notifications = NotificationQueue(settings.redis_url)
         stack.callback(notifications.close)
         worker_outages = WorkerOutages(database)
-        metrics.watch(database, notifications, worker_outages)
         artifacts = LocalArtifactStore(settings.artifacts_root, settings.reserve_bytes)
         bases, tokenizers = BaseMetadataReader(artifacts), Tokenizers(artifacts)
         files, jobs, adapters = FileStore(), JobStore(), AdapterStore()
@@ -141,10 +143,27 @@ def _opened(
             get_logger("keys").info("first API key registered", file=str(settings.key_path))
         reaper = Reaper(heartbeats, services.notifier.notify, silence=settings.lease_seconds)
         collector = GarbageCollector(database, artifacts, _forget(settings, services), cache_bytes=settings.cache_bytes)
+        metrics.registry.register(StateMetrics(_sources(services, worker_outages, reaper)))
         for background in (services.notifier, reaper, collector):
             background.start()
             stack.callback(background.stop)
         yield services
+
+
+def _sources(services: Services, worker_outages: WorkerOutages, reaper: Reaper) -> Sources:
+    """What metrics are asked for beside this process."""
+    default = services.models.base(services.settings.default_base) if services.settings.default_base else None
+    return Sources(
+        queue=QueueState(services.database),
+        workers=Workers(services.database),
+        worker_outages=worker_outages,
+        notifications=services.notifications,
+        free_bytes=services.artifacts.free_bytes,
+        reserve_bytes=services.settings.reserve_bytes,
+        served=services.replicas.served,
+        expected=[default.id] if default else [],
+        lease_silence=lambda: reaper.longest_silence,
+    )
 
 
 def _forget(settings: GatewaySettings, services: Services) -> list[Callable[[Connection], object]]:

@@ -1,8 +1,8 @@
-"""Prometheus metrics: text-generation-inference's names where it has them, ours for adapters."""
+"""Prometheus metrics: text-generation-inference's own names where it has them, ours (with units) for the rest."""
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -18,6 +18,8 @@ class Metrics:
     """The metrics of one process, in a registry of their own."""
 
     def __init__(self) -> None:
+        # A time of birth for every series doubles the page, and tells nothing.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._count = Counter("tgi_request_count", "Generate requests that reached the engine.", registry=self.registry)
         self._success = Counter("tgi_request_success", "Generate requests that ended well.", registry=self.registry)
@@ -39,25 +41,31 @@ class Metrics:
         self._generated = self._histogram("tgi_request_generated_tokens", "Tokens generated.", _TOKENS)
         self._input = self._histogram("tgi_request_input_length", "Prompt tokens.", _TOKENS)
         self._max_new = self._histogram("tgi_request_max_new_tokens", "Tokens allowed.", _TOKENS)
-        self._load = self._histogram(
-            "tunesmith_adapter_load_duration", "Seconds a request waited for a load.", _SECONDS
+        self._load = self._histogram("tunesmith_adapter_load_seconds", "Seconds a request waited for a load.", _SECONDS)
+        self._http = self._answers("tunesmith_inference_requests", "Answers by route template and status.")
+        # Names of before 0.2, for dashboards; they go with the release after it.
+        self._old_load = self._histogram(
+            "tunesmith_adapter_load_duration",
+            "Deprecated: tunesmith_adapter_load_seconds under its old name.",
+            _SECONDS,
         )
-        self._http = Counter(
-            "http_requests",
-            "Answers by route template and status.",
-            ["method", "route", "status"],
-            registry=self.registry,
+        self._old_http = self._answers(
+            "http_requests", "Deprecated: tunesmith_inference_requests_total under its old name."
         )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+    def _answers(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["method", "route", "status"], registry=self.registry)
 
     def watch(self, serving: Serving) -> None:
         """Add the state of engine and adapters, read whenever metrics are."""
         self.registry.register(_State(serving))
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        self._http.labels(method, route, str(status)).inc()
+        for counter in (self._http, self._old_http):
+            counter.labels(method, route, str(status)).inc()
 
     def refused(self, code: str) -> None:
         self._failure.labels(code).inc()
@@ -78,7 +86,8 @@ class Metrics:
         self._input.observe(generation.prompt_tokens)
         self._max_new.observe(sum(each.request.max_new_tokens for each in generation.candidates))
         if generation.adapter_load_ms is not None:
-            self._load.observe(generation.adapter_load_ms / 1e3)
+            for histogram in (self._load, self._old_load):
+                histogram.observe(generation.adapter_load_ms / 1e3)
 
 
 class _State(Collector):
@@ -93,7 +102,11 @@ class _State(Collector):
             "tgi_batch_current_size": ("Sequences in the batch.", stats.running),
             "tgi_batch_current_max_tokens": ("Tokens reserved by the batch.", stats.batch_tokens),
             "tunesmith_adapters_resident": ("Adapters that hold a slot.", stats.adapters),
-            "tunesmith_adapter_bytes_resident": ("Bytes of resident adapters.", adapters.used_bytes),
+            "tunesmith_adapter_resident_bytes": ("Bytes of resident adapters.", adapters.used_bytes),
+            "tunesmith_adapter_bytes_resident": (
+                "Deprecated: tunesmith_adapter_resident_bytes under its old name.",
+                adapters.used_bytes,
+            ),
         }
         counters = {
             "tunesmith_adapter_loads": ("Adapters loaded.", adapters.loads),

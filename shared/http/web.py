@@ -35,7 +35,7 @@ IDLE_CONNECTION_SECONDS = 75
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 # text-generation-inference's paths, and what an operator asks of a process like it.
-_TGI_PATH = re.compile(r"/|/(generate|generate_stream|info|metrics)|/(health|adapters)(/.*)?")
+_TGI_PATH = re.compile(r"/|/(generate|generate_stream|info)|/metrics(/inference)?|/(health|adapters)(/.*)?")
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # FastAPI's words for a body that is neither JSON nor wrong JSON.
 _READABLE = {"There was an error parsing the body": "the body cannot be read as JSON; is a number in it far too long?"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select, update
 
 from shared.clock import Nanoseconds
-from shared.jobs.requeue import requeue
+from shared.jobs.requeue import AttemptEnd, requeue
 from shared.jobs.spec import LEASED, State
 from shared.storage.database import Database
 from shared.storage.tables import jobs
@@ -54,7 +54,8 @@ class Heartbeats:
         begun = seen.renewals > 0
         reason = "was lost" if begun else "did not begin; the answer to its claim may have been lost"
         with self._database.write() as tx:
-            return requeue(tx, seen.job_id, held, reason, self._now(), counted=begun)
+            end = AttemptEnd.WORKER_LOST if begun else AttemptEnd.NOT_BEGUN
+            return requeue(tx, seen.job_id, held, reason, self._now(), end, counted=begun)
 
     def queued(self) -> int:
         """How many jobs wait for a worker."""

@@ -11,7 +11,7 @@ from shared.clock import Nanoseconds, seconds_of
 from shared.jobs.checkpoints import Committed, commit_checkpoint, read_checkpoints
 from shared.jobs.fencing import Lease, change_leased_job
 from shared.jobs.publication import reserve_adapter, succeed
-from shared.jobs.requeue import STATE_WITHOUT_WORKER, failure, requeue
+from shared.jobs.requeue import STATE_WITHOUT_WORKER, AttemptEnd, count_attempt, failure, requeue
 from shared.jobs.rows import Checkpoint, NewEvent, change_job, read_job
 from shared.jobs.spec import DeviceKind, JobFault, Phase, Progress, RequestedAction, State, TrainingReport
 from shared.storage.database import Database, check_revision
@@ -173,16 +173,20 @@ class Leases:
             if target.final:
                 reports.append(NewEvent(f"The job is {target.value}, as requested"))
             change_leased_job(tx, lease, values, reports, self._now())
+            count_attempt(tx, AttemptEnd.HANDED_OVER)
         return target
 
     def requeue(self, lease: Lease, reason: str) -> None:
         """Give a job back after a failure that may be its own (a bug, a hang): counted, and tried again."""
         with self._database.write() as tx:
-            if not requeue(tx, lease.job.id, lease.held(), f"could not go on: {reason}", self._now()):
+            if not requeue(
+                tx, lease.job.id, lease.held(), f"could not go on: {reason}", self._now(), AttemptEnd.FAILED
+            ):
                 raise lease.lost()
 
     def hand_back(self, lease: Lease, reason: str) -> None:
         """Give a job back for what is no fault of its own (disk full, base away): not counted."""
         with self._database.write() as tx:
-            if not requeue(tx, lease.job.id, lease.held(), f"gives it back: {reason}", self._now(), counted=False):
+            told, end = f"gives it back: {reason}", AttemptEnd.GIVEN_BACK
+            if not requeue(tx, lease.job.id, lease.held(), told, self._now(), end, counted=False):
                 raise lease.lost()

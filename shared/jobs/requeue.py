@@ -1,14 +1,15 @@
 """What becomes of a job whose worker failed: queued again, failed after too many attempts, or ended as requested."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import ColumnElement, Connection, select, update
 
 from shared.clock import seconds_of
 from shared.jobs.rows import NewEvent, change_job
 from shared.jobs.spec import LEASED, JobFault, State
-from shared.storage.tables import jobs
+from shared.storage.tables import job_attempts, jobs
 
 # So often a job's worker may fail in a row without a new checkpoint.
 MAX_ATTEMPTS = 3
@@ -20,12 +21,29 @@ STATE_WITHOUT_WORKER = {
 }
 
 
+class AttemptEnd(StrEnum):
+    """Why an attempt ended before its job did. Each has a row in `job_attempts`, made by the migration."""
+
+    FAILED = "failed"  # a fault that may be the job's own
+    GIVEN_BACK = "given_back"  # a fault of the machine, or a base that cannot be had
+    HANDED_OVER = "handed_over"  # the worker was told to end, or the job to pause
+    NOT_BEGUN = "not_begun"
+    WORKER_LOST = "worker_lost"
+
+
+def count_attempt(tx: Connection, end: AttemptEnd) -> None:
+    """Count an ended attempt, in the transaction of its end. An UPDATE alone: two that insert would collide."""
+    counted = update(job_attempts).where(job_attempts.c.reason == end)
+    tx.execute(counted.values(ended=job_attempts.c.ended + 1))
+
+
 def requeue(
     tx: Connection,
     job_id: str,
     held: Sequence[ColumnElement[bool]],
     reason: str,
     now: int,
+    end: AttemptEnd,
     *,
     counted: bool = True,
 ) -> bool:
@@ -38,6 +56,7 @@ def requeue(
         held: what the job's row must still say.
         reason: continues the sentence "Worker NAME …".
         now: nanoseconds since the epoch.
+        end: counted for metrics.
         counted: whether the job may be at fault; else it is queued again however often that happens.
 
     Returns:
@@ -65,7 +84,10 @@ def requeue(
     else:
         values |= {"state": target} | ({"finished_at": seconds_of(now)} if target.final else {})
         reports.append(NewEvent(f"The job is {target.value}, as requested"))
-    return change_job(tx, job_id, held, values, reports, now)
+    changed = change_job(tx, job_id, held, values, reports, now)
+    if changed:
+        count_attempt(tx, end)
+    return changed
 
 
 def failure(fault: JobFault, now: int) -> tuple[dict[str, Any], NewEvent]:

@@ -81,14 +81,15 @@ class LocalArtifactStore:
         Raises:
             OSError: ENOSPC.
         """
-        if not self._reserve_bytes or self._free_bytes() >= self._reserve_bytes:
+        if not self._reserve_bytes or self.free_bytes() >= self._reserve_bytes:
             return
         self.empty_trash(before=math.inf)
-        if (free := self._free_bytes()) < self._reserve_bytes:
+        if (free := self.free_bytes()) < self._reserve_bytes:
             message = f"{free >> 20} MiB are free, and {self._reserve_bytes >> 20} MiB are kept free"
             raise OSError(errno.ENOSPC, message, str(self.root))
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """Free bytes of the disk that the folder is on."""
         return shutil.disk_usage(next(folder for folder in (self.root, *self.root.parents) if folder.exists())).free
 
     def installation(self) -> str | None:

@@ -198,6 +198,14 @@ kept_items = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
+# One row a reason, there from the start: how many attempts have ended for it before their job did.
+job_attempts = Table(
+    "job_attempts",
+    metadata,
+    Column("reason", String(32), primary_key=True),
+    Column("ended", BigInteger, nullable=False),
+)
+
 # Processes that train, as they say themselves every few seconds.
 workers = Table(
     "workers",

@@ -38,6 +38,8 @@ class Reaper:
         self._silence = silence
         self._clock = clock
         self._first_seen: dict[Heartbeat, float] = {}
+        # Seconds for which the most silent worker had not renewed its lease at the last look; 0 if none holds one.
+        self.longest_silence = 0.0
         self._last_look = float("-inf")
         self._thread = Periodic("reaper", lambda: self.tick(), TICK_SECONDS)
         self._log = get_logger("reaper")
@@ -59,6 +61,7 @@ class Reaper:
         late = now - last_look > LATE_SECONDS
         # A heartbeat seen for the first time starts its own clock: a restart or a late look takes no time from it.
         first_seen = {beat: now if late else seen.get(beat, now) for beat in beats}
+        self.longest_silence = max((now - since for since in first_seen.values()), default=0.0)
         silent = [beat for beat, since in first_seen.items() if now - since >= self._silence]
         if silent and not self._writes_work():
             return

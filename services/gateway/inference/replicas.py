@@ -20,6 +20,8 @@ from shared.inference_api.administration import INFO, InfoJson, adapter_path
 from shared.logs import get_logger
 
 UNLOAD_TIMEOUT_SECONDS = 5.0
+# Prometheus itself waits for 10 s.
+METRICS_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +73,18 @@ class Replicas:
         answer = await self._client.get(replica.url + INFO, headers={**self._headers, "connection": "close"})
         answer.raise_for_status()
         return InfoJson.model_validate_json(answer.content)
+
+    async def metrics(self, replica: Replica) -> str:
+        """A process's Prometheus text.
+
+        Raises:
+            httpx.HTTPError: it is down or refuses.
+            TimeoutError: it takes too long.
+        """
+        async with asyncio.timeout(METRICS_TIMEOUT_SECONDS):
+            answer = await self._client.get(replica.url + "/metrics", headers=self._headers)
+        answer.raise_for_status()
+        return answer.text
 
     def mark_up(self, replica: Replica, info: InfoJson) -> None:
         if replica.info is None:

@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from services.gateway.http.auth import AuthenticatedRoute
+from services.gateway.inference.scrape import inference_metrics
 from services.gateway.routes.dependencies import HealthDep, MetricsDep, ModelsDep, ReplicasDep
 from services.gateway.routes.responses import NEEDS_KEY, TGI_ERRORS
 
@@ -67,5 +68,11 @@ async def health_ready(
 
 @router.get("/metrics", response_class=Response)
 def metrics(metrics: MetricsDep) -> Response:
-    """Prometheus text: requests of this gateway, jobs by state, notifications waiting, workers out of service."""
+    """Prometheus text: requests of this gateway; jobs, workers, queue, disk and what is served, for all of it."""
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/metrics/inference", response_class=Response)
+async def metrics_of_inference(replicas: ReplicasDep) -> Response:
+    """Prometheus text of every inference process behind this gateway, told apart by the label `replica`."""
+    return Response(await inference_metrics(replicas), media_type=CONTENT_TYPE_LATEST)

@@ -10,7 +10,13 @@ import subprocess
 import sys
 from typing import Any
 
-from celery.signals import celeryd_init, setup_logging, worker_shutting_down
+from celery.signals import (
+    celeryd_init,
+    setup_logging,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutting_down,
+)
 
 from services.trainer.settings import TrainerSettings
 from shared.file_modes import keep_files_private
@@ -27,6 +33,7 @@ app = celery_app(settings.redis_url)
 _handover = mmap.mmap(-1, 1)
 _faults = mmap.mmap(-1, 1)
 _worker: Any = None
+_presence: Any = None
 
 
 @setup_logging.connect
@@ -53,6 +60,24 @@ def _refuse_to_start_without_the_gpu(**_: object) -> None:
 @worker_shutting_down.connect
 def _hand_over(**_: object) -> None:
     _handover[0] = 1
+
+
+@worker_process_init.connect
+def _be_present(**_: object) -> None:
+    """In the child: what the parent opened, a fork would share."""
+    global _presence
+    from services.trainer.worker.presence import Presence
+    from shared.jobs.workers import Workers
+    from shared.storage.database import Database
+
+    _presence = Presence(Workers(Database(settings.sql_url)), settings.worker_name, os.getpid())
+    _presence.start()
+
+
+@worker_process_shutdown.connect
+def _be_gone(**_: object) -> None:
+    if _presence is not None:
+        _presence.stop()
 
 
 @app.task(name=NOTIFY, ignore_result=True)

@@ -156,7 +156,7 @@ def test_without_a_schema_the_process_says_what_to_run(tmp_path: Path, redis_url
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip() == (
-        "the database's schema is missing, this version needs 0009: run `python -m shared.migrations`"
+        "the database's schema is missing, this version needs 0010: run `python -m shared.migrations`"
     )
 
 
@@ -178,7 +178,7 @@ def test_after_a_newer_version_has_migrated_the_process_ends_and_says_so(tmp_pat
         _, errors = gateway.communicate(timeout=60)
     assert gateway.returncode == 1
     assert errors.strip().splitlines()[-1] == (
-        "the database's schema is 9999, this version needs 0009: it was migrated by a newer version: start that one"
+        "the database's schema is 9999, this version needs 0010: it was migrated by a newer version: start that one"
     )
 
 

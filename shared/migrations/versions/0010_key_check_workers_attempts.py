@@ -1,4 +1,4 @@
-"""key_check: by which secret API keys were hashed; workers: which processes train"""
+"""key_check: by which secret API keys were hashed; workers: which processes train; job_attempts: how attempts ended"""
 
 from collections.abc import Sequence
 
@@ -25,8 +25,17 @@ def upgrade() -> None:
         sa.Column('seen_at', sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint('worker', 'pid', name=op.f('pk_workers')),
     )
+    attempts = op.create_table(
+        'job_attempts',
+        sa.Column('reason', sa.String(length=32), nullable=False),
+        sa.Column('ended', sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint('reason', name=op.f('pk_job_attempts')),
+    )
+    reasons = ('failed', 'given_back', 'handed_over', 'not_begun', 'worker_lost')
+    op.bulk_insert(attempts, [{'reason': reason, 'ended': 0} for reason in reasons])
 
 
 def downgrade() -> None:
+    op.drop_table('job_attempts')
     op.drop_table('workers')
     op.drop_table('key_check')
