@@ -81,7 +81,9 @@ def test_no_route_blocks_the_event_loop(gateway: Gateway) -> None:
         for method, path in (
             ("GET", "/health/live"),
             ("GET", "/health/ready"),
+            ("GET", "/"),
             ("GET", "/metrics"),
+            ("GET", "/metrics/inference"),
             ("GET", "/info"),
             ("GET", "/v1/files"),
             ("GET", "/v1/files/{file}"),
