@@ -1,12 +1,15 @@
 """`tunesmith doctor`: what is wrong with an installation, and what to do about it. Changes nothing."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,8 @@ from tunesmith.local_stack.stack import usual_port
 LOW_DISK_BYTES = 5 << 30
 NO_DISK_BYTES = 500 << 20
 LOG_BYTES = 65_536
+# What went wrong before may long be mended.
+RECENT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +157,20 @@ def _key(connection: Connection) -> Finding:
 
 def _logs(place: Home) -> Iterator[Finding]:
     for name in ("supervisor", *PROCESSES):
-        if error := last_error(place.log(name)):
-            yield Finding("warn", f"log of {name}", error, f"read {place.log(name)}")
+        if error := last_error(place.log(name), time.time() - RECENT_SECONDS):
+            yield Finding("warn", f"log of {name}", f"in the last hour: {error}", f"tunesmith logs {name}")
 
 
-def last_error(path: Path) -> str | None:
-    """The last event of level error near the end of a log of JSON lines."""
+def _seconds(timestamp: object) -> float:
+    """When an event was logged; one without a time may be of now."""
+    try:
+        return datetime.fromisoformat(str(timestamp)).timestamp()
+    except ValueError:
+        return math.inf
+
+
+def last_error(path: Path, after: float = 0) -> str | None:
+    """The last event of level error near the end of a log of JSON lines; none of before `after` (epoch seconds)."""
     try:
         with path.open("rb") as log:
             log.seek(max(0, path.stat().st_size - LOG_BYTES))
@@ -167,7 +180,7 @@ def last_error(path: Path) -> str | None:
     for line in reversed(lines):
         try:
             fields = json.loads(line)
-            if fields["level"] in ("error", "critical"):
+            if fields["level"] in ("error", "critical") and _seconds(fields.get("timestamp")) >= after:
                 return f"{fields.get('timestamp', '')} {fields['event']}: {fields.get('error', '')}".strip(" :")
         except (ValueError, TypeError, KeyError):
             continue

@@ -33,7 +33,7 @@ from shared.errors import Unavailable
 from shared.http.head import HeadAsGet
 from shared.http.web import RequestContext, error_response, install_error_handlers
 from shared.logs import get_logger
-from shared.storage.outages import is_away
+from shared.storage.outages import is_away, is_full
 
 
 def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
@@ -82,8 +82,12 @@ def create_app(settings: GatewaySettings, catalogue: Catalogue) -> FastAPI:
 async def _database_failed(request: Request, error: Exception) -> JSONResponse:
     if not is_away(error):
         raise error
-    get_logger("database").error("the database does not answer", error=str(error))
-    away = Unavailable("the database does not answer", code="database_unavailable")
+    if is_full(error):
+        get_logger("database").error("the database's disk is full", error=str(error))
+        away = Unavailable("the disk of the database is full; nothing was changed", code="storage_full")
+    else:
+        get_logger("database").error("the database does not answer", error=str(error))
+        away = Unavailable("the database does not answer", code="database_unavailable")
     return error_response(away, request.scope["path"])
 
 

@@ -35,6 +35,15 @@ _SQLITE_AWAY = {
 }
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the database refused to write since its disk is full."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return getattr(error.orig, "sqlstate", None) == "53100"
+
+
 def is_away(error: BaseException) -> bool:
     """Whether the same call may succeed later without anybody changing it.
 

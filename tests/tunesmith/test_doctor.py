@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -53,4 +54,9 @@ def test_folder_disk_port_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     events = [{"level": "error", "event": "failed", "error": "no"}, {"level": "info", "event": "up"}]
     log.write_text("\n".join(map(json.dumps, events)) + "\nplain\n[1]\n")
     (finding,) = doctor._logs(place)
-    assert (finding.level, finding.detail) == ("warn", "failed: no")
+    assert (finding.level, finding.detail) == ("warn", "in the last hour: failed: no")
+    # What went wrong long ago may be mended by now.
+    for hours, found in ((0.1, 1), (2, 0)):
+        when = datetime.now(UTC) - timedelta(hours=hours)
+        log.write_text(json.dumps({"level": "error", "event": "old", "timestamp": when.isoformat()}) + "\n")
+        assert len(list(doctor._logs(place))) == found

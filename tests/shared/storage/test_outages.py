@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from shared.storage import database as database_module
 from shared.storage.database import Database, migrate
-from shared.storage.outages import is_away
+from shared.storage.outages import is_away, is_full
 from shared.storage.tables import api_keys
 from tests.fresh_database import fresh_on_server
 from tests.stack_processes import wait_until
@@ -244,3 +244,23 @@ def test_a_new_connection_into_a_black_hole_ends(server_url: str, monkeypatch: p
         hole.dark.set()
         with closing(Database(f"postgresql://postgres@127.0.0.1:{hole.port}{parts.path}")) as database:
             assert is_away(failure_of(lambda: write(database, "l")))
+
+
+def fill(database: Database) -> None:
+    with database.write() as tx:
+        tx.execute(text("PRAGMA max_page_count = 1"))
+        for number in range(1000):
+            tx.execute(insert(api_keys).values(ROW | {"id": f"{number}", "digest": f"{number:064}"}))
+
+
+def test_a_full_disk_is_told_from_a_database_that_is_away(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'small.db'}")
+    try:
+        migrate(database.url)
+        full = failure_of(lambda: fill(database))
+        assert is_full(full)
+        assert is_away(full)
+        assert not is_full(failure_of(lambda: run(database, "SELECT * FROM no_such_table")))
+        assert not is_full(OSError(28, "full"))
+    finally:
+        database.close()
