@@ -1,12 +1,13 @@
 """The shortest way through a running stack (`make up`), with the official `openai` client alone."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 from openai import OpenAI
 
-here = json.loads(Path(".tunesmith/connection.json").read_text())
+here = json.loads(Path(os.environ.get("TUNESMITH_HOME", ".tunesmith"), "connection.json").read_text())
 client = OpenAI(base_url=here["openai_base_url"], api_key=here["api_key"])
 
 rows = [{"instruction": f"Say {n} twice.", "output": f"{n} {n}"} for n in range(40)]
