@@ -6,6 +6,7 @@ _CHAT = "use POST /v1/chat/completions"
 _EMBEDDINGS = "not built; use a server of embedding models beside this one"
 # Paths of OpenAI's API and of other servers' that clients know: regular expression → what to do.
 _INSTEAD = {
+    r"/v1/?": "this is the base URL for OpenAI's clients; GET / says where everything is",
     r"/v1/responses/.+": "of a response there are POST /v1/responses, and GET and DELETE /v1/responses/{id}",
     r"/v1/conversations(/.*)?": f"conversations are not kept; {_CHAT} with all messages",
     r"/v1/messages(/.*)?|/v1/complete": f"Anthropic's API is not spoken here; {_CHAT}",

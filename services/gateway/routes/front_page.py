@@ -39,7 +39,6 @@ class FrontPageJson(BaseModel):
     key: str = "send 'Authorization: Bearer ts-…'; `tunesmith up` writes the key to connection.json in its home"
 
 
-@router.get("/v1", response_model=FrontPageJson, include_in_schema=False)
 @router.get("/", response_model=FrontPageJson, responses={200: {"content": {"text/html": {}}}})
 async def front_page(request: Request, replicas: ReplicasDep, health: HealthDep) -> Response:
     """Where the API, its documents and its health are: a page for browsers (`Accept: text/html`), else JSON."""
