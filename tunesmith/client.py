@@ -144,6 +144,23 @@ class Client:
         """`cancel`, `pause` or `resume` a job; the answer is the job."""
         return self._json("POST", f"{_job(job_id)}/{verb}")
 
+    def checkpoints(self, job_id: str, limit: int = 1000) -> Iterator[Json]:
+        """A job's newest checkpoints, newest first."""
+        return self._pages(_job(job_id) + "/checkpoints", limit)
+
+    def metrics(self, job_id: str) -> Iterator[Json]:
+        """All that a job has measured, one object a step, ascending."""
+        after = 0
+        while True:
+            page = self._json("GET", _job(job_id) + "/metrics", params={"after_step": after, "limit": 10_000})
+            yield from page["data"]
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = page["data"][-1]["step"]
+
+    def model(self, name: str) -> Json:
+        return self._json("GET", "/v1/models/" + quote(name, safe=""))
+
     def models(self) -> list[Json]:
         """Bases, adapters and checkpoints."""
         data: list[Json] = self._json("GET", "/v1/models")["data"]
@@ -267,6 +284,8 @@ def _refusal(body: Any, response: httpx.Response) -> ApiError:
     fields = detail if isinstance(detail, dict) else {"message": detail, "code": None}
     message = str(fields.get("message") or f"HTTP {response.status_code}")
     rows = [f"  line {row.get('line')}: {row.get('message')}" for row in fields.get("errors") or []]
+    if [message] == [row.strip() for row in rows]:
+        rows = []
     wait = response.headers.get("retry-after", "")
     return ApiError(
         "\n".join([message, *rows[:10], *(["  …"] if len(rows) > 10 else [])]),

@@ -10,12 +10,17 @@ from typing import Any, NoReturn
 from tunesmith.client import ApiError, Client
 from tunesmith.connection import NoConnection, find
 from tunesmith.hub_files import HubError
+from tunesmith.layout import message, table, width_of
+from tunesmith.names import Ambiguous, NothingYet, job_id, model_name
 from tunesmith.wait import Exit
+
+# More than an installation has, in pages of a hundred.
+ALL = 1_000_000
 
 
 def say(text: str) -> None:
     """Print a message for the user to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(message(text, width_of(sys.stderr)), file=sys.stderr, flush=True)
 
 
 def fail(text: str, code: int = 1) -> NoReturn:
@@ -33,11 +38,8 @@ def show_json(value: Any) -> None:
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns as wide as their content, never cut: programs read them too."""
-    texts = [list(header), *([plain(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
-    for row in texts:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Columns as wide as their content, never cut: programs read them too. A narrow terminal gets records instead."""
+    print(table(header, ([plain(cell) for cell in row] for row in rows), width_of(sys.stdout)), end="")
 
 
 def plain(value: object) -> str:
@@ -50,7 +52,7 @@ def plain(value: object) -> str:
 def session(timeout: float = 60) -> Iterator[Client]:
     """A client of the running stack; an error inside ends the command.
 
-    Exit codes: 4 when the key is refused or the thing does not exist, else 1.
+    Exit codes: 4 when the key is refused or the thing does not exist, else 1; 1 too for a name of several things.
     """
     try:
         with Client(find(), timeout=timeout) as client:
@@ -58,9 +60,31 @@ def session(timeout: float = 60) -> Iterator[Client]:
     except NoConnection as error:
         fail(str(error))
     except ApiError as error:
-        where = f" [{error.param}]" if error.param and error.param not in error.message else ""
+        # Which file it was is said by its name, and 'file' is only the form's word for it.
+        named = error.param in (None, "", "file") or str(error.param) in error.message
+        where = "" if named else f" [{error.param}]"
         fail(error.message + where, Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
     except HubError as error:
         fail(plain(error), Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
+    except Ambiguous as error:
+        fail("\n  ".join([plain(error), *map(plain, error.candidates)]))
+    except NothingYet as error:
+        fail(str(error), Exit.DENIED)
     except OSError as error:
-        fail(str(error))
+        fail(f"{plain(error.filename)}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def full_job(client: Client, name: str) -> str:
+    """The id of a job by any of its names (`names.job_id`); said on stderr if it was called otherwise."""
+    return _full("job", name, job_id(name, lambda: client.jobs(ALL)))
+
+
+def full_model(client: Client, name: str) -> str:
+    """The name of a model by any of its names (`names.model_name`); said on stderr if it was called otherwise."""
+    return _full("model", name, model_name(name, client.models))
+
+
+def _full(what: str, name: str, full: str) -> str:
+    if full != name:
+        say(plain(f"{what} {full}"))
+    return full

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,21 +330,37 @@ class LocalArtifactStore:
                     gone.append(folder)
         return gone
 
-    def remove(self, folder: Path) -> None:
-        """Remove an artifact folder; no error if it is gone already.
+    def remove(self, folder: Path) -> int:
+        """Remove an artifact folder; no error if it is gone already. Returns bytes that the disk has back.
+
+        A file with another name elsewhere (a hard link) is not counted.
 
         One that a backup holds for too long stays, and is garbage.
         """
         # A collector may have taken it for an orphan just now, between its row's removal and this.
         in_trash = trashed(folder)
         if not (folder.exists() or in_trash.exists()):
-            return
+            return 0
         with self._removals(fcntl.LOCK_SH) as allowed:
-            if allowed:
-                for place in (folder, in_trash):
-                    # The manifest goes first: a half-removed folder must not verify.
-                    (place / MANIFEST).unlink(missing_ok=True)
-                    shutil.rmtree(place, ignore_errors=True)
+            if not allowed:
+                return 0
+            freed = 0
+            for place in (folder, in_trash):
+                freed += _bytes_alone(place)
+                # The manifest goes first: a half-removed folder must not verify.
+                (place / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
+            return freed
+
+
+def _bytes_alone(folder: Path) -> int:
+    """Bytes of the files in a folder that have no other name; what goes meanwhile counts nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            status = file.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else 0
+    return total
 
 
 def _locked(descriptor: int, kind: int, seconds: float) -> bool:

@@ -49,7 +49,11 @@ class FakeGateway(AnsweringServer):
     """Answers `METHOD /path` from a table; a callable is called for each request with the request's JSON body."""
 
     def __init__(self, answers: dict[str, Answer | Callable[[Json], Answer]]) -> None:
-        self.answers = answers
+        # An empty installation, unless a test says otherwise.
+        self.answers = dict(answers)
+        for route in ("models", "fine_tuning/jobs", "files"):
+            self.answers.setdefault(f"GET /v1/{route}", (200, {"data": [], "has_more": False}))
+        self.asked: list[str] = []
         self.bodies: list[tuple[str, Json]] = []
         self.forms: list[bytes] = []
         self.resumed: list[str | None] = []
@@ -59,7 +63,9 @@ class FakeGateway(AnsweringServer):
         raw = request.rfile.read(int(request.headers.get("content-length") or 0))
         body = json.loads(raw) if request.headers.get("content-type") == "application/json" and raw else {}
         route = f"{request.command} {request.path.partition('?')[0]}"
-        self.bodies.append((route, body))
+        self.asked.append(route)
+        if request.command != "GET":
+            self.bodies.append((route, body))
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             self.forms.append(raw)
         if request.headers.get("accept") == "text/event-stream":

@@ -24,6 +24,7 @@ from tunesmith.cli import app
 from tunesmith.commands import datasets
 
 JOB = "/v1/fine_tuning/jobs/ftjob-1"
+NEXT = "next: tunesmith generate 'Your question' --adapter ft:tiny:default:x:1\n"
 DONE = job("succeeded", fine_tuned_model="ft:tiny:default:x:1")
 
 
@@ -67,7 +68,8 @@ def run(gateway: FakeGateway, *arguments: str, key: str = KEY, said: str = "", *
 )
 def test_wait(gateway: FakeGateway, last: dict[str, Any], code: int, said: str) -> None:
     gateway.answers["GET " + JOB] = (200, last)
-    assert run(gateway, "wait", "ftjob-1") == (code, "", said)
+    named, then = ("ft:tiny:default:x:1\n", NEXT) if code == 0 else ("", "")
+    assert run(gateway, "wait", "ftjob-1") == (code, named, said + then)
     got, out, err = run(gateway, "wait", "ftjob-1", "--json")
     assert (got, json.loads(out), err) == (code, last, said)
 
@@ -76,8 +78,8 @@ def test_wait_timeout_unknown_key_unknown_job_and_usage(gateway: FakeGateway) ->
     gateway.answers["GET " + JOB] = (200, job(progress={"step": 3, "total_steps": 9}))
     late = "running training 3/9\nnot finished after 0.1 s; the job goes on\n"
     assert run(gateway, "wait", "ftjob-1", "--timeout", "0.1") == (3, "", late)
-    assert run(gateway, "wait", "ftjob-1", key="ts-wrong") == (4, "", "this API key is not valid\n")
-    assert run(gateway, "wait", "ftjob-2") == (4, "", "no such thing\n")
+    assert run(gateway, "wait", "ftjob-1", key="ts-wrong") == (4, "", "error: this API key is not valid\n")
+    assert run(gateway, "wait", "ftjob-2") == (4, "", "error: no such thing\n")
     assert run(gateway, "wait")[0] == 2
     assert run(gateway, "wait", "ftjob-1", "--timeout", "soon")[0] == 2
 
@@ -86,7 +88,7 @@ def test_wait_that_cannot_tell(gateway: FakeGateway, tmp_path: Path) -> None:
     gateway.answers["GET " + JOB] = error(400, "not now", "invalid_request")
     summary = tmp_path / "summary.md"
     unknown = "could not tell what became of the job: not now"
-    assert run(gateway, "wait", "ftjob-1", GITHUB_STEP_SUMMARY=str(summary)) == (1, "", unknown + "\n")
+    assert run(gateway, "wait", "ftjob-1", GITHUB_STEP_SUMMARY=str(summary)) == (1, "", f"error: {unknown}\n")
     assert f"| End | {unknown} |" in summary.read_text()
 
 
@@ -94,12 +96,13 @@ def test_wait_goes_on_through_a_restart_of_the_gateway(gateway: FakeGateway) -> 
     answers = [(200, job()), error(503, "starting", "unavailable"), (200, DONE)]
     gateway.answers["GET " + JOB] = lambda body: answers.pop(0)
     code, out, err = run(gateway, "wait", "ftjob-1")
-    assert (code, out) == (0, "")
+    assert (code, out) == (0, "ft:tiny:default:x:1\n")
     assert err.splitlines() == [
         "running training",
         "starting; trying again for 300 s",
         "connected again",
         "succeeded: ft:tiny:default:x:1",
+        NEXT.strip(),
     ]
 
 
@@ -186,12 +189,12 @@ def test_upload_of_bad_rows_names_their_lines(gateway: FakeGateway, tmp_path: Pa
     code, out, err = run(gateway, "upload", str(data))
     assert (code, out) == (1, "")
     assert err.splitlines()[:2] == ["error: 12 bad rows", "  line 1: not JSON"]
-    assert err.splitlines()[-2:] == ["  line 10: not JSON", "  … [file]"]
+    assert err.splitlines()[-2:] == ["  line 10: not JSON", "  …"]
 
 
 def test_missing_file_and_missing_stack(gateway: FakeGateway, tmp_path: Path) -> None:
     code, _, err = run(gateway, "upload", str(tmp_path / "none.jsonl"))
-    assert (code, err) == (1, f"error: [Errno 2] No such file or directory: '{tmp_path / 'none.jsonl'}'\n")
+    assert (code, err) == (1, f"error: {tmp_path / 'none.jsonl'}: No such file or directory\n")
     env = environment("") | {"TUNESMITH_URL": ""}
     done = subprocess.run(command("jobs", "list"), env=env, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     where = tmp_path / ".tunesmith" / "connection.json"
@@ -201,7 +204,7 @@ def test_missing_file_and_missing_stack(gateway: FakeGateway, tmp_path: Path) ->
 
 def test_train_sends_what_was_said_and_nothing_else(gateway: FakeGateway) -> None:
     gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued", warnings=["few rows"]))
-    assert run(gateway, "train", "file-1") == (0, "ftjob-1\n", "warning: few rows\n")
+    assert run(gateway, "train", "file-1") == (0, "ftjob-1\n", "warning: few rows\nnext: tunesmith wait ftjob-1\n")
     options = ("--validation", "file-2", "--epochs", "1", "--precision", "fp32", "--suffix", "docs", "--seed", "7")
     assert run(gateway, "train", "file-1", *options)[0] == 0
     usual = {"model": "smollm2-135m-instruct", "training_file": "file-1", "preset": "reference"}
@@ -235,7 +238,9 @@ def test_train_takes_several_files_and_uploads_each_in_order(gateway: FakeGatewa
     skip = ("--on-bad-rows", "skip")
     code, out, err = run(gateway, "train", str(b), "file-9", str(a), "--validation", str(held), *skip)
     assert (code, out) == (0, "ftjob-1\n")
-    assert err.splitlines() == [f"{name}.jsonl: 1 instruction rows, 0 duplicates" for name in ("b", "a", "held")]
+    assert err.splitlines() == [f"{name}.jsonl: 1 instruction rows, 0 duplicates" for name in ("b", "a", "held")] + [
+        "next: tunesmith wait ftjob-1"
+    ]
     assert names == ["b.jsonl", "a.jsonl", "held.jsonl"]
     assert all(b'name="on_bad_rows"\r\n\r\nskip\r\n' in form for form in gateway.forms)
     body = gateway.bodies[-1][1]
@@ -251,7 +256,7 @@ def test_train_takes_several_files_and_uploads_each_in_order(gateway: FakeGatewa
 def test_what_train_cannot_take_is_told_before_anything_is_uploaded(gateway: FakeGateway, tmp_path: Path) -> None:
     a, missing = tmp_path / "a.jsonl", tmp_path / "none.jsonl"
     a.write_text("{}\n")
-    said = (1, "", f"error: [Errno 2] No such file or directory: '{missing}'\n")
+    said = (1, "", f"error: {missing}: No such file or directory\n")
     assert run(gateway, "train", str(a), str(missing)) == run(gateway, "train", str(a), "--validation", str(missing))
     assert run(gateway, "train", str(a), str(missing)) == said
     code, _, err = run(gateway, "train", *[str(a)] * 17)
@@ -271,8 +276,8 @@ def test_the_command_line_knows_how_many_files_a_job_takes() -> None:
 def test_train_and_wait_in_one(gateway: FakeGateway) -> None:
     gateway.answers["POST /v1/fine_tuning/jobs"] = (200, job("queued"))
     gateway.answers["GET " + JOB] = (200, DONE)
-    said = "ftjob-1\nsucceeded: ft:tiny:default:x:1\n"
-    assert run(gateway, "train", "file-1", "--wait") == (0, "", said)
+    said = "ftjob-1\nsucceeded: ft:tiny:default:x:1\n" + NEXT
+    assert run(gateway, "train", "file-1", "--wait") == (0, "ft:tiny:default:x:1\n", said)
 
 
 def test_refused_job_names_the_field(gateway: FakeGateway) -> None:
@@ -289,8 +294,13 @@ def test_jobs_list_follows_pages(gateway: FakeGateway) -> None:
     ]
     gateway.answers["GET /v1/fine_tuning/jobs"] = lambda body: (200, pages.pop(0))
     # Escape sequences in names do not reach the terminal.
-    table = "job      state      base  model\nftjob-3  running    tiny  -\nftjob-2  succeeded  tiny  ft:x [31m\n"
-    assert run(gateway, "jobs", "list") == (0, table, "")
+    assert run(gateway, "jobs", "list") == (
+        0,
+        "job      suffix  state      age  step  loss  ETA  base  model\n"
+        "ftjob-3  -       running    -    -     -     -    tiny  -\n"
+        "ftjob-2  -       succeeded  -    -     -     -    tiny  ft:x [31m\n",
+        "",
+    )
 
 
 def test_jobs_show_events_and_steering(gateway: FakeGateway) -> None:
@@ -300,9 +310,9 @@ def test_jobs_show_events_and_steering(gateway: FakeGateway) -> None:
     ]
     gateway.answers["GET " + JOB] = (200, DONE)
     gateway.answers["GET " + JOB + "/events"] = (200, {"data": events, "has_more": False})
-    assert json.loads(run(gateway, "jobs", "show", "ftjob-1")[1]) == DONE
+    assert json.loads(run(gateway, "jobs", "show", "ftjob-1", "--json")[1]) == DONE
     lines = run(gateway, "jobs", "events", "ftjob-1")[1].splitlines()
-    assert [line[9:] for line in lines] == ["info  claimed", "warn  worker lost"]
+    assert [line[20:] for line in lines] == ["info  claimed", "warn  worker lost"]
     for verb, state in (("cancel", "cancelling"), ("pause", "pausing"), ("resume", "queued")):
         gateway.answers[f"POST {JOB}/{verb}"] = (200, job(state=state))
         assert run(gateway, "jobs", verb, "ftjob-1") == (0, state + "\n", "")
@@ -320,7 +330,7 @@ def test_watch_prints_each_event_once_though_the_gateway_restarts(gateway: FakeG
     gateway.answers["GET " + JOB + "/events"] = lambda body: parts.pop(0)
     gateway.answers["GET " + JOB] = (200, DONE)
     code, out, err = run(gateway, "jobs", "watch", "ftjob-1")
-    lines = [line[9:] for line in out.splitlines()]
+    lines = [line[20:] for line in out.splitlines()]
     assert (code, lines) == (0, ["info  created", "info  claimed", "info  line break", "info  done"])
     assert gateway.resumed == [None, "ftevent-1", "ftevent-1"]
     lost, again, end = err.splitlines()
@@ -375,7 +385,7 @@ def test_datasets_and_models_are_listed_and_deleted(gateway: FakeGateway) -> Non
     assert run(gateway, "files", "delete", "file-1") == (0, "file-1\n", "")
     assert json.loads(run(gateway, "files", "delete", "file-1", "--json")[1]) == gone
     gateway.answers["DELETE /v1/models/ft%3Atiny%3A1"] = (200, {"id": "ft:tiny:1", "deleted": True})
-    assert run(gateway, "models", "delete", "ft:tiny:1") == (0, "ft:tiny:1\n", "")
+    assert run(gateway, "models", "delete", "ft:tiny:1") == (0, "ft:tiny:1\n", "deleted; 0.0 MB freed\n")
     assert run(gateway, "models", "delete", "ft:tiny:2")[0] == 4
 
 

@@ -31,7 +31,7 @@ def preview(
         first, *others = datasets.find([file], on_bad_rows).training
         if others:
             say(f"the first of {len(others) + 1} files is shown")
-        shown = datasets.file_id(client, first, on_bad_rows)
+        shown = datasets.file_id(client, first, on_bad_rows, datasets.Warnings())
         answer = client.preview(shown, model=model, limit=rows, max_length=max_length)
     if json:
         show_json(answer)
@@ -66,12 +66,17 @@ def estimate(
     json: AsJson = False,
 ) -> None:
     """Say what a job would take: steps, tokens, and, once a job of its kind has finished here, minutes and memory."""
-    from tunesmith.output import plain, say, session, show_json
+    from tunesmith import preflight
+    from tunesmith.output import session, show_json
 
     with session(timeout=600) as client:
-        body = {"model": model, **datasets.files_of_job(client, datasets.find(files, on_bad_rows), on_bad_rows)}
-        body |= {"base_precision": precision, "preset": preset}
-        answer = client.estimate(body | ({"hyperparameters": {"n_epochs": epochs}} if epochs else {}))
+        named, warned = datasets.find(files, on_bad_rows), datasets.Warnings()
+        options: dict[str, Any] = {"model": model, "base_precision": precision, "preset": preset}
+        # An impossible number is for the gateway to refuse.
+        options |= {} if epochs is None else {"hyperparameters": {"n_epochs": epochs}}
+        if named.uploads:
+            preflight.check(client, options)
+        answer = client.estimate(options | datasets.files_of_job(client, named, on_bad_rows, warned))
     if json:
         show_json(answer)
         return
@@ -82,5 +87,4 @@ def estimate(
         peak = answer["peak_memory_mb"]
         memory = "memory not known" if peak is None else f"{peak:.0f} MB at the peak"
         print(f"about {answer['minutes']:.1f} minutes, {memory}")
-    for warning in answer["warnings"]:
-        say(f"warning: {plain(warning)}")
+    warned.say(answer["warnings"])

@@ -1,6 +1,7 @@
 """What a command names as its datasets: ids on the server, or files, here or on the hub, that are uploaded for it."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,26 @@ class Named:
 
     training: list[str | Path]
     validation: str | Path | None = None
+
+    @property
+    def uploads(self) -> bool:
+        """Whether any of them is a file."""
+        return any(isinstance(each, Path) for each in (*self.training, self.validation))
+
+
+class Warnings:
+    """Warnings on stderr, each once, whoever has it: the upload, the estimate and the job give the same advice."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, texts: Iterable[str]) -> None:
+        from tunesmith.output import plain, say
+
+        for text in map(plain, texts):
+            if text not in self.said:
+                self.said.append(text)
+                say(f"warning: {text}")
 
 
 def find(training: Sequence[str], on_bad_rows: OnBadRows, validation: str | None = None) -> Named:
@@ -85,29 +106,48 @@ def _here(found: "Sequence[str | Path | Found]") -> list[str | Path]:
     return datasets
 
 
-def file_id(client: "Client", dataset: str | Path, on_bad_rows: OnBadRows) -> str:
-    """The id of a dataset, which is uploaded if it is a file."""
+def file_id(client: "Client", dataset: str | Path, on_bad_rows: OnBadRows, warned: Warnings) -> str:
+    """The id of a dataset, which is uploaded if it is a file that is not there yet."""
     if isinstance(dataset, str):
         return dataset
-    answer = client.upload(dataset, on_bad_rows.value)
-    describe(answer)
+    answer = stored(client, dataset, on_bad_rows)
+    describe(answer, warned)
     return str(answer["id"])
 
 
-def files_of_job(client: "Client", named: Named, on_bad_rows: OnBadRows) -> dict[str, Any]:
+def stored(client: "Client", path: Path, on_bad_rows: OnBadRows) -> dict[str, Any]:
+    """A file on the server: the one with the same bytes, read the same way, if there is one; else it is uploaded.
+
+    Raises:
+        ApiError: it is refused.
+        OSError: it cannot be read.
+    """
+    from tunesmith.output import ALL, plain, say
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for known in client.files(ALL):
+        # The name's ending says how bytes are read. Rows left out once are not, where bad rows are to be refused.
+        same = known.get("sha256") == digest and Path(known["filename"]).suffix.lower() == path.suffix.lower()
+        if same and (on_bad_rows is OnBadRows.SKIP or not known["dataset"].get("skipped_rows")):
+            say(plain(f"{path.name} is on the server already: {known['id']}"))
+            return known
+    return client.upload(path, on_bad_rows.value)
+
+
+def files_of_job(client: "Client", named: Named, on_bad_rows: OnBadRows, warned: Warnings) -> dict[str, Any]:
     """What a job's body says of its files, which are uploaded."""
-    ids = [file_id(client, dataset, on_bad_rows) for dataset in named.training]
+    ids = [file_id(client, dataset, on_bad_rows, warned) for dataset in named.training]
     body: dict[str, Any] = {"training_file": ids[0]} if len(ids) == 1 else {"training_files": ids}
     if named.validation is not None:
-        body["validation_file"] = file_id(client, named.validation, on_bad_rows)
+        body["validation_file"] = file_id(client, named.validation, on_bad_rows, warned)
     return body
 
 
-def describe(file: dict[str, Any]) -> None:
+def describe(file: dict[str, Any], warned: Warnings) -> None:
     """What is in a dataset, and the advice about it, on stderr."""
     from tunesmith.output import plain, say
 
     dataset = file["dataset"]
     say(f"{plain(file['filename'])}: {dataset['rows']} {dataset['format']} rows, {dataset['duplicates']} duplicates")
-    for warning in dataset["warnings"]:
-        say(f"warning: {plain(warning)}")
+    warned.say(dataset["warnings"])

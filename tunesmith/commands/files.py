@@ -26,11 +26,11 @@ def upload(
     from tunesmith.output import session, show_json
 
     with session(timeout=600) as client:
-        answers = []
+        answers, warned = [], datasets.Warnings()
         for path in datasets.files_to_upload(file):
-            answers.append(client.upload(path, on_bad_rows.value))
+            answers.append(datasets.stored(client, path, on_bad_rows))
             if not json:
-                datasets.describe(answers[-1])
+                datasets.describe(answers[-1], warned)
                 print(answers[-1]["id"], flush=True)
     if json:
         show_json(answers if file.startswith(PREFIX) else answers[0])

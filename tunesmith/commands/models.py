@@ -6,44 +6,61 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from tunesmith import completion
 from tunesmith.commands import options
-from tunesmith.commands.options import DEFAULT_HOME, AsJson, HomeOption
+from tunesmith.commands.options import ADAPTER, DEFAULT_HOME, AsJson, HomeOption
 
 group = options.group("What can be trained and served.")
 T = TypeVar("T")
 
 
 @group.command("list")
-def list_models(json: AsJson = False) -> None:
-    """Bases, fine-tuned models and checkpoints.
+def list_models(
+    all: Annotated[bool, typer.Option("--all", help="Checkpoints, too.")] = False, json: AsJson = False
+) -> None:
+    """Bases and fine-tuned models.
 
     A base that is not prepared is downloaded or converted by the first job on it, or by 'tunesmith models prepare'.
     """
-    from tunesmith.output import session, show_json, show_table
+    from tunesmith.output import say, session, show_json, show_table
 
     with session() as client:
-        found = client.models()
+        every = client.models()
+    found = [model for model in every if all or model.get("kind") != "checkpoint"]
     if json:
         show_json(found)
     else:
         words: dict[Any, str] = {True: "yes", False: "no"}
         rows = [(m["id"], m.get("parent"), m.get("state"), words.get(m.get("prepared"))) for m in found]
         show_table(("model", "parent", "state", "prepared"), rows)
+        if hidden := len(every) - len(found):
+            say(f"{hidden} checkpoints are not shown: --all shows them")
 
 
 @group.command("delete")
 def delete_model(
-    model: Annotated[str, typer.Argument(help="A fine-tuned model or checkpoint.")], json: AsJson = False
+    model: Annotated[str, typer.Argument(help=f"{ADAPTER}.", autocompletion=completion.adapters)],
+    json: AsJson = False,
 ) -> None:
-    """Delete a fine-tuned model or a checkpoint everywhere. Requests in flight finish on it."""
-    from tunesmith.output import session, show_json
+    """Delete a fine-tuned model and its job's checkpoints, or one checkpoint, everywhere. Requests in flight finish."""
+    from tunesmith.output import full_model, plain, say, session, show_json
 
     with session() as client:
-        answer = client.delete_model(model)
+        full = full_model(client, model)
+        checkpoints = [
+            each["id"]
+            for each in client.models()
+            if each.get("kind") == "checkpoint" and each["id"].startswith(f"{full}:ckpt-step-")
+        ]
+        # The model last: until it is gone, the same command finds what is left.
+        answers = [client.delete_model(each) for each in (*checkpoints, full)]
+    freed = sum(answer.get("freed_bytes") or 0 for answer in answers)
     if json:
-        show_json(answer)
-    else:
-        print(answer["id"])
+        show_json({**answers[-1], "checkpoints": checkpoints, "freed_bytes": freed})
+        return
+    with_checkpoints = f" with {len(checkpoints)} checkpoints" if checkpoints else ""
+    say(f"deleted{with_checkpoints}; {freed / 1e6:.1f} MB freed")
+    print(plain(answers[-1]["id"]))
 
 
 @group.command("add")

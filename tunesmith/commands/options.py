@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith import completion
 from tunesmith.hub_files import FORM
 
 
@@ -17,10 +18,18 @@ class OnBadRows(StrEnum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="ftjob-…")]
+JobId = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="An id (ftjob-…) or its beginning, a suffix, or 'latest'.", autocompletion=completion.jobs
+    ),
+]
 HomeOption = Annotated[Path, typer.Option(envvar="TUNESMITH_HOME", help="Folder of everything the stack keeps.")]
 Timeout = Annotated[float | None, typer.Option(help="Stop waiting after so many seconds (exit 3); the job goes on.")]
-Adapter = Annotated[str | None, typer.Option(help="A fine-tuned model or checkpoint; the base if unsaid.")]
+ADAPTER = "A fine-tuned model or checkpoint, its suffix or beginning, or 'latest'"
+Adapter = Annotated[
+    str | None, typer.Option(help=f"{ADAPTER}; the base if unsaid.", autocompletion=completion.adapters)
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
 Temperature = Annotated[float | None, typer.Option(help="Sample; greedy if unsaid.")]
 Datasets = Annotated[

@@ -17,14 +17,15 @@ def generate(
     json: AsJson = False,
 ) -> None:
     """Ask a model. Prints the text; with --stream --json one object per token."""
-    from tunesmith.output import session, show_json
+    from tunesmith.output import full_model, session, show_json
 
-    parameters = {"adapter_id": adapter, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    body: dict[str, Any] = {
-        "inputs" if raw else "instruction": prompt,
-        "parameters": {name: value for name, value in parameters.items() if value is not None},
-    }
     with session(timeout=600) as client:
+        named = adapter and full_model(client, adapter)
+        parameters = {"adapter_id": named, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        body: dict[str, Any] = {
+            "inputs" if raw else "instruction": prompt,
+            "parameters": {name: value for name, value in parameters.items() if value is not None},
+        }
         if stream:
             _print_stream(client, body, json)
             return
@@ -47,11 +48,12 @@ def chat(
     '/reset' begins anew. With --json one message per line. Questions can be piped in.
     """
     from tunesmith.chat import Conversation, converse, questions
-    from tunesmith.output import session
+    from tunesmith.output import full_model, session
 
-    fields = {"model": adapter, "max_tokens": max_new_tokens, "temperature": temperature or 0}
-    settings = {name: value for name, value in fields.items() if value is not None}
     with session(timeout=600) as client:
+        named = adapter and full_model(client, adapter)
+        fields = {"model": named, "max_tokens": max_new_tokens, "temperature": temperature or 0}
+        settings = {name: value for name, value in fields.items() if value is not None}
         converse(questions(), Conversation(client.chat_stream, settings, system), json=json)
 
 

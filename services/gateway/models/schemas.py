@@ -1,8 +1,8 @@
 """A model as clients see it: OpenAI's Model, and where it comes from."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from shared.adapters.state import AdapterState
 from shared.adapters.store import Adapter
@@ -37,6 +37,7 @@ class ModelDeletedJson(BaseModel):
     id: str
     object: Literal["model"] = "model"
     deleted: Literal[True] = True
+    freed_bytes: Annotated[int, Field(description="of the disk; files that another adapter shares are not freed")]
 
 
 def base_json(base: Base, *, served: bool, prepared: bool) -> ModelJson:

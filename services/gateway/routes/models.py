@@ -67,8 +67,8 @@ async def delete_model(
     # Unknown first, so that nothing loads it again; then out of memory; then from the disk.
     adapter = await run_in_threadpool(_delete, database, models, project, model_id)
     await replicas.unload(adapter.id)
-    await run_in_threadpool(artifacts.remove, artifacts.adapter(adapter.id))
-    return json_response(ModelDeletedJson(id=model_id))
+    freed = await run_in_threadpool(artifacts.remove, artifacts.adapter(adapter.id))
+    return json_response(ModelDeletedJson(id=model_id, freed_bytes=freed))
 
 
 def _delete(database: Database, models: ModelStore, project: str, name: str) -> Adapter:

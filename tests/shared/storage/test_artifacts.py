@@ -266,10 +266,22 @@ def test_nothing_is_overwritten(store: LocalArtifactStore, folder: Path) -> None
 
 
 def test_removal_is_final_and_repeatable(store: LocalArtifactStore, folder: Path) -> None:
-    store.remove(folder)
-    store.remove(folder)
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert held > 0
+    assert (store.remove(folder), store.remove(folder)) == (held, 0)
     with pytest.raises(NotFound):
         store.verify(folder, "adapter")
+
+
+def test_a_file_with_another_name_elsewhere_is_not_counted_as_freed(
+    store: LocalArtifactStore, folder: Path, tmp_path: Path
+) -> None:
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    shared = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    (tmp_path / "elsewhere").hardlink_to(shared)
+    size = shared.stat().st_size
+    assert store.remove(folder) == held - size
+    assert (tmp_path / "elsewhere").stat().st_size == size
 
 
 @pytest.mark.parametrize(

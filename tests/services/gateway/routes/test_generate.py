@@ -179,7 +179,8 @@ def test_a_deleted_model_is_gone_everywhere(gateway: Gateway, inference: StandIn
     client = gateway.openai()
     assert {model.id for model in client.models.list()} == {BASE, OTHER_BASE, final, checkpoint}
     assert client.models.retrieve(final).owned_by == "default"
-    assert client.models.delete(final).deleted
+    deleted = client.models.delete(final)
+    assert (deleted.deleted, (deleted.model_extra or {})["freed_bytes"]) == (True, len(b"weights"))
     assert not folder.exists()
     assert [where for where, _, _ in inference.sent] == [f"DELETE /adapters/{adapter}"]
     for name in (final, adapter):

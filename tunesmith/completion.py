@@ -1,0 +1,47 @@
+"""What a shell offers behind the Tab key: names of jobs and models, asked of the running stack."""
+
+from collections.abc import Callable
+
+SECONDS = 2.0
+OFFERED = 100
+
+
+def jobs(incomplete: str) -> list[tuple[str, str]]:
+    """Ids and suffixes of the newest jobs that begin so, each with what it is."""
+
+    def found() -> list[tuple[str, str]]:
+        from tunesmith.client import Client
+        from tunesmith.connection import find
+
+        with Client(find(), timeout=SECONDS) as client:
+            named = list(client.jobs(OFFERED))
+        ids = [(job["id"], f"{job.get('state') or job['status']} {job.get('suffix') or ''}".strip()) for job in named]
+        return [*ids, *((job["suffix"], job["id"]) for job in named if job.get("suffix")), ("latest", "the newest job")]
+
+    return _offered(incomplete, found)
+
+
+def adapters(incomplete: str) -> list[tuple[str, str]]:
+    """Names of the newest fine-tuned models that begin so."""
+
+    def found() -> list[tuple[str, str]]:
+        from tunesmith.client import Client
+        from tunesmith.connection import find
+
+        with Client(find(), timeout=SECONDS) as client:
+            models = client.models()
+        named = [(model["id"], str(model.get("parent"))) for model in models if model.get("kind") == "adapter"]
+        return [*named[:OFFERED], ("latest", "the newest fine-tuned model")]
+
+    return _offered(incomplete, found)
+
+
+def _offered(incomplete: str, find: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    from tunesmith.client import ApiError
+    from tunesmith.connection import NoConnection
+
+    try:
+        return [(name, what) for name, what in find() if name.startswith(incomplete)]
+    except (ApiError, NoConnection, OSError):
+        # A prompt is no place for an error: nothing is offered.
+        return []
