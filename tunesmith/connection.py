@@ -76,7 +76,9 @@ def read(path: Path) -> Connection:
 def find(home: Path | None = None, environ: Mapping[str, str] = os.environ) -> Connection:
     """The stack to speak to.
 
-    `TUNESMITH_URL` names one anywhere. Else the file under `home`, else under `TUNESMITH_HOME`, else under the nearest
+    `TUNESMITH_URL` names one anywhere, with `http://` before it if it has no scheme.
+
+    Else the file under `home`, else under `TUNESMITH_HOME`, else under the nearest
     `.tunesmith` from the working directory upwards. `TUNESMITH_API_KEY` overrides the key in each case.
 
     Raises:
@@ -84,7 +86,8 @@ def find(home: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
     """
     key = environ.get("TUNESMITH_API_KEY", "")
     if home is None and (url := environ.get("TUNESMITH_URL")):
-        return Connection(url=url.rstrip("/").removesuffix("/v1"), api_key=key)
+        whole = url if "://" in url else f"http://{url}"
+        return Connection(url=whole.rstrip("/").removesuffix("/v1"), api_key=key)
     found = read(_home(home, environ) / FILE_NAME)
     return replace(found, api_key=key) if key else found
 

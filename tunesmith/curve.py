@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 Json = dict[str, Any]
-COLUMNS = ("step", "epoch", "train_loss", "valid_loss", "learning_rate", "tokens_per_second")
+COLUMNS = ("step", "epoch", "loss", "held-out", "rate", "tokens/s")
+_NAMES = ("step", "epoch", "train_loss", "valid_loss", "learning_rate", "tokens_per_second")
 HEIGHT = 16
 
 
 def rows_of(points: Sequence[Json]) -> list[tuple[str | None, ...]]:
     """Points as cells under `COLUMNS`, numbers with at most five digits."""
-    return [tuple(_cell(point.get(name)) for name in COLUMNS) for point in points]
+    return [tuple(_cell(point.get(name)) for name in _NAMES) for point in points]
 
 
 def as_csv(points: Sequence[Json]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 FEWEST_COLUMNS = 20
+NEXT = "next: "
 
 
 def width_of(out: TextIO) -> int | None:
@@ -18,15 +19,22 @@ def width_of(out: TextIO) -> int | None:
     return max(columns, FEWEST_COLUMNS) if columns else None
 
 
-def message(text: str, width: int | None) -> str:
-    """Lines of at most `width` columns, but for words that are longer."""
+def message(text: str, width: int | None, indent: str = "") -> str:
+    """Lines of at most `width` columns, but for words that are longer, and for a command to be copied (`next: …`).
+
+    Args:
+        indent: what lines begin with that go on with the one before.
+    """
     if width is None:
         return text
-    lines = (
-        textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, drop_whitespace=True) or [line]
-        for line in text.split("\n")
-    )
-    return "\n".join(part for wrapped in lines for part in wrapped)
+    return "\n".join(part for line in text.split("\n") for part in _wrapped(line, width, indent))
+
+
+def _wrapped(line: str, width: int, indent: str) -> list[str]:
+    if line.startswith(NEXT):
+        return [line]
+    wrapped = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrapped.wrap(line) or [line]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> str:

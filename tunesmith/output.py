@@ -33,6 +33,11 @@ def interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def show(text: str, indent: str = "") -> None:
+    """Print a line for people to stdout; a narrow terminal's further lines begin with `indent`."""
+    print(message(text, width_of(sys.stdout), indent), flush=True)
+
+
 def show_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -54,8 +59,11 @@ def session(timeout: float = 60) -> Iterator[Client]:
 
     Exit codes: 4 when the key is refused or the thing does not exist, else 1; 1 too for a name of several things.
     """
+    keyless = False
     try:
-        with Client(find(), timeout=timeout) as client:
+        connection = find()
+        keyless = not connection.api_key
+        with Client(connection, timeout=timeout) as client:
             yield client
     except NoConnection as error:
         fail(str(error))
@@ -63,6 +71,8 @@ def session(timeout: float = 60) -> Iterator[Client]:
         # Which file it was is said by its name, and 'file' is only the form's word for it.
         named = error.param in (None, "", "file") or str(error.param) in error.message
         where = "" if named else f" [{error.param}]"
+        if keyless and error.status == 401:
+            where += "\nTUNESMITH_URL is set, so no key is taken from a connection file: set TUNESMITH_API_KEY, too"
         fail(error.message + where, Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)
     except HubError as error:
         fail(plain(error), Exit.DENIED if error.denied else Exit.COULD_NOT_TELL)

@@ -42,5 +42,5 @@ def not_served(client: Client, model: str) -> list[str]:
         return []
     return [
         f"nobody serves {base} now: its model can be trained, and answers only after "
-        f"'tunesmith down' and 'tunesmith up --base {base}'"
+        f"'tunesmith down' and 'tunesmith up --base {base}' (compose: BASE_MODEL={base})"
     ]

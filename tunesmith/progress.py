@@ -7,6 +7,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from tunesmith.layout import message, width_of
+
 Json = dict[str, Any]
 LINE_EVERY_SECONDS = 5.0
 FINAL = ("succeeded", "failed", "cancelled")
@@ -43,7 +45,7 @@ class Lines:
             self.note(text)
 
     def note(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        print(message(text, width_of(self._out)), file=self._out, flush=True)
 
 
 class Bar:

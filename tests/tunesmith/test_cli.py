@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +26,13 @@ from tunesmith.commands import datasets
 JOB = "/v1/fine_tuning/jobs/ftjob-1"
 NEXT = "next: tunesmith generate 'Your question' --adapter ft:tiny:default:x:1\n"
 DONE = job("succeeded", fine_tuned_model="ft:tiny:default:x:1")
+
+
+class HasUrl(Protocol):
+    """A gateway, fake or real."""
+
+    @property
+    def url(self) -> str: ...
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def run_process(gateway: FakeGateway, *arguments: str, **environ: str) -> tuple[
     return done.returncode, done.stdout, done.stderr
 
 
-def run(gateway: FakeGateway, *arguments: str, key: str = KEY, said: str = "", **environ: str) -> tuple[int, str, str]:
+def run(gateway: HasUrl, *arguments: str, key: str = KEY, said: str = "", **environ: str) -> tuple[int, str, str]:
     env: dict[str, str | None] = dict.fromkeys(os.environ)
     done = CliRunner().invoke(app, arguments, input=said, env=env | environment(gateway.url, key) | environ)
     if done.exception and not isinstance(done.exception, SystemExit):

@@ -51,6 +51,7 @@ def test_environment_overrides(tmp_path: Path) -> None:
     assert find(environ=elsewhere) == Connection("https://host", "ts-other")
     # A home given by the caller overrides the environment.
     assert find(tmp_path, environ={"TUNESMITH_URL": "https://host"}) == HERE
+    assert find(environ={"TUNESMITH_URL": "127.0.0.1:8333/v1"}).url == "http://127.0.0.1:8333"
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"url": "x", "api_key": "y", "stranger": 1}', "\x00"])

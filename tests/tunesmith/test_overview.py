@@ -60,9 +60,9 @@ def test_metrics_as_a_table_csv_json_and_curve() -> None:
     pages = {"data": POINTS, "has_more": False}
     with FakeGateway({f"GET {ROUTE}/metrics": (200, pages)}) as gateway:
         assert run(gateway, "jobs", "metrics", "ftjob-1")[1] == (
-            "step  epoch  train_loss  valid_loss  learning_rate  tokens_per_second\n"
-            "1     0.5    2.5         -           0.0002         1234.6\n"
-            "2     1      1.25        1.3333      0.0001         -\n"
+            "step  epoch  loss  held-out  rate    tokens/s\n"
+            "1     0.5    2.5   -         0.0002  1234.6\n"
+            "2     1      1.25  1.3333    0.0001  -\n"
         )
         assert json.loads(run(gateway, "jobs", "metrics", "ftjob-1", "--json")[1]) == POINTS
         out = run(gateway, "jobs", "metrics", "ftjob-1", "--csv")[1]

@@ -67,7 +67,7 @@ def estimate(
 ) -> None:
     """Say what a job would take: steps, tokens, and, once a job of its kind has finished here, minutes and memory."""
     from tunesmith import preflight
-    from tunesmith.output import session, show_json
+    from tunesmith.output import session, show, show_json
 
     with session(timeout=600) as client:
         named, warned = datasets.find(files, on_bad_rows), datasets.Warnings()
@@ -80,11 +80,11 @@ def estimate(
     if json:
         show_json(answer)
         return
-    print(f"{answer['total_steps']} steps, {answer['tokens']} tokens, {answer['supervised_tokens']} of them supervised")
+    show(f"{answer['total_steps']} steps, {answer['tokens']} tokens, {answer['supervised_tokens']} of them supervised")
     if answer["minutes"] is None:
-        print("time and memory: not calibrated, no job of this base and precision has finished here yet")
+        show("time and memory: not calibrated, no job of this base and precision has finished here yet")
     else:
         peak = answer["peak_memory_mb"]
         memory = "memory not known" if peak is None else f"{peak:.0f} MB at the peak"
-        print(f"about {answer['minutes']:.1f} minutes, {memory}")
+        show(f"about {answer['minutes']:.1f} minutes, {memory}")
     warned.say(answer["warnings"])

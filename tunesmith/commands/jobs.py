@@ -79,14 +79,17 @@ def watch(job: JobId, json: AsJson = False) -> None:
     from json import dumps
 
     from tunesmith.follow import follow
-    from tunesmith.output import full_job, say, session
+    from tunesmith.output import full_job, say, session, show
     from tunesmith.wait import END, Exit, describe_end
 
     try:
         with session(timeout=30) as client:
             job = full_job(client, job)
             for event in follow(lambda seen: client.stream_events(job, seen), say):
-                print(dumps(event) if json else _line(event), flush=True)
+                if json:
+                    print(dumps(event), flush=True)
+                else:
+                    show(_line(event), indent="  ")
             ended = client.job(job)
     except KeyboardInterrupt:
         say(f"interrupted; the job goes on. To watch again: tunesmith jobs watch {job}")
@@ -112,10 +115,7 @@ def list_jobs(limit: Annotated[int, typer.Option(min=1)] = 20, json: AsJson = Fa
 @group.command("show")
 def show_job(job: JobId, json: AsJson = False) -> None:
     """One job: what it trains on, how far it is, what it warned of. All of it with --json."""
-    import sys
-
-    from tunesmith.layout import message, width_of
-    from tunesmith.output import full_job, plain, session, show_json
+    from tunesmith.output import full_job, plain, session, show, show_json
     from tunesmith.overview import page_of
 
     with session() as client:
@@ -124,7 +124,7 @@ def show_job(job: JobId, json: AsJson = False) -> None:
         show_json(found)
         return
     for name, value in page_of(found):
-        print(message(f"{name:14} {plain(value)}", width_of(sys.stdout)))
+        show(f"{name:14} {plain(value)}", indent="  ")
 
 
 @group.command("metrics")
@@ -160,7 +160,7 @@ def show_metrics(
 @group.command("events")
 def list_events(job: JobId, limit: Annotated[int, typer.Option(min=1)] = 1000, json: AsJson = False) -> None:
     """What happened to a job, oldest first."""
-    from tunesmith.output import full_job, session, show_json
+    from tunesmith.output import full_job, session, show, show_json
 
     with session() as client:
         events = list(client.events(full_job(client, job), limit))[::-1]
@@ -168,7 +168,7 @@ def list_events(job: JobId, limit: Annotated[int, typer.Option(min=1)] = 1000, j
         show_json(events)
         return
     for event in events:
-        print(_line(event))
+        show(_line(event), indent="  ")
 
 
 @group.command("cancel")

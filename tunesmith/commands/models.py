@@ -34,7 +34,7 @@ def list_models(
         rows = [(m["id"], m.get("parent"), m.get("state"), words.get(m.get("prepared"))) for m in found]
         show_table(("model", "parent", "state", "prepared"), rows)
         if hidden := len(every) - len(found):
-            say(f"{hidden} checkpoints are not shown: --all shows them")
+            say(f"{_checkpoints(hidden)} not shown: --all shows all")
 
 
 @group.command("delete")
@@ -58,7 +58,7 @@ def delete_model(
     if json:
         show_json({**answers[-1], "checkpoints": checkpoints, "freed_bytes": freed})
         return
-    with_checkpoints = f" with {len(checkpoints)} checkpoints" if checkpoints else ""
+    with_checkpoints = f" with {_checkpoints(len(checkpoints))}" if checkpoints else ""
     say(f"deleted{with_checkpoints}; {freed / 1e6:.1f} MB freed")
     print(plain(answers[-1]["id"]))
 
@@ -126,6 +126,10 @@ def prepare_model(
         show_json({"id": prepared, "prepared": True})
     else:
         print(prepared)
+
+
+def _checkpoints(count: int) -> str:
+    return f"{count} checkpoint{'' if count == 1 else 's'}"
 
 
 def _done(work: Callable[[], T]) -> T:
