@@ -44,7 +44,8 @@ for name, group in (("jobs", jobs.group), ("models", models.group), ("files", fi
 
 
 def main() -> None:
-    app()
+    # Completion asks for the command by this name, however Python was started.
+    app(prog_name="tunesmith")
 
 
 if __name__ == "__main__":

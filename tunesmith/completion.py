@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from tunesmith.names import suffix_of
+
 SECONDS = 2.0
 OFFERED = 100
 
@@ -22,7 +24,7 @@ def jobs(incomplete: str) -> list[tuple[str, str]]:
 
 
 def adapters(incomplete: str) -> list[tuple[str, str]]:
-    """Names of the newest fine-tuned models that begin so."""
+    """Suffixes and names of the newest fine-tuned models that begin so."""
 
     def found() -> list[tuple[str, str]]:
         from tunesmith.client import Client
@@ -30,8 +32,10 @@ def adapters(incomplete: str) -> list[tuple[str, str]]:
 
         with Client(find(), timeout=SECONDS) as client:
             models = client.models()
-        named = [(model["id"], str(model.get("parent"))) for model in models if model.get("kind") == "adapter"]
-        return [*named[:OFFERED], ("latest", "the newest fine-tuned model")]
+        names = [model["id"] for model in models if model.get("kind") == "adapter"][:OFFERED]
+        # A suffix has no colon, at which bash would begin a new word.
+        suffixes = [(suffix, name) for name in names if (suffix := suffix_of(name))]
+        return [*suffixes, *((name, "fine-tuned") for name in names), ("latest", "the newest fine-tuned model")]
 
     return _offered(incomplete, found)
 

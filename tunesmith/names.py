@@ -72,7 +72,7 @@ def model_name(name: str, models: Callable[[], Iterable[Json]]) -> str:
         kind = model.get("kind")
         if kind == "adapter" or (tail and kind == "checkpoint"):
             full = model["id"].partition(":ckpt-step-")[0]
-            known.setdefault(full, _words(_suffix_of(full), full, model.get("job")))
+            known.setdefault(full, _words(suffix_of(full), full, model.get("job")))
     resolved = _resolved(head, list(known.items()), "fine-tuned model")
     return resolved + tail if resolved in known else name
 
@@ -83,7 +83,8 @@ def _words(suffix: str | None, model: str | None, job: str | None) -> tuple[str,
     return (suffix or "", model or "", job or "", *digits, *([model.rpartition(":")[2]] if model else []))
 
 
-def _suffix_of(full: str) -> str:
+def suffix_of(full: str) -> str:
+    """The suffix in a fine-tuned model's full name; empty if it has none."""
     parts = full.split(":")
     return parts[-2] if len(parts) >= 5 else ""
 

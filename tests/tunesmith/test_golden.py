@@ -71,6 +71,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("models", "list", "--all"),
     ("models", "delete", "tut"),
     ("models", "delete", "nobody"),
+    ("models", "prune"),
+    ("models", "prune", "--yes"),
     ("generate", "What is 2+2?", "--adapter", "latest"),
     ("generate", "What is 2+2?", "--adapter", "nobody"),
     ("generate", "What is 2+2?", "--stream"),

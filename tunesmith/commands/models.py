@@ -63,6 +63,44 @@ def delete_model(
     print(plain(answers[-1]["id"]))
 
 
+@group.command("prune")
+def prune_checkpoints(
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them; else they are listed only.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Delete the checkpoints of all models that are done: the models stay, and so do checkpoints without one."""
+    from tunesmith.client import ApiError
+    from tunesmith.output import plain, say, session, show_json
+
+    gone, freed = [], 0
+    with session() as client:
+        models = client.models()
+        whole = {model["id"] for model in models if model.get("kind") == "adapter"}
+        checkpoints = [model["id"] for model in models if model.get("kind") == "checkpoint"]
+        found = [name for name in checkpoints if name.partition(":ckpt-step-")[0] in whole]
+        for name in found if yes else ():
+            try:
+                freed += client.delete_model(name).get("freed_bytes") or 0
+            except ApiError as error:
+                # A job that goes on from it keeps it; somebody else may have been faster.
+                if error.code not in ("model_in_use", "model_not_found"):
+                    raise
+                say(f"warning: {plain(error.message)}")
+            else:
+                gone.append(name)
+    if json:
+        show_json({"checkpoints": gone if yes else found, "deleted": yes, "freed_bytes": freed})
+        return
+    for name in gone if yes else found:
+        print(plain(name))
+    if yes:
+        say(f"{_checkpoints(len(gone))} deleted; {freed / 1e6:.1f} MB freed")
+    elif found:
+        say(f"{_checkpoints(len(found))} would be deleted\nnext: tunesmith models prune --yes")
+    else:
+        say("there is no checkpoint to delete")
+
+
 @group.command("add")
 def add_model(
     name: Annotated[
