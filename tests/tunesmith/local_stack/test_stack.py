@@ -188,7 +188,7 @@ def test_a_model_is_trained_and_asked_by_commands_alone(machine: Machine) -> Non
     assert (ended["id"], ended["status"], ended["training_file"]) == (job, "succeeded", file)
     assert waited.stderr.splitlines()[-1] == f"succeeded: {ended['fine_tuned_model']}"
     assert [one["id"] for one in listed(machine, "jobs")] == [job]
-    assert json.loads(machine.run("jobs", "show", job).stdout) == ended
+    assert json.loads(machine.run("jobs", "show", job, "--json").stdout) == ended
     assert listed(machine, "jobs", "events", job)[0]["message"] == f"Created fine-tuning job: {job}"
     assert machine.run("jobs", "watch", job).returncode == 0
 
