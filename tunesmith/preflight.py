@@ -19,15 +19,15 @@ def check(client: Client, body: Json) -> None:
         ApiError: an option is refused, or there is no such base. What else goes wrong is left to the job itself.
     """
     try:
-        client.estimate({**body, "training_file": NO_FILE})
-    except ApiError as error:
-        if error.status == 400 and error.param and not error.param.startswith(("training_file", "validation_file")):
-            raise
-    try:
         client.model(body["model"])
     except ApiError as error:
         # A version that does not know the base by this name may yet train on it: the job's own answer counts.
         if error.code == "model_not_found":
+            raise
+    try:
+        client.estimate({**body, "training_file": NO_FILE})
+    except ApiError as error:
+        if error.status == 400 and error.param and not error.param.startswith(("training_file", "validation_file")):
             raise
 
 

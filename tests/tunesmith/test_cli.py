@@ -214,7 +214,7 @@ def test_train_sends_what_was_said_and_nothing_else(gateway: FakeGateway) -> Non
     assert run(gateway, "train", "file-1") == (0, "ftjob-1\n", "warning: few rows\nnext: tunesmith wait ftjob-1\n")
     options = ("--validation", "file-2", "--epochs", "1", "--precision", "fp32", "--suffix", "docs", "--seed", "7")
     assert run(gateway, "train", "file-1", *options)[0] == 0
-    usual = {"model": "smollm2-135m-instruct", "training_file": "file-1", "preset": "reference"}
+    usual = {"model": "smollm2-135m-instruct", "training_file": "file-1", "preset": "recommended"}
     said = {"validation_file": "file-2", "suffix": "docs", "seed": 7, "hyperparameters": {"n_epochs": 1}}
     assert [body for _, body in gateway.bodies] == [
         usual | {"base_precision": "int8"},

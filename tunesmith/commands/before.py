@@ -61,7 +61,7 @@ def estimate(
     model: Model = DEFAULT_BASE,
     epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
     precision: Annotated[str, typer.Option(help="How the base is held: int8, nf4, bf16, fp16, fp32.")] = "int8",
-    preset: Annotated[str, typer.Option(help="reference or recommended.")] = "reference",
+    preset: Annotated[str, typer.Option(help="recommended, or the tutorial's: reference.")] = "recommended",
     on_bad_rows: BadRows = OnBadRows.REFUSE,
     json: AsJson = False,
 ) -> None:

@@ -17,7 +17,7 @@ def train(
     validation: Annotated[str | None, typer.Option(help="Held-out dataset: a file, an id, or hf:…")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the data.")] = None,
     precision: Annotated[str, typer.Option(help="How the base is held: int8, nf4, bf16, fp16, fp32.")] = "int8",
-    preset: Annotated[str, typer.Option(help="reference or recommended.")] = "reference",
+    preset: Annotated[str, typer.Option(help="recommended, or the tutorial's: reference.")] = "recommended",
     suffix: Annotated[str | None, typer.Option(help="A word in the new model's name.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after so many optimizer steps.")] = None,
