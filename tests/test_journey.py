@@ -137,6 +137,7 @@ def trained(journey: Journey, rows: list[dict[str, str]]) -> FineTuningJob:
         suffix="docs",
         extra_body={
             "base_precision": "int8",
+            "preset": "reference",
             "hyperparameters": {"n_epochs": 1, "checkpoint_steps": 1, "max_length": 128},
         },
     )
@@ -230,7 +231,7 @@ def test_the_second_job_finds_the_base_warm(
     job = journey.openai.fine_tuning.jobs.create(
         model=BASE,
         training_file=trained.training_file,
-        extra_body={"hyperparameters": {"max_steps": 1, "max_length": 64}},
+        extra_body={"preset": "reference", "hyperparameters": {"max_steps": 1, "max_length": 64}},
     )
     assert journey.wait_for_end(job.id).status == "succeeded"
     cold, warm = journey.first_step(trained.id), journey.first_step(job.id)

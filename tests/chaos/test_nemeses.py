@@ -53,7 +53,7 @@ class Client:
     unlike: list[str] = field(default_factory=list)
 
     def ask(self, name: str) -> None:
-        body = {"model": "tiny", "training_file": self.file, "hyperparameters": SHORT}
+        body = {"model": "tiny", "training_file": self.file, "preset": "reference", "hyperparameters": SHORT}
         for number in range(ASKED):
             headers = {"authorization": f"Bearer {self.key}", "idempotency-key": f"{name} {number}".replace(" ", "-")}
             while not self._answered(headers, body):
