@@ -1,7 +1,6 @@
 """The programs of docs/use-elsewhere.md, run as they stand there: the adapter says elsewhere what it says here."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.stack_processes import clean_environment
 from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith.local_stack import stack
 from tunesmith.wait import Exit
@@ -51,8 +51,7 @@ class Trained:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("elsewhere")
     catalogue = write_catalogue(folder / "catalogue.toml", write_tiny_model(folder / "model"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
-    environ = kept | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
+    environ = clean_environment() | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
     home = folder / "home"
     connection = stack.up(
         home, port=0, base="tiny", environ=environ | {"TUNESMITH_INFERENCE_PRECISION": "fp32"}

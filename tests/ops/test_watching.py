@@ -17,6 +17,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.stack_processes import clean_environment
 from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith.local_stack import stack
 
@@ -50,8 +51,7 @@ class Pages:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     folder = tmp_path_factory.mktemp("watched")
     catalogue = write_catalogue(folder / "catalogue.toml", write_tiny_model(folder / "model"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
-    environ = kept | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
+    environ = clean_environment() | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
     connection = stack.up(folder / "home", port=0, base="tiny", environ=environ).connection
     try:
         headers = {"authorization": f"Bearer {connection.api_key}"}

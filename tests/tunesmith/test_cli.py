@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shared.jobs.spec import MAX_TRAINING_FILES
+from tests.stack_processes import clean_environment
 from tests.tunesmith.fake_gateway import KEY, Answer, FakeGateway, error, job, stream
 from tunesmith.cli import app
 from tunesmith.commands import datasets
@@ -42,7 +43,7 @@ def gateway() -> Iterator[FakeGateway]:
 
 
 def environment(url: str, key: str = KEY) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    kept = clean_environment()
     return kept | {"TUNESMITH_URL": url, "TUNESMITH_API_KEY": key, "TERM": "xterm", "COLUMNS": "100"}
 
 

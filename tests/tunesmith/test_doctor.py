@@ -1,7 +1,6 @@
 """`tunesmith doctor` on a healthy installation and on broken ones."""
 
 import json
-import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -9,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.stack_processes import clean_environment
 from tunesmith import doctor
 from tunesmith.doctor import last_error
 from tunesmith.local_stack.home import Home
 
 
 def examined(folder: Path, **environ: str) -> tuple[int, dict[str, dict[str, str]]]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    kept = clean_environment()
     command = [sys.executable, "-m", "tunesmith.cli", "doctor", "--json"]
     done = subprocess.run(command, cwd=folder, env=kept | environ, capture_output=True, text=True, timeout=120)
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)}

@@ -1,7 +1,6 @@
 """`tunesmith models add` and `prepare`, as processes on a folder's model."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,12 @@ import pytest
 
 from shared.bases.catalogue import load_catalogue
 from shared.storage.artifacts import LocalArtifactStore
+from tests.stack_processes import clean_environment
 from tests.tiny import write_tiny_model
 
 
 def run(folder: Path, *arguments: str, **environ: str) -> tuple[int, str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    kept = clean_environment()
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith.cli", "models", *arguments],
         cwd=folder,

@@ -20,12 +20,13 @@ from shared.errors import TunesmithError
 from shared.storage.database import Database, migrate
 from shared.storage.tables import api_keys, key_check
 from tests.services.gateway.conftest import Gateway, running_gateway
+from tests.stack_processes import clean_environment
 
 Settings = Callable[..., GatewaySettings]
 
 
 def admin(home: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    kept = clean_environment()
     argv = [sys.executable, "-m", "services.gateway.keys_admin", *arguments]
     own = {"TUNESMITH_HOME": str(home)}
     return subprocess.run(argv, env=kept | own | environ, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,5 @@
 """What is computed on, and what is said where the GPU that was asked for is not there."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from shared.bases.device import choose_device, driver_version, take_share, why_no_gpu
 from shared.errors import TunesmithError
-from tests.stack_processes import ROOT
+from tests.stack_processes import ROOT, clean_environment
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.161.08  Release Build\nGCC: 12\n"
 
@@ -82,7 +81,7 @@ def test_the_reason_names_build_and_driver(monkeypatch: pytest.MonkeyPatch, tmp_
     ids=["inference", "trainer", "doctor"],
 )
 def test_without_the_gpu_that_it_was_told_to_use_nothing_starts(command: list[str], tmp_path: Path) -> None:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    own = clean_environment()
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,

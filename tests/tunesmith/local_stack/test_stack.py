@@ -17,6 +17,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from tests.stack_processes import clean_environment
 from tests.tiny import write_catalogue, write_tiny_model
 from tunesmith import connection as connections
 from tunesmith.connection import Connection
@@ -33,8 +34,7 @@ class Machine:
     def __post_init__(self) -> None:
         model = write_tiny_model(self.folder / "model")
         catalogue = write_catalogue(self.folder / "catalogue.toml", model)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
-        self.environ = kept | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
+        self.environ = clean_environment() | {"TUNESMITH_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1"}
 
     def run(self, *arguments: str, said: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

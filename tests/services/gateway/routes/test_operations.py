@@ -1,6 +1,5 @@
 """Health, metrics, and what goes on while a part is away."""
 
-import os
 import re
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from services.gateway.settings import GatewaySettings
 from shared.jobs.store import JobStore
 from shared.jobs.worker_outages import WorkerOutages
 from tests.services.gateway.conftest import ROWS, Gateway, eventually, running_gateway
-from tests.stack_processes import free_port, keeps_an_idle_connection, running_redis
+from tests.stack_processes import clean_environment, free_port, keeps_an_idle_connection, running_redis
 
 BASE = "smollm2-135m-instruct"
 PATH = "/v1/fine_tuning/jobs"
@@ -135,7 +134,7 @@ def test_what_nobody_expected_is_a_bare_500_with_an_id(gateway: Gateway, monkeyp
 
 @contextmanager
 def process(tmp_path: Path, redis_url: str, **environment: str) -> Iterator["subprocess.Popen[str]"]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    kept = clean_environment()
     own = {"TUNESMITH_HOME": str(tmp_path), "TUNESMITH_REDIS_URL": redis_url, "TUNESMITH_PORT": "0"}
     with subprocess.Popen(
         [sys.executable, "-m", "services.gateway"],
