@@ -19,6 +19,11 @@ def width_of(out: TextIO) -> int | None:
     return max(columns, FEWEST_COLUMNS) if columns else None
 
 
+def printable(text: str) -> str:
+    """Text without control characters: names, messages and logs come from others, and a terminal would act on them."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def message(text: str, width: int | None, indent: str = "") -> str:
     """Lines of at most `width` columns, but for words that are longer, and for a command to be copied (`next: …`).
 

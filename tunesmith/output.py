@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from tunesmith.client import ApiError, Client
 from tunesmith.connection import NoConnection, find
 from tunesmith.hub_files import HubError
-from tunesmith.layout import message, table, width_of
+from tunesmith.layout import message, printable, table, width_of
 from tunesmith.names import Ambiguous, NothingYet, job_id, model_name
 from tunesmith.wait import Exit
 
@@ -48,9 +48,8 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def plain(value: object) -> str:
-    """Text without control characters: names and messages come from others, and a terminal would act on them."""
-    text = "-" if value is None else str(value)
-    return "".join(character if character.isprintable() else " " for character in text)
+    """A value for a terminal, without control characters; `-` for none."""
+    return printable("-" if value is None else str(value))
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tunesmith.layout import printable
+
 READ_BYTES = 1 << 20
 POLL_SECONDS = 0.3
 _OWN = ("timestamp", "level", "event", "service", "logger", "exception", "method", "path", "status", "ms")
@@ -45,14 +47,14 @@ class Line:
         when = datetime.fromtimestamp(self.at).strftime("%Y-%m-%d %H:%M:%S") if self.at else " " * 19
         head = f"{when}  {self.log:{width}}  "
         if not self.fields:
-            return head + _printable(self.text)
+            return head + printable(self.text)
         fields = self.fields
         said = str(fields.get("event", ""))
         if said == "request" and "path" in fields:
             said = f"{fields.get('method')} {fields['path']} → {fields.get('status')} ({fields.get('ms')} ms)"
         rest = [f"{name}={value}" for name, value in fields.items() if name not in _OWN]
-        trace = "".join(f"\n    {_printable(line)}" for line in str(fields.get("exception") or "").splitlines())
-        return head + _printable(f"{fields.get('level', 'info'):7}  " + "  ".join([said, *rest])) + trace
+        trace = "".join(f"\n    {printable(line)}" for line in str(fields.get("exception") or "").splitlines())
+        return head + printable(f"{fields.get('level', 'info'):7}  " + "  ".join([said, *rest])) + trace
 
 
 def last_lines(logs: Sequence[Path], count: int, keep: Callable[[Line], bool] = lambda line: True) -> list[Line]:
@@ -116,8 +118,3 @@ def _parsed(name: str, text: str, at: float) -> Iterator[Line]:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             at = datetime.fromisoformat(fields["timestamp"]).timestamp()
         yield Line(name, at, each, fields)
-
-
-def _printable(text: str) -> str:
-    """Text without control characters: a log holds what strangers sent, and a terminal would act on it."""
-    return "".join(character if character.isprintable() else " " for character in text)
