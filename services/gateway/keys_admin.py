@@ -9,12 +9,10 @@ import json
 import sys
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from services.gateway.command import status_of
 from services.gateway.http.key_secret import own_secret
 from services.gateway.http.keys import DEFAULT_PROJECT, Keys, private_file
 from services.gateway.settings import GatewaySettings
-from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
 from shared.settings import read_settings
 from shared.storage.database import Database, check_schema
@@ -33,20 +31,16 @@ def main() -> int:
     chosen = parser.parse_args()
     settings = read_settings(GatewaySettings)
     keep_files_private(settings.umask)
-    try:
+
+    def answer() -> None:
         check_schema(settings.sql_url)
         database = Database(settings.sql_url)
         try:
             print(json.dumps(_done(chosen, settings, database)))
         finally:
             database.close()
-    except TunesmithError as error:
-        print(error.message, file=sys.stderr)
-        return 1
-    except (OSError, SQLAlchemyError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return status_of(answer)
 
 
 def _done(chosen: argparse.Namespace, settings: GatewaySettings, database: Database) -> dict[str, Any]:

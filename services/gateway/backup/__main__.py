@@ -4,12 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from services.gateway.backup.restore import restore_backup
 from services.gateway.backup.take import take_backup
+from services.gateway.command import status_of
 from services.gateway.settings import GatewaySettings
-from shared.errors import TunesmithError
 from shared.file_modes import keep_files_private
 from shared.settings import read_settings
 
@@ -26,23 +24,20 @@ def main() -> int:
     chosen = parser.parse_args()
     settings = read_settings(GatewaySettings)
     keep_files_private(settings.umask)
-    try:
-        if chosen.command == "take":
-            description = take_backup(settings, chosen.file, keys=not chosen.without_keys)
-            for name in description.missing:
-                print(f"not there, though the database knows of it: {name}", file=sys.stderr)
-            size = chosen.file.stat().st_size
-            print(f"{chosen.file}: {size / 1e6:.1f} MB, with{'' if description.keys else 'out'} keys")
-        else:
-            restore_backup(settings, chosen.file, replace=chosen.replace)
-            print(f"restored from {chosen.file}" + ("" if chosen.replace else "; unfinished jobs are paused"))
-    except TunesmithError as error:
-        print(error.message, file=sys.stderr)
-        return 1
-    except (OSError, SQLAlchemyError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of(lambda: _take(settings, chosen) if chosen.command == "take" else _restore(settings, chosen))
+
+
+def _take(settings: GatewaySettings, chosen: argparse.Namespace) -> None:
+    description = take_backup(settings, chosen.file, keys=not chosen.without_keys)
+    for name in description.missing:
+        print(f"not there, though the database knows of it: {name}", file=sys.stderr)
+    size = chosen.file.stat().st_size
+    print(f"{chosen.file}: {size / 1e6:.1f} MB, with{'' if description.keys else 'out'} keys")
+
+
+def _restore(settings: GatewaySettings, chosen: argparse.Namespace) -> None:
+    restore_backup(settings, chosen.file, replace=chosen.replace)
+    print(f"restored from {chosen.file}" + ("" if chosen.replace else "; unfinished jobs are paused"))
 
 
 if __name__ == "__main__":
